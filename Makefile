@@ -1,0 +1,69 @@
+# `make demo` and `make test` prepare what they need (see scripts/setup.sh), then do their job.
+#
+#   VENV=.venv           where the virtual environment goes
+#   PYTHON=python3.11    the interpreter it is made from (3.11 or newer)
+#   PY=python3           use this interpreter as it is, and install nothing
+#   ARGS="--episodes 4"  passed on to `vla-pruner demo` or `vla-pruner bench`
+#   OUT=bench-results    where `make bench` and `make gpu` put their tables
+
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+OUT ?= bench-results
+ARGS ?=
+export PYTHON
+export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+ifeq ($(PY),$(VENV)/bin/python)
+  SIM := $(VENV)/.installed-sim
+  DEV := $(VENV)/.installed-dev
+endif
+# Processes for pytest: small models gain nothing from more than one thread each.
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench gpu clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 18
+
+demo: $(SIM)  ## a small policy picks by language, with all and with a quarter of its visual tokens
+	$(PY) -m vla_pruner demo $(ARGS)
+
+test: lint  ## lint, types and tests on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
+
+lint: $(DEV)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(DEV)  ## let ruff rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(SIM)  ## full model against pruned ones, side by side, on this CPU
+	$(PY) -m vla_pruner bench --out $(OUT)/cpu.json --out $(OUT)/cpu.md $(ARGS)
+
+gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
+	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  'make gpu needs an NVIDIA GPU that torch can use; torch ' + torch.__version__ + ' sees none here. ' \
+	  'On the CPU, run: make test bench')"
+	$(PY) -m pytest -q -m gpu
+	for model in openvla-oft-7b openvla-7b; do \
+	  for mode in "" --compile; do \
+	    $(PY) -m vla_pruner bench --device cuda --model $$model $$mode $(ARGS) \
+	      --out $(OUT)/$$model$$mode.json --out $(OUT)/$$model$$mode.md || exit 1; \
+	  done; \
+	done
+
+clean:  ## remove the virtual environment, caches and results
+	rm -rf .venv bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh $(VENV) sim
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-sim
+	scripts/setup.sh $(VENV) sim,dev
+	@touch $@

@@ -1,0 +1,246 @@
+"""`vla-pruner bench`: arguments, progress, the table, and the files it is written to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vla_pruner.bench.compare import Comparison, Row, compare, steps_to_prepare
+from vla_pruner.bench.workloads import DTYPES, PUBLISHED, build_workload
+from vla_pruner.methods import build
+
+SUFFIXES = (".json", ".md")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner bench`."""
+    parser.add_argument(
+        "--model",
+        default="openvla-oft-7b",
+        help=f"{' or '.join(PUBLISHED)} (published sizes, random weights), a policy that ships "
+        "with the package (mini-oft, mini-openvla), or a folder or hub id of a checkpoint",
+    )
+    parser.add_argument(
+        "--methods", default="vla-pruner,fastv", help="comma-separated; see `vla-pruner methods`"
+    )
+    parser.add_argument(
+        "--keep", default="0.5,0.25,0.125", help="comma-separated fractions or numbers of tokens"
+    )
+    parser.add_argument("--layer", type=int, default=3, help="layers that see every token")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 5 on the CPU, 30 on a GPU)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="decoder layers to build, for published sizes (default: 8 on the CPU, all on a GPU)",
+    )
+    parser.add_argument(
+        "--vision",
+        action=argparse.BooleanOptionalAction,
+        help="real vision towers, or toy ones so that the language model is what is measured "
+        "(default: real ones on a GPU)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: bf16 for published sizes, else as stored"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile every variant's decoder")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the result to FILE.json or, as a table, to FILE.md; may be given twice",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write."""
+    device = _device(args.device)
+    on_gpu = device.type == "cuda"
+    repeats = args.repeats if args.repeats is not None else 30 if on_gpu else 5
+    if repeats < 1:
+        raise ValueError(f"--repeats {repeats}: at least one round is needed")
+    for path in args.out:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"--out {path}: the name must end in {' or '.join(SUFFIXES)}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: at least one thread is needed")
+        torch.set_num_threads(args.threads)
+    methods = [
+        build(name, keep=keep, layer=args.layer)
+        for name in _words(args.methods, "--methods")
+        for keep in map(_keep, _words(args.keep, "--keep"))
+    ]
+
+    console = Console()
+    layers = args.layers
+    if layers is None and args.model in PUBLISHED and not on_gpu:
+        layers = 8
+    with console.status(f"building {args.model}"):
+        workload = build_workload(
+            args.model,
+            layers=layers,
+            vision=on_gpu if args.vision is None else args.vision,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            device=device,
+        )
+    steps = sum(steps_to_prepare(method, args.compile) for method in [None, *methods])
+    steps += repeats * (1 + len(methods))
+    bar = Progress(
+        TextColumn("measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("steps", total=steps)
+        result = compare(
+            workload,
+            methods,
+            repeats=repeats,
+            compile_decoder=args.compile,
+            tick=lambda: bar.advance(task),
+        )
+    console.print(_headline(result))
+    console.print(_table(result))
+    console.print(_notes(result), style="dim", highlight=False)
+    for path in args.out:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_json(result) if path.suffix == ".json" else _markdown(result))
+        console.print(f"written: {path}", highlight=False)
+    return 0
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"{option} is empty")
+    return words
+
+
+def _keep(text: str) -> float | int:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise ValueError(
+            f"--keep {text}: use fractions such as 0.25, or numbers of tokens such as 64"
+        ) from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {name}: torch {torch.__version__} sees no CUDA device here; use --device cpu"
+        )
+    return device
+
+
+# -- what is shown -------------------------------------------------------------------------------
+
+COLUMNS = (
+    "variant",
+    "visual tokens",
+    "prefill ms",
+    "speed-up",
+    "bound",
+    "of bound",
+    "score ms",
+    "select ms",
+    "share of full",
+    "decode ms",
+    "step ms",
+    "step speed-up",
+    "peak MB",
+)
+
+
+def _cells(row: Row, full: Row) -> tuple[str, ...]:
+    parts = [part for part in (row.scoring_ms, row.selection_ms) if part is not None]
+    share = sum(part.median for part in parts) / full.prefill_ms.median
+    return (
+        row.name,
+        str(row.visual),
+        str(row.prefill_ms),
+        f"{row.speedup.median:.2f}",
+        f"{row.bound:.2f}",
+        f"{row.of_bound:.3f}",
+        f"{row.scoring_ms.median:.2f}" if row.scoring_ms else "-",
+        f"{row.selection_ms.median:.2f}" if row.selection_ms else "-",
+        f"{100 * share:.2f} %" if parts else "-",
+        str(row.decode_ms) if row.decode_ms else "-",
+        str(row.total_ms),
+        f"{row.total_speedup.median:.2f}",
+        "-" if row.memory_mb is None else f"{row.memory_mb:.0f}",
+    )
+
+
+def _headline(result: Comparison) -> str:
+    model, settings = result.model, result.settings
+    towers = "" if model["vision"] else ", toy vision towers"
+    compiled = "compiled" if settings["compiled"] else "eager"
+    return (
+        f"{model['name']}: {model['layers']} layers x {model['hidden']}, {model['tokens']} tokens "
+        f"({model['visual']} visual), {model['dtype']}, {compiled}, {settings['device']}{towers}; "
+        f"{settings['repeats']} interleaved rounds"
+    )
+
+
+def _table(result: Comparison) -> Table:
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in result.rows:
+        table.add_row(*_cells(row, result.rows[0]))
+    return table
+
+
+def _notes(result: Comparison) -> str:
+    stamp = ", ".join(f"{key} {value}" for key, value in result.environment.items() if value)
+    return (
+        "Median [quartiles]. Bound: prefill FLOPs of the full model over those of the variant. "
+        "Share: scoring and selection alone, of the full prefill. Peak: held on top of weights.\n"
+        f"Greedy search, 128 of 512 candidates, 4096 wide: {result.selection_128_of_512_ms} ms.\n"
+        f"{stamp}"
+    )
+
+
+def _command() -> str:
+    return shlex.join(["vla-pruner", *sys.argv[1:]])
+
+
+def _json(result: Comparison) -> str:
+    values: dict[str, Any] = {"command": _command(), **result.as_dict()}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _markdown(result: Comparison) -> str:
+    lines = [
+        _headline(result),
+        "",
+        f"`{_command()}`",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(_cells(row, result.rows[0])) + " |" for row in result.rows),
+        "",
+        _notes(result),
+    ]
+    return "\n".join(lines) + "\n"

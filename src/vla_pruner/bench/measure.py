@@ -1,0 +1,146 @@
+"""Timing several ways to do one thing fairly: in turn, after a warm-up, with quartiles."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements, in the unit of the samples."""
+
+    median: float
+    lower: float
+    upper: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Summarise at least one sample."""
+        if not samples:
+            raise ValueError("a spread needs at least one sample")
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, lower, upper, len(samples))
+
+    def __str__(self) -> str:
+        digits = 0 if self.median >= 1000 else 1 if self.median >= 10 else 2
+        return f"{self.median:.{digits}f} [{self.lower:.{digits}f}, {self.upper:.{digits}f}]"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to (a CPU always has)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PassClock:
+    """Times each forward pass of a decoder, hooks of a pruning session included.
+
+    Create it after the session is attached: its own hooks then lie outside of the session's.
+    """
+
+    def __init__(self, decoder: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+        self._passes_ms: list[float] = []
+        self._handles = [
+            decoder.register_forward_pre_hook(self._start, prepend=True),
+            decoder.register_forward_hook(self._stop),
+        ]
+
+    def _start(self, *_: object) -> None:
+        synchronize(self._device)
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        synchronize(self._device)
+        self._passes_ms.append(1e3 * (time.perf_counter() - self._started))
+
+    def take(self) -> list[float]:
+        """Durations in ms of the passes since the last call, in order."""
+        taken, self._passes_ms = self._passes_ms, []
+        return taken
+
+    def remove(self) -> None:
+        """Take the hooks off the decoder."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def time_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call in ms."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """a, b, c, a, b, c, ...: drift of the machine then hits all variants alike."""
+    return itertools.chain.from_iterable(itertools.repeat(tuple(names), rounds))
+
+
+def peak_memory_mb(run: Callable[[], object], device: torch.device) -> float | None:
+    """Largest memory in MB that one call held on top of what was held before it.
+
+    Device memory on CUDA; resident memory of the process on Linux; None where neither is known.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # "peak so far" starts anew from here
+        before_kb = _status_kb("VmRSS")
+        run()
+        return (_status_kb("VmHWM") - before_kb) / 2**10
+    except OSError:
+        run()
+        return None
+
+
+def _status_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+@contextmanager
+def recorded_calls(owner: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Collect the arguments of every call to `owner.name` inside the block.
+
+    This is how a part is timed on the very tensors that it met inside a model.
+    """
+    original = getattr(owner, name)
+    own = name in vars(owner)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def recorder(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, recorder)
+    try:
+        yield calls
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,226 @@
+"""The command line: finds the command that was asked for, runs it, turns errors into sentences.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the module of
+the chosen command is imported, so that `--help` and `--version` answer at once, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import vla_pruner
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# Which extra brings a package that a command may find missing.
+EXTRA_OF = {
+    "robosuite": "sim",
+    "mujoco": "sim",
+    "cv2": "sim",
+    "termcolor": "sim",
+    "imageio": "sim",
+    "imageio_ffmpeg": "sim",
+    "triton": "gpu",
+}
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], "int | None"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `vla-pruner`: a line for the list, a paragraph for its own help, its code."""
+
+    summary: str
+    description: str
+    load: Callable[[], tuple[AddArguments, Run]]
+
+
+def _module(name: str) -> Callable[[], tuple[AddArguments, Run]]:
+    def load() -> tuple[AddArguments, Run]:
+        module = importlib.import_module(name)
+        return module.add_arguments, module.run
+
+    return load
+
+
+# -- the two lists -------------------------------------------------------------------------------
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="tell more about this one")
+
+
+def _pick(name: str, known: dict[str, Any], kind: str) -> Any:
+    if name not in known:
+        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vla_pruner.methods import methods
+
+    console, known = Console(), methods()
+    if args.name is None:
+        table = Table("method", "what it keeps", "from")
+        for name, method in known.items():
+            table.add_row(name, method.summary, method.paper)
+        console.print(table)
+        console.print("Options of one method: vla-pruner methods NAME", style="dim")
+        return OK
+    method = _pick(args.name, known, "method")
+    console.print(f"[bold]{args.name}[/bold]: {method.summary}", highlight=False)
+    if method.paper:
+        console.print(method.paper)
+    table = Table("option", "type", "default")
+    for option in fields(method):
+        table.add_row(option.name, str(option.type), repr(option.default))
+    console.print(table)
+    console.print(f'vp.prune(model, "{args.name}", keep=0.25)', style="dim", highlight=False)
+    return OK
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vla_pruner.models import models
+
+    known = models()
+    chosen = known if args.name is None else {args.name: _pick(args.name, known, "model family")}
+    table = Table("family", "what it covers")
+    for name, family in chosen.items():
+        table.add_row(name, family.summary)
+    Console().print(table)
+    return OK
+
+
+COMMANDS = {
+    "demo": Command(
+        "watch a small policy work in a simulator, with all and with few of its visual tokens",
+        "Runs the same pick-and-place episodes with all visual tokens and with a pruned model, "
+        "prints success, speed and cost side by side, and writes a page with videos that show "
+        "which image patches were dropped.",
+        _module("vla_pruner.evaluation.demo"),
+    ),
+    "methods": Command(
+        "list the pruning methods, or the options of one",
+        "Lists what `method=` of vp.prune and `--method` understand. With NAME: its options.",
+        lambda: (_add_name, _methods),
+    ),
+    "models": Command(
+        "list the model families that can be pruned",
+        "Lists the model families that vp.prune recognises. Any other Hugging Face decoder can be "
+        "pruned with vp.models.Decoder: see docs/adding-a-model.md.",
+        lambda: (_add_name, _models),
+    ),
+    "bench": Command(
+        "measure time, memory and FLOPs of pruned models against the full one, side by side",
+        "Runs the full model and each pruned one in turn, again and again, in one process, and "
+        "reports medians with quartiles. With the dimensions of a published model it builds that "
+        "model with random weights: time does not depend on what the weights are.",
+        _module("vla_pruner.bench.command"),
+    ),
+    "doctor": Command(
+        "check that a model sees its images and can be pruned faithfully",
+        "Loads a policy and looks for the faults that cost others days: an image that never "
+        "reaches the language model, another attention kernel when pruned, visual tokens at "
+        "other positions than expected. Exit code 1 if something is wrong.",
+        _module("vla_pruner.bench.doctor"),
+    ),
+}
+
+
+# -- parsing and errors --------------------------------------------------------------------------
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `vla-pruner`; only the command called `chosen` gets its own arguments."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the Python traceback of an error",
+    )
+    parser = argparse.ArgumentParser(
+        "vla-pruner",
+        description="Drops the visual tokens that a vision-language-action policy does not need, "
+        "and measures what that buys and costs.",
+        epilog="More about a command: vla-pruner COMMAND --help",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {vla_pruner.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.description,
+            parents=[common],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            add_arguments, run = command.load()
+            add_arguments(sub)
+            sub.set_defaults(run=run)
+    return parser
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence for an exception that ended a command."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA_OF:
+        package = str(error.name).split(".")[0]
+        extra = EXTRA_OF[package]
+        return FAILED, (
+            f"this command needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'vla-pruner[{extra}]'"
+        )
+    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError)):
+        return BAD_INPUT, str(error)
+    if isinstance(error, (RuntimeError, OSError, ImportError)):
+        return FAILED, str(error) or type(error).__name__
+    return FAILED, f"{type(error).__name__}: {error} (run again with --debug to see where)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vla-pruner` with these arguments (default: those of the process).
+
+    Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted with Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        parser = build_parser(chosen)
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return BAD_INPUT
+        return int(args.run(args) or OK)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (`| head`) went away; keep the exit from flushing to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, sentence = explain(error)
+        print(f"error: {sentence}", file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

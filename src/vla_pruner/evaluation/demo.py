@@ -1,0 +1,190 @@
+"""`vla-pruner demo`: a policy at work with all and with few of its visual tokens, on one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vla_pruner.bench.environment import stamp
+from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
+from vla_pruner.evaluation.page import write_page
+from vla_pruner.evaluation.rollouts import (
+    RESULTS,
+    EpisodeLog,
+    Setup,
+    Task,
+    progress_bar,
+    reference_task,
+    run_paired,
+)
+from vla_pruner.evaluation.summary import (
+    COLUMNS,
+    NOTES,
+    Summary,
+    cells,
+    episodes_csv,
+    rows_csv,
+    summarise,
+    write_text,
+)
+from vla_pruner.models.loading import load
+
+RECORDINGS = "recordings"
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner demo`."""
+    parser.add_argument("--method", default="vla-pruner", help="see `vla-pruner methods`")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=["0.5", "0.25"],
+        help="how many visual tokens stay: fractions such as 0.25, or numbers such as 50",
+    )
+    parser.add_argument(
+        "--policy",
+        default="mini-oft",
+        help="a policy that ships with the package (mini-oft, mini-openvla), or a folder",
+    )
+    parser.add_argument("--episodes", type=int, default=12, help="scenes, each run in every way")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="number of the first scene, among the held-out ones"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-report"), help="folder for the report"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the episodes that are in --out already"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the episodes, print the table, write the report; also what Ctrl-C leaves of them."""
+    return demo(args, reference_task())
+
+
+def demo(args: argparse.Namespace, task: Task, console: Console | None = None) -> int:
+    """`run` on any task.
+
+    Raises:
+        ValueError: impossible arguments, or a folder that this demo must not write to.
+    """
+    console = console or Console()
+    keeps = [word for words in args.keep for word in words.split(",") if word]
+    conditions = [Condition(), *(Condition.parse(f"{args.method}@{keep}") for keep in keeps)]
+    if args.method == ALL_TOKENS or len(set(conditions)) < len(conditions) or not keeps:
+        raise ValueError(
+            f"--method {args.method} --keep {' '.join(keeps)}: name a method that prunes, and "
+            "different amounts to keep"
+        )
+    seeds = task.held_out(args.episodes, args.seed)
+    prepare_folder(args.out, resume=args.resume)
+    with console.status(f"loading {args.policy} and the simulator"):
+        policy, scene = load(args.policy), task.open_scene()
+    setup = Setup.of(args.policy, policy, task)
+    log = EpisodeLog(args.out / RESULTS, setup)
+    work = log.missing(conditions, seeds)
+    total, interrupted = len(conditions) * len(seeds), False
+    try:
+        with progress_bar(console) as bar:
+            line = bar.add_task("episodes", total=total, completed=total - len(work))
+            for episode in run_paired(policy, scene, work, setup, record=lambda seed: True):
+                name = _recording(args.out, episode.condition, episode.seed)
+                write_text(name, json.dumps(episode.recording))
+                log.append(episode)
+                bar.advance(line)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        scene.close()
+    summary = summarise(
+        log.of(conditions, seeds),
+        conditions,
+        planned=total,
+        settings={**setup.as_dict(), "seeds": [seeds[0], seeds[-1]]},
+        environment=stamp(),
+    )
+    write_report(args.out, summary, conditions, task, command=command_of(args))
+    console.print(table(summary))
+    console.print(NOTES, style="dim", highlight=False)
+    page = (args.out / "index.html").resolve().as_uri()
+    if interrupted:
+        console.print(
+            f"Interrupted after {len(summary.episodes)} of {total} episodes. "
+            f"Continue with: {command_of(args)} --resume",
+            highlight=False,
+        )
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    return INTERRUPTED if interrupted else 0
+
+
+def prepare_folder(out: Path, *, resume: bool) -> None:
+    """Make room for a new report, or make sure that there is one to continue.
+
+    An earlier report is set aside as `NAME.previous`.
+
+    Raises:
+        ValueError: `out` is a file, holds something else, or there is nothing to resume.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if resume:
+        if not (out / RESULTS).exists():
+            raise ValueError(f"--resume: there is nothing to continue in {out}; leave it out")
+        return
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / RESULTS).exists():
+        raise ValueError(f"--out {out} holds something that is no demo report; name another folder")
+    previous = out.with_name(out.name + ".previous")
+    if previous.exists():
+        if not (previous / RESULTS).exists():
+            raise ValueError(f"{previous} is in the way; remove it or name another folder")
+        shutil.rmtree(previous)
+    out.rename(previous)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What to type to get the same report."""
+    words = ["vla-pruner", "demo", "--method", args.method, "--keep", *args.keep]
+    words += ["--policy", str(args.policy), "--episodes", str(args.episodes)]
+    return shlex.join([*words, "--seed", str(args.seed), "--out", str(args.out)])
+
+
+def write_report(
+    out: Path, summary: Summary, conditions: Sequence[Condition], task: Task, *, command: str
+) -> None:
+    """Write `index.html`, `results.json`, `results.csv` and `episodes.csv`."""
+    recordings: dict[tuple[str, int], dict[str, Any]] = {}
+    for episode in summary.episodes:
+        file = _recording(out, episode.condition, episode.seed)
+        if file.exists():
+            recordings[episode.condition, episode.seed] = json.loads(file.read_text("utf-8"))
+    values = {"command": command, **summary.as_dict()}
+    write_text(out / "results.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+    write_text(out / "results.csv", rows_csv(summary))
+    write_text(out / "episodes.csv", episodes_csv(summary))
+    write_page(out / "index.html", summary, conditions, recordings, command=command, hz=task.hz)
+
+
+def _recording(out: Path, condition: str, seed: int) -> Path:
+    return out / RECORDINGS / f"{condition}-{seed}.json"
+
+
+def table(summary: Summary) -> Table:
+    """The rows for a terminal."""
+    result = Table()
+    for column in COLUMNS:
+        result.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for row in summary.rows:
+        result.add_row(*cells(row))
+    return result

@@ -1,0 +1,344 @@
+"""One closed-loop episode: a policy acts in a scene; every call of it is timed and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from vla_pruner.bench.measure import time_ms
+from vla_pruner.evaluation.recording import Recorder
+from vla_pruner.methods import build
+from vla_pruner.models.prune import prune
+from vla_pruner.pruning.flops import prefill_flops, pruned_prefill_flops
+from vla_pruner.surgery.session import Session, StepReport
+
+ALL_TOKENS = "none"
+"""Name of the condition without pruning, the baseline of every comparison."""
+
+
+class Policy(Protocol):
+    """What acts: any policy with `predict_action` in the manner of OpenVLA."""
+
+    def predict_action(self, images: Any, instruction: str, proprio: Any = None) -> np.ndarray:
+        """Actions float32 `[dim]`, or a chunk of them `[chunk, dim]`."""
+
+
+class Scene(Protocol):
+    """What is acted in; `vla_pruner.reference.scene.PickPlaceScene` is one."""
+
+    def reset(self, seed: int, target: int) -> Mapping[str, Any]:
+        """Start the episode of `seed`; the result has the `instruction`."""
+
+    def observe(self, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Images uint8 `[H, W, 3]` by camera."""
+
+    def proprio(self) -> np.ndarray:
+        """State of the robot, float32 `[P]`."""
+
+    def step(self, action: np.ndarray) -> None:
+        """Apply one action `[dim]`."""
+
+    def success(self) -> bool:
+        """Whether the instruction has been carried out."""
+
+    def close(self) -> None:
+        """Free the simulator."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a policy is driven in a scene.
+
+    Args:
+        cameras: the scene's cameras, in the order that the policy expects.
+        execute: actions of a chunk that are carried out before the policy is asked again.
+        reads_state: whether the policy is given the state of the robot.
+    """
+
+    cameras: tuple[str, ...]
+    execute: int
+    reads_state: bool
+
+    def __post_init__(self) -> None:
+        if not self.cameras or self.execute < 1:
+            raise ValueError(
+                f"a policy needs at least one camera and one action per call; got "
+                f"cameras={self.cameras}, execute={self.execute}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        policy: Any,
+        available: Sequence[str],
+        *,
+        folder: Path | None = None,
+        execute: int | None = None,
+    ) -> Control:
+        """How a policy wants to be driven.
+
+        What is said under `control` in the config.json of its folder comes first. Otherwise it sees
+        the first cameras of the scene, and carries out two actions of a chunk.
+
+        Args:
+            policy: its `config` says how many images it reads, whether it gives a chunk of actions
+                and whether it reads the state of the robot.
+            available: cameras of the scene.
+            folder: where the policy was loaded from, if from a folder.
+            execute: overrides the number of actions.
+
+        Raises:
+            ValueError: a camera that the scene does not have.
+        """
+        config = getattr(policy, "config", None)
+        said: Mapping[str, Any] = {}
+        if folder is not None and (folder / "config.json").exists():
+            said = json.loads((folder / "config.json").read_text("utf-8")).get("control", {})
+        chunk = getattr(config, "chunk", 1)
+        cameras = tuple(said.get("cameras", available[: getattr(config, "num_images", 1)]))
+        if unknown := [camera for camera in cameras if camera not in available]:
+            raise ValueError(
+                f"the policy asks for the cameras {', '.join(unknown)}; "
+                f"the scene has {', '.join(available)}"
+            )
+        return cls(
+            cameras=cameras,
+            execute=execute or int(said.get("execute", min(2, chunk))),
+            reads_state=getattr(config, "proprio_dim", None) is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of running a policy.
+
+    Args:
+        method: name of a pruning method; "none" leaves the model untouched.
+        keep: fraction of the visual tokens in (0, 1], or their number; None with "none".
+    """
+
+    method: str = ALL_TOKENS
+    keep: float | int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.method == ALL_TOKENS) != (self.keep is None):
+            raise ValueError(
+                f"condition {self.name!r}: write 'none', or a method with what it keeps, such as "
+                "'vla-pruner@0.25'"
+            )
+        build(self.method, keep=self.keep)
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """The condition called "none", "vla-pruner@0.25" (a fraction) or "fastv@64" (a number).
+
+        Raises:
+            ValueError: anything else, an unknown method, or an impossible budget.
+        """
+        method, _, keep = text.strip().partition("@")
+        try:
+            value = None if not keep else int(keep) if keep.isdecimal() else float(keep)
+        except ValueError:
+            raise ValueError(
+                f"condition {text!r}: after '@' comes a fraction such as 0.25 or a number of "
+                "visual tokens such as 64"
+            ) from None
+        return cls(method, value)
+
+    @property
+    def name(self) -> str:
+        """The condition as `parse` reads it."""
+        return self.method if self.keep is None else f"{self.method}@{self.keep}"
+
+    @property
+    def label(self) -> str:
+        """The condition for people."""
+        if self.keep is None:
+            return "all tokens"
+        amount = f"{100 * self.keep:g} %" if isinstance(self.keep, float) else f"{self.keep} tokens"
+        return f"{self.method}, {amount}"
+
+    def attach(self, policy: nn.Module) -> Session | None:
+        """The session that brings the condition about; None leaves the model untouched."""
+        return None if self.keep is None else prune(policy, self.method, keep=self.keep)
+
+
+@dataclass
+class Call:
+    """One call of the policy.
+
+    Args:
+        step: steps of the scene that had been taken before.
+        latency_ms: duration of `predict_action`, images in, actions out.
+        warm_up: whether a pruning method still ran on all tokens.
+        tokens: length of the prefill, before pruning.
+        visual: visual tokens among them.
+        visual_kept: visual tokens that stay after the cut.
+        prefill_macs: multiply-accumulates of the decoder's prefill by formula (Eq. 12).
+        full_macs: the same without pruning (Eq. 11).
+    """
+
+    step: int
+    latency_ms: float
+    warm_up: bool
+    tokens: int
+    visual: int
+    visual_kept: int
+    prefill_macs: int
+    full_macs: int
+
+
+@dataclass
+class Episode:
+    """What happened in one episode.
+
+    Args:
+        condition: name of the condition, such as "none" or "vla-pruner@0.25".
+        seed: of the scene.
+        target: index of the object that was named.
+        instruction: the sentence that named it.
+        success: whether it was carried out within the step limit.
+        steps: steps of the scene.
+        calls: calls of the policy, in order.
+        recording: what the report page shows of the episode; None: not recorded.
+    """
+
+    condition: str
+    seed: int
+    target: int
+    instruction: str
+    success: bool
+    steps: int
+    calls: list[Call]
+    recording: dict[str, Any] | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the recording; calls are columns, one list per field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recording"}
+        values["calls"] = {
+            f.name: [getattr(call, f.name) for call in self.calls] for f in fields(Call)
+        }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Episode:
+        """The episode that `as_dict` described."""
+        columns = values["calls"]
+        rows = zip(*(columns[f.name] for f in fields(Call)), strict=True)
+        return cls(**{**values, "calls": [Call(*row) for row in rows]})
+
+
+def rollout(
+    policy: Any,
+    scene: Scene,
+    seed: int,
+    target: int,
+    *,
+    control: Control,
+    step_limit: int,
+    session: Session | None = None,
+    condition: str = ALL_TOKENS,
+    record: bool = False,
+) -> Episode:
+    """Let a policy act from the initial state of `seed` until it succeeds or the limit is reached.
+
+    Without a session the model is timed untouched: not even a hook is attached. Its tokens are
+    counted in one extra, untimed call.
+
+    Args:
+        policy: a `Policy` that is a `torch.nn.Module`.
+        scene: a `Scene`; it is reset first.
+        seed, target: the episode.
+        control: how the policy is driven.
+        step_limit: the episode fails after this many steps.
+        session: the pruning session attached to `policy`; it is reset first.
+        condition: name of what is being done, kept with the result.
+        record: also keep images, kept tokens and scores.
+    """
+    instruction = str(scene.reset(seed, target)["instruction"])
+    if session is not None:
+        session.reset()
+        session.episodes([seed])
+    meter: Session | None = session
+    calls: list[Call] = []
+    recorder = Recorder(policy, control.cameras) if record else None
+    steps, done = 0, False
+    while not done and steps < step_limit:
+        images = scene.observe(control.cameras)
+        if recorder is not None:
+            recorder.frame(images)
+        state = scene.proprio() if control.reads_state else None
+        views = [images[camera] for camera in control.cameras]
+        if meter is None:
+            with prune(policy, ALL_TOKENS) as meter:
+                policy.predict_action(views, instruction, proprio=state)
+        actions, latency_ms = _timed_call(policy, views, instruction, state)
+        report = _report_of(meter)
+        calls.append(_describe_call(steps, latency_ms, report, meter))
+        if recorder is not None:
+            recorder.call(steps, report)
+        for number, action in enumerate(np.atleast_2d(actions)[: control.execute]):
+            if number > 0 and recorder is not None:
+                recorder.frame(scene.observe(control.cameras))
+            scene.step(action)
+            steps += 1
+            done = scene.success()
+            if done or steps >= step_limit:
+                break
+    recording = None
+    if recorder is not None:
+        recorder.frame(scene.observe(control.cameras))
+        recording = recorder.finish()
+    return Episode(condition, seed, target, instruction, done, steps, calls, recording)
+
+
+def _timed_call(
+    policy: Any, images: list[np.ndarray], instruction: str, state: Any
+) -> tuple[np.ndarray, float]:
+    """Actions of one call and how long it took, in ms."""
+    actions: list[np.ndarray] = []
+    latency_ms = time_ms(
+        lambda: actions.append(policy.predict_action(images, instruction, proprio=state)),
+        next(policy.parameters()).device,
+    )
+    return actions[0], latency_ms
+
+
+def _report_of(session: Session) -> StepReport:
+    if session.last is None:
+        raise RuntimeError(
+            "no image reached the language model in a call of `predict_action`; run "
+            "`vla-pruner doctor` on this policy"
+        )
+    return session.last
+
+
+def _describe_call(step: int, latency_ms: float, report: StepReport, session: Session) -> Call:
+    """Counts and cost of a call, from what the session saw."""
+    config: Any = session.decoder.config
+    sizes = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "ffn": config.intermediate_size,
+    }
+    tokens, visual, kept = report.tokens_full, report.visual_full, report.visual_kept
+    cuts = session.method.cuts(config.num_hidden_layers)
+    macs = full_macs = prefill_flops(tokens, **sizes)
+    if cuts:
+        macs = pruned_prefill_flops(tokens, visual, kept, cut_layer=cuts[0], **sizes)
+    return Call(
+        step=step,
+        latency_ms=latency_ms,
+        warm_up=bool(report.warm_up[0]),
+        tokens=tokens,
+        visual=visual,
+        visual_kept=kept,
+        prefill_macs=macs,
+        full_macs=full_macs,
+    )

@@ -1,0 +1,352 @@
+"""From episodes to one row of numbers per condition: JSON, CSV, Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation.episode import ALL_TOKENS, Call, Condition, Episode
+from vla_pruner.evaluation.statistics import (
+    Interval,
+    median,
+    paired_success,
+    quantile,
+    speedup_of,
+    wilson,
+)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of a set of calls, in ms, and how much faster the baseline's median makes it.
+
+    `speedup` is the median of the baseline over the median of this, on the scenes that both
+    finished, `interval` its 95 % bootstrap interval; None without a baseline.
+    """
+
+    median_ms: float
+    p95_ms: float
+    calls: int
+    speedup: float | None
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition. Intervals are 95 %.
+
+    Args:
+        name, label: the condition, for programs and for people.
+        episodes, successes: finished episodes.
+        success: success rate in [0, 1], `success_interval` its Wilson interval.
+        gained, lost, pairs: scenes that only this condition or only the baseline solved, out of the
+            scenes that both finished; None for the baseline.
+        difference: success rate minus the baseline's on these scenes, `difference_interval` its
+            score interval, `p_value` of the exact test.
+        steps: median number of steps of the successful episodes.
+        all_calls: latency of every call of the policy.
+        pruned_calls: latency of the calls that dropped tokens; None for the baseline.
+        prefill_macs: mean cost of a prefill by formula, over all calls; `prefill_ratio` of it to
+            the same calls on all tokens; `pruned_prefill_ratio` over the calls that drop tokens.
+        visual: visual tokens of a call, `visual_kept` those that stay in calls that drop tokens.
+        warm_up_calls: share of calls that ran on all tokens because an episode had just begun.
+    """
+
+    name: str
+    label: str
+    episodes: int
+    successes: int
+    success: float
+    success_interval: Interval
+    gained: int | None
+    lost: int | None
+    pairs: int | None
+    difference: float | None
+    difference_interval: Interval | None
+    p_value: float | None
+    steps: float | None
+    all_calls: Latency
+    pruned_calls: Latency | None
+    prefill_macs: float
+    prefill_ratio: float
+    pruned_prefill_ratio: float
+    visual: int
+    visual_kept: int
+    warm_up_calls: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows, the episodes they were made from, and what they were measured on.
+
+    Conditions without a finished episode have no row.
+    """
+
+    rows: list[Row]
+    episodes: list[Episode]
+    planned: int
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned episode has finished."""
+        return len(self.episodes) == self.planned
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "complete": self.complete,
+            "planned_episodes": self.planned,
+            "settings": self.settings,
+            "environment": self.environment,
+            "rows": [asdict(row) for row in self.rows],
+            "episodes": [episode.as_dict() for episode in self.episodes],
+        }
+
+
+def summarise(
+    episodes: Sequence[Episode],
+    conditions: Sequence[Condition],
+    *,
+    planned: int,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> Summary:
+    """Compare the conditions with each other; differences and speed-ups are against "none".
+
+    Args:
+        episodes: finished episodes, in any order.
+        conditions: the rows, in order.
+        planned: how many episodes were to be run.
+        settings, environment: kept with the numbers.
+    """
+    by_name: dict[str, dict[int, Episode]] = {condition.name: {} for condition in conditions}
+    for episode in episodes:
+        by_name[episode.condition][episode.seed] = episode
+    baseline = by_name.get(ALL_TOKENS, {})
+    rows = [
+        _row(condition, by_name[condition.name], baseline)
+        for condition in conditions
+        if by_name[condition.name]
+    ]
+    return Summary(rows, list(episodes), planned, dict(settings), dict(environment))
+
+
+def _row(condition: Condition, runs: dict[int, Episode], baseline: dict[int, Episode]) -> Row:
+    pruning = condition.name != ALL_TOKENS
+    common = [seed for seed in runs if seed in baseline] if pruning else []
+    pairs = None
+    if common:
+        pairs = paired_success(
+            [baseline[seed].success for seed in common], [runs[seed].success for seed in common]
+        )
+    calls = [call for episode in runs.values() for call in episode.calls]
+    pruned = [call for call in calls if pruning and not call.warm_up]
+    solved = [episode.steps for episode in runs.values() if episode.success]
+    return Row(
+        name=condition.name,
+        label=condition.label,
+        episodes=len(runs),
+        successes=len(solved),
+        success=len(solved) / len(runs),
+        success_interval=wilson(len(solved), len(runs)),
+        gained=pairs.gained if pairs else None,
+        lost=pairs.lost if pairs else None,
+        pairs=pairs.pairs if pairs else None,
+        difference=pairs.difference if pairs else None,
+        difference_interval=pairs.interval() if pairs else None,
+        p_value=pairs.p_value() if pairs else None,
+        steps=median(solved) if solved else None,
+        all_calls=_latency(runs, baseline, common),
+        pruned_calls=_latency(runs, baseline, common, pruned_only=True) if pruned else None,
+        prefill_macs=sum(call.prefill_macs for call in calls) / len(calls),
+        prefill_ratio=_prefill_ratio(calls),
+        pruned_prefill_ratio=_prefill_ratio(pruned or calls),
+        visual=calls[0].visual,
+        visual_kept=min(call.visual_kept for call in calls),
+        warm_up_calls=sum(call.warm_up for call in calls) / len(calls),
+    )
+
+
+def _prefill_ratio(calls: Sequence[Call]) -> float:
+    return sum(call.prefill_macs for call in calls) / sum(call.full_macs for call in calls)
+
+
+def _latency(
+    runs: dict[int, Episode],
+    baseline: dict[int, Episode],
+    common: Sequence[int],
+    *,
+    pruned_only: bool = False,
+) -> Latency:
+    def latencies(episode: Episode) -> list[float]:
+        return [c.latency_ms for c in episode.calls if not (pruned_only and c.warm_up)]
+
+    everything = [value for episode in runs.values() for value in latencies(episode)]
+    speedup, interval = None, None
+    # An episode that was solved during warm-up has no pruned call to compare.
+    usable = [seed for seed in common if latencies(runs[seed])]
+    if usable:
+        before = [[call.latency_ms for call in baseline[seed].calls] for seed in usable]
+        after = [latencies(runs[seed]) for seed in usable]
+        speedup, interval = speedup_of(before, after)
+    return Latency(
+        median(everything), quantile(everything, 0.95), len(everything), speedup, interval
+    )
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "condition",
+    "success",
+    "95 %",
+    "difference",
+    "visual tokens",
+    "prefill FLOPs",
+    "latency ms, median",
+    "p95",
+    "speed-up",
+    "pruned calls ms, median",
+    "speed-up, pruned calls",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of a table for people, in the order of `COLUMNS`."""
+    pruned = row.pruned_calls
+    return (
+        row.label,
+        f"{row.successes} of {row.episodes}",
+        f"{percent(row.success_interval.low)} to {percent(row.success_interval.high)}",
+        difference_text(row),
+        f"{row.visual_kept} of {row.visual}",
+        f"{percent(row.prefill_ratio)} ({giga(row.prefill_macs)})",
+        f"{row.all_calls.median_ms:.1f}",
+        f"{row.all_calls.p95_ms:.1f}",
+        speedup_text(row.all_calls),
+        f"{pruned.median_ms:.1f}" if pruned else "-",
+        speedup_text(pruned) if pruned else "-",
+    )
+
+
+def percent(share: float) -> str:
+    """0.305 as "30 %"; below 1 % a digit more."""
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1f} %"
+
+
+def giga(macs: float) -> str:
+    """Multiply-accumulates as "1.23 G"."""
+    return f"{macs / 1e9:.3g} G"
+
+
+def difference_text(row: Row) -> str:
+    """Difference of the success rates in points, with its interval and the exact test."""
+    if row.difference is None or row.difference_interval is None:
+        return "-"
+    low, high = row.difference_interval.low, row.difference_interval.high
+    return (
+        f"{100 * row.difference:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f}), "
+        f"p = {row.p_value:.2g}"
+    )
+
+
+def speedup_text(latency: Latency) -> str:
+    """Speed-up with its interval."""
+    if latency.speedup is None or latency.interval is None:
+        return "-"
+    return f"{latency.speedup:.2f}x ({latency.interval.low:.2f} to {latency.interval.high:.2f})"
+
+
+NOTES = (
+    "Intervals: 95 %; success by Wilson, difference on the same scenes by Tango with the exact "
+    "McNemar test, speed-up by bootstrap over scenes. Latency: one whole call of the policy, "
+    "images in, actions out. Prefill FLOPs: multiply-accumulates of the decoder by formula, mean "
+    "over all calls; visual tokens: what stays in calls that drop tokens. The first calls of an "
+    "episode run on all tokens; pruned calls leave them out."
+)
+
+
+def markdown(summary: Summary) -> str:
+    """The rows as a table, and what they were measured on."""
+    lines = [f"# {summary.settings['policy']}", ""]
+    if not summary.complete:
+        lines += [f"Partial: {len(summary.episodes)} of {summary.planned} episodes.", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary.rows]
+    facts = {**summary.settings, **summary.environment}
+    lines += ["", NOTES, ""]
+    lines += [f"* {name}: {_plain(value)}" for name, value in facts.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def rows_csv(summary: Summary) -> str:
+    """One line per condition; nested values become columns such as `all_calls.median_ms`."""
+    return _csv([_flat(asdict(row)) for row in summary.rows])
+
+
+def episodes_csv(summary: Summary) -> str:
+    """One line per episode, with the median latency of its calls."""
+    return _csv(
+        [
+            {
+                "condition": episode.condition,
+                "seed": episode.seed,
+                "target": episode.target,
+                "instruction": episode.instruction,
+                "success": episode.success,
+                "steps": episode.steps,
+                "calls": len(episode.calls),
+                "median_ms": median([call.latency_ms for call in episode.calls]),
+                "pruned_median_ms": median(
+                    [call.latency_ms for call in episode.calls if not call.warm_up]
+                ),
+            }
+            for episode in summary.episodes
+        ]
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [c for c in columns if not any(o.startswith(c + ".") for o in columns)]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """Write `summary.json` and `summary.md`."""
+    write_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=1) + "\n")
+    write_text(folder / "summary.md", markdown(summary))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader, or an interruption, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

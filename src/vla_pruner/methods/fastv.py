@@ -1,0 +1,42 @@
+"""FastV: keep the visual tokens that the last prompt token attends to most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vla_pruner.methods.base import Method, SemanticRows
+from vla_pruner.pruning.selection import top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Method):
+    """Rank visual tokens by the attention of the last prefill query at layer K-1, heads averaged.
+
+    Reference: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
+    """
+
+    name: ClassVar[str] = "fastv"
+    summary: ClassVar[str] = "top attention of the last prompt token"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.06764"
+
+    @property
+    def semantic_rows(self) -> SemanticRows | None:
+        """The last query."""
+        return "last"
+
+    def choose(
+        self,
+        features: Tensor,
+        semantic: Tensor | None,
+        forecast: Tensor | None,
+        k: int,
+        *,
+        valid: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        """The k tokens with the highest semantic score: `[B, k]`, ascending."""
+        assert semantic is not None
+        return top_k(semantic, k, valid=valid)

@@ -1,0 +1,20 @@
+"""Model families. `vp.models()` lists them; the adapters for models no family knows are here."""
+
+from vla_pruner._callable import listing_package
+from vla_pruner.models.base import Adapter, Family, Layout, find_adapter, models
+from vla_pruner.models.decoder import Decoder
+from vla_pruner.models.hf_vlm import ImageTokenVLM
+from vla_pruner.models.loading import load
+
+__all__ = [
+    "Adapter",
+    "Decoder",
+    "Family",
+    "ImageTokenVLM",
+    "Layout",
+    "find_adapter",
+    "load",
+    "models",
+]
+
+listing_package(__name__)

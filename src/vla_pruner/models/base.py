@@ -1,0 +1,107 @@
+"""The registry of model families: built-in ones and those of installed packages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from torch import nn
+
+from vla_pruner.surgery.layout import Adapter, Layout
+
+__all__ = ["Adapter", "Family", "Layout", "find_adapter", "models"]
+
+GROUP = "vla_pruner.models"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A group of models that one adapter serves.
+
+    Args:
+        name: what people call it.
+        summary: what it covers, in one line.
+        matches: whether a model belongs to it; must not import the model's library.
+        make: the adapter of such a model.
+    """
+
+    name: str
+    summary: str
+    matches: Callable[[nn.Module], bool]
+    make: Callable[[nn.Module], Adapter]
+
+
+def class_named(*names: str) -> Callable[[nn.Module], bool]:
+    """A `matches` that looks at the names of a model's class and of its bases."""
+    return lambda model: any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def _made_by(module: str) -> Callable[[nn.Module], Adapter]:
+    """A `make` that imports `module` when it is needed and calls its `adapter(model)`."""
+    return lambda model: import_module(module).adapter(model)
+
+
+_BUILT_IN = (
+    Family(
+        "openvla",
+        "OpenVLA and OpenVLA-OFT, the ports of this package",
+        class_named("OpenVLA", "OpenVLAOFT"),
+        _made_by("vla_pruner.models.openvla"),
+    ),
+    Family(
+        "hf-vlm",
+        "PaliGemma, LLaVA, Qwen2-VL, Qwen2.5-VL and SmolVLM of transformers, unmodified",
+        class_named(
+            "PaliGemmaForConditionalGeneration",
+            "LlavaForConditionalGeneration",
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "SmolVLMForConditionalGeneration",
+        ),
+        _made_by("vla_pruner.models.hf_vlm"),
+    ),
+)
+
+
+def models() -> dict[str, Family]:
+    """Every known model family: the built-in ones, then those of the entry-point group.
+
+    An installed package registers a `Family` in the group `vla_pruner.models`. One that cannot be
+    loaded, is no `Family`, or takes a name that is taken is left out with a warning.
+    """
+    known = {family.name: family for family in _BUILT_IN}
+    for entry in entry_points(group=GROUP):
+        try:
+            family = entry.load()
+        except Exception as error:
+            warnings.warn(f"family {entry.name!r} ({entry.value}) left out: {error}", stacklevel=2)
+            continue
+        if not isinstance(family, Family):
+            problem = "it is not a vla_pruner.models.Family"
+        elif entry.name in known:
+            problem = "the name is taken"
+        else:
+            known[entry.name] = family
+            continue
+        warnings.warn(f"family {entry.name!r} ({entry.value}) left out: {problem}", stacklevel=2)
+    return known
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter of the first family that a model belongs to.
+
+    Raises:
+        TypeError: no family knows the model.
+    """
+    known = models()
+    for family in known.values():
+        if family.matches(model):
+            return family.make(model)
+    raise TypeError(
+        f"no model family knows {type(model).__name__} (known: {', '.join(known)}); say where its "
+        "layers and visual tokens are: vp.prune(model, ..., adapter=vp.models.Decoder("
+        'layers="model.layers", visual=slice(1, 257))).'
+    )

@@ -1,0 +1,124 @@
+"""Any decoder of transformers, with visual tokens at known positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vla_pruner.surgery.layout import Adapter, Layout
+
+
+class Decoder(Adapter):
+    """Adapter for a decoder stack that no family file knows.
+
+    Args:
+        layers: path of the layer list in the model ("model.layers"), or the list itself. The module
+            that holds the list must be the decoder, whose forward runs all layers.
+        visual: positions of the visual tokens in the prefill: a slice, or `[M]` or `[B, M]` int64,
+            ascending. They count from the first real token where an attention mask marks padding
+            on the left.
+        action_rows: "decode" for models that write the action token by token, or a slice of the
+            prefill's rows (counting from the end is safest).
+        views: visual tokens of each camera; None: one camera.
+
+    Raises:
+        TypeError, ValueError: `visual`, `views` or `action_rows` does not make sense, or the model
+            has no such `layers`.
+    """
+
+    def __init__(
+        self,
+        layers: str | nn.ModuleList = "model.layers",
+        *,
+        visual: slice | Tensor,
+        action_rows: Literal["decode"] | slice = "decode",
+        views: Sequence[int] | None = None,
+    ) -> None:
+        self._where = layers
+        self._positions = _positions(visual)
+        if action_rows != "decode" and not isinstance(action_rows, slice):
+            raise TypeError(f'`action_rows` must be "decode" or a slice; got {action_rows!r}.')
+        self._action_rows = None if action_rows == "decode" else action_rows
+        count = self._positions.shape[1]
+        self._views = (count,) if views is None else tuple(views)
+        if sum(self._views) != count or min(self._views) < 1:
+            raise ValueError(
+                f"`views={self._views}` must be positive and sum to the {count} visual tokens."
+            )
+        self._layers: Sequence[nn.Module] = ()
+        self._known: tuple[int, torch.device, Layout] | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """Find the decoder: the module that holds the layers."""
+        if isinstance(self._where, str):
+            path, _, name = self._where.rpartition(".")
+            try:
+                self.decoder = model.get_submodule(path)
+                self._layers = list(getattr(self.decoder, name))
+            except (AttributeError, TypeError):
+                raise ValueError(
+                    f"{type(model).__name__} has no layer list at {self._where!r}; it has "
+                    f"{', '.join(map(repr, _layer_lists(model))) or 'none'}."
+                ) from None
+            return
+        for module in model.modules():
+            if any(child is self._where for child in module.children()):
+                self.decoder, self._layers = module, list(self._where)
+                return
+        raise ValueError(f"the given layers are not part of this {type(model).__name__}.")
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._layers
+
+    def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
+        """The same positions in every prefill, moved right by padding.
+
+        Raises:
+            ValueError: the prefill is shorter than the last visual position.
+        """
+        length, device = inputs.shape[1], inputs.device
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if mask is None and self._known is not None and self._known[:2] == (length, device):
+            return self._known[2]
+        last = int(self._positions[:, -1].max())
+        if last >= length:
+            raise ValueError(
+                f"`visual` reaches position {last}, but this prefill has {length} tokens."
+            )
+        visual = self._positions.to(device)
+        if mask is None:
+            layout = Layout(visual, self._views, action_rows=self._action_rows)
+            self._known = (length, device, layout)
+            return layout
+        mask = mask[:, :length].to(device)
+        first_real = mask.to(torch.int8).argmax(dim=1, keepdim=True)
+        return Layout(
+            visual + first_real, self._views, valid_rows=mask, action_rows=self._action_rows
+        )
+
+
+def _positions(visual: slice | Tensor) -> Tensor:
+    """Positions `[1 or B, M]` int64."""
+    if isinstance(visual, slice):
+        if visual.start is None or visual.stop is None or visual.start < 0 or visual.stop < 0:
+            raise ValueError(f"`visual={visual}` needs a start and a stop that are not negative.")
+        positions = torch.arange(visual.start, visual.stop, visual.step or 1)[None]
+    elif isinstance(visual, Tensor):
+        positions = visual[None] if visual.ndim == 1 else visual
+    else:
+        raise TypeError(f"`visual` must be a slice or a tensor; got {type(visual).__name__}.")
+    if positions.ndim != 2 or positions.shape[1] == 0 or positions.is_floating_point():
+        raise ValueError("`visual` must name at least one position, as [M] or [B, M] integers.")
+    positions = positions.long()
+    if bool((positions[:, 1:] <= positions[:, :-1]).any()) or int(positions.min()) < 0:
+        raise ValueError("`visual` positions must be ascending, without repetition.")
+    return positions
+
+
+def _layer_lists(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]

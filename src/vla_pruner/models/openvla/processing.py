@@ -1,0 +1,292 @@
+"""Observations to model inputs and back: images, prompt, normalisation, with checks that explain.
+
+Images follow the original evaluation: resize to the policy's side with a Lanczos filter, then, for
+policies fine-tuned on random crops, cut out the middle 90 % of the area and stretch it back with
+bilinear sampling on the pixel grid of `tf.image.crop_and_resize`. Success rates depend on it: the
+policy has seen nothing but such crops. A policy trained on crops of the camera's own image says
+`crop_first` in its configuration and gets one Lanczos resize of the cut-out instead.
+The original evaluation also passes camera images through JPEG (quality 95) before the first
+resize, as its training data was stored; that is left to whoever reads the camera.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import OpenVLAConfig, OpenVLAOFTConfig
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+CROP_AREA = 0.9
+OBSERVATION_KEYS = ("images", "instruction", "proprio", "unnorm_key")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a policy reads.
+
+    `input_ids` [B, P] and `attention_mask` [B, P] (None: nothing is padded), `pixel_values`
+    [B, 6 * cameras, H, W], `proprio` [B, proprio_dim] normalised, or None.
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor
+    attention_mask: Tensor | None = None
+    proprio: Tensor | None = None
+
+
+# ---------------------------------------------------------------------- images
+def check_images(images: Any, cameras: int) -> list[np.ndarray]:
+    """One uint8 array [H, W, 3] per camera, from arrays or PIL images.
+
+    Errors: TypeError for another type or dtype, ValueError for another shape or camera count.
+    """
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+    if not isinstance(images, list | tuple | np.ndarray):
+        raise TypeError(
+            f"images must be a uint8 array [H, W, 3], a PIL image or a list of them, one per "
+            f"camera; got {type(images).__name__}"
+        )
+    if len(images) != cameras:
+        raise ValueError(
+            f"this policy sees {cameras} camera(s), got {len(images)} image(s); give one image per "
+            "camera, the third-person view first"
+        )
+    return [_check_image(image, index) for index, image in enumerate(images)]
+
+
+def _check_image(image: Any, camera: int) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"image of camera {camera} must be a numpy array or a PIL image, got "
+            f"{type(image).__name__}"
+        )
+    if image.dtype != np.uint8:
+        raise TypeError(
+            f"image of camera {camera} has dtype {image.dtype}; expected uint8 values 0..255 "
+            "(multiply by 255 and round if yours are in [0, 1])"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image of camera {camera} has shape {image.shape}; expected [height, width, 3]"
+        )
+    return image
+
+
+def prepare_image(
+    image: np.ndarray, size: int, *, center_crop: bool, crop_first: bool = False
+) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [size, size, 3] as the policy saw it in training (see above)."""
+    height, width = image.shape[:2]
+    if center_crop and crop_first:
+        margin = (1 - CROP_AREA**0.5) / 2
+        box = (margin * width, margin * height, (1 - margin) * width, (1 - margin) * height)
+        return np.asarray(_lanczos(image, size, box))
+    if (height, width) != (size, size):
+        image = np.asarray(_lanczos(image, size))
+    return crop_and_stretch(image, CROP_AREA) if center_crop else image
+
+
+def _lanczos(
+    image: np.ndarray, size: int, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    return Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def crop_and_stretch(image: np.ndarray, area: float) -> np.ndarray:
+    """Middle `area` of a uint8 image [H, W, 3], stretched back to [H, W, 3] bilinearly.
+
+    Sample points run from edge pixel to edge pixel of the cut-out, values are rounded as
+    `tf.image.convert_image_dtype` rounds: the arithmetic of the original evaluation.
+    """
+    side = np.sqrt(np.float32(area))
+    x = image.astype(np.float32) * np.float32(1 / 255)
+    x = _stretch(x, side, axis=1)
+    x = _stretch(x, side, axis=0)
+    return (np.clip(x, 0, 1) * np.float32(255.5)).astype(np.uint8)
+
+
+def _stretch(x: np.ndarray, side: np.float32, axis: int) -> np.ndarray:
+    """Sample the middle `side` of one axis at as many points as it has pixels."""
+    last = np.float32(x.shape[axis] - 1)
+    start = (1 - side) / 2
+    step = side * last / max(last, np.float32(1))
+    points = np.clip(start * last + np.arange(x.shape[axis], dtype=np.float32) * step, 0, last)
+    below = np.floor(points).astype(int)
+    above = np.ceil(points).astype(int)
+    weight = (points - below).astype(np.float32)
+    weight = weight.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    low, high = x.take(below, axis), x.take(above, axis)
+    return low + (high - low) * weight
+
+
+def normalise_pixels(images: Tensor, config: OpenVLAConfig) -> Tensor:
+    """uint8 [B, cameras, H, W, 3] to fp32 [B, 6 * cameras, H, W], colours as each tower wants."""
+    x = images.permute(0, 1, 4, 2, 3).to(torch.float32) / 255
+    per_tower = []
+    for tower in config.towers:
+        mean = torch.tensor(tower.mean, device=x.device).view(3, 1, 1)
+        std = torch.tensor(tower.std, device=x.device).view(3, 1, 1)
+        per_tower.append((x - mean) / std)
+    return torch.cat(per_tower, dim=2).flatten(1, 2)
+
+
+# ---------------------------------------------------------------------- prompt
+def tokenize(
+    instructions: Sequence[str], tokenizer: Any, config: OpenVLAConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts [B, P], padded on the left, and their mask (None when all have the same length).
+
+    The prompt ends with the empty token, which stood there in training and which the tokenizer
+    does not produce.
+    """
+    rows = []
+    for instruction in instructions:
+        text = PROMPT.format(instruction=instruction.lower())
+        ids = list(tokenizer(text)["input_ids"])
+        if ids[-1] != config.empty_token_id:
+            ids.append(config.empty_token_id)
+        rows.append(ids)
+    longest = max(map(len, rows))
+    padding = [longest - len(ids) for ids in rows]
+    padded = [[config.pad_token_id] * n + ids for n, ids in zip(padding, rows, strict=True)]
+    if not any(padding):
+        return torch.tensor(padded), None
+    mask = [[0] * n + [1] * (longest - n) for n in padding]
+    return torch.tensor(padded), torch.tensor(mask)
+
+
+def check_instruction(instruction: Any) -> str:
+    """A non-empty sentence. Errors: TypeError or ValueError."""
+    if not isinstance(instruction, str):
+        raise TypeError(
+            f"instruction must be a string such as 'pick up the can', got "
+            f"{type(instruction).__name__}"
+        )
+    if not instruction.strip():
+        raise ValueError("instruction is empty; say what the robot should do")
+    return instruction
+
+
+def check_observation(observation: Any, config: OpenVLAConfig) -> dict[str, Any]:
+    """Checked copy of one observation: `images` as a list, `instruction`, `proprio`, `unnorm_key`.
+
+    Errors: TypeError and ValueError that name the entry.
+    """
+    if not isinstance(observation, Mapping):
+        raise TypeError(
+            f"an observation is a dict with {', '.join(OBSERVATION_KEYS)}; got "
+            f"{type(observation).__name__}"
+        )
+    unknown = sorted(set(observation) - set(OBSERVATION_KEYS))
+    missing = [key for key in ("images", "instruction") if key not in observation]
+    if unknown or missing:
+        raise ValueError(
+            f"observation has unknown entries {unknown} and lacks {missing}; expected "
+            f"{', '.join(OBSERVATION_KEYS)} (the last two where the policy needs them)"
+        )
+    return {
+        "images": check_images(observation["images"], config.num_images),
+        "instruction": check_instruction(observation["instruction"]),
+        "proprio": check_proprio(observation.get("proprio"), config),
+        "unnorm_key": observation.get("unnorm_key"),
+    }
+
+
+# ---------------------------------------------------------------------- numbers
+def check_proprio(proprio: Any, config: OpenVLAConfig) -> np.ndarray | None:
+    """Robot state fp64 [proprio_dim], or None for a policy without one.
+
+    Errors: ValueError when it is missing, not wanted, of another shape or not finite.
+    """
+    wanted = config.proprio_dim if isinstance(config, OpenVLAOFTConfig) else None
+    if wanted is None:
+        if proprio is not None:
+            raise ValueError("this policy reads no robot state; leave `proprio` out")
+        return None
+    if proprio is None:
+        raise ValueError(f"this policy reads a robot state: give `proprio` with {wanted} numbers")
+    state = np.asarray(proprio, dtype=np.float64)
+    if state.shape != (wanted,):
+        raise ValueError(f"proprio has shape {state.shape}; expected ({wanted},)")
+    if not np.isfinite(state).all():
+        raise ValueError(f"proprio is not finite: {state.tolist()}")
+    return state
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The interval of each dimension that a policy knows as [-1, 1]; arrays [dim].
+
+    Dimensions outside `mask` (a gripper command) are passed through.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    mask: np.ndarray
+    epsilon: float = 0.0
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Robot units to [-1, 1], clipped."""
+        span = self.high - self.low + self.epsilon
+        scaled = 2 * (values - self.low) / np.where(span == 0, 1.0, span) - 1
+        return np.clip(np.where(self.mask, scaled, values), -1.0, 1.0)
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """[-1, 1] to robot units."""
+        span = self.high - self.low + self.epsilon
+        return np.where(self.mask, 0.5 * (values + 1) * span + self.low, values)
+
+
+def resolve_key(norm_stats: Mapping[str, Any], key: str | None) -> str:
+    """The dataset whose statistics to use; a LIBERO suite also finds its `_no_noops` statistics.
+
+    Errors: ValueError with the known keys.
+    """
+    known = ", ".join(sorted(norm_stats)) or "none: this model carries no statistics"
+    if key is None:
+        if len(norm_stats) == 1:
+            return next(iter(norm_stats))
+        raise ValueError(f"choose the statistics to un-normalise with, `unnorm_key=` ({known})")
+    for name in (key, f"{key}_no_noops"):
+        if name in norm_stats:
+            return name
+    raise ValueError(f"unknown unnorm_key {key!r}; this model knows: {known}")
+
+
+def bounds(config: OpenVLAConfig, key: str | None, what: str) -> Bounds:
+    """Bounds of `what` ("action" or "proprio") in dataset `key`.
+
+    Errors: ValueError for an unknown key or missing statistics.
+    """
+    key = resolve_key(config.norm_stats, key)
+    entry = config.norm_stats[key].get(what)
+    low_name, high_name, epsilon = "q01", "q99", 0.0
+    if isinstance(config, OpenVLAOFTConfig):
+        epsilon = 1e-8
+        if config.bounds == "min-max":
+            low_name, high_name = "min", "max"
+    if not entry or low_name not in entry or high_name not in entry:
+        raise ValueError(
+            f"the statistics {key!r} have no {low_name}/{high_name} for {what!r}; add them to "
+            "dataset_statistics.json"
+        )
+    low = np.asarray(entry[low_name], dtype=np.float64)
+    high = np.asarray(entry[high_name], dtype=np.float64)
+    mask = np.asarray(entry.get("mask", np.ones(low.shape)), dtype=bool)
+    size = config.action_dim if what == "action" else getattr(config, "proprio_dim", None)
+    if not low.shape == high.shape == mask.shape == (size,):
+        raise ValueError(
+            f"the {what} statistics {key!r} have {low.shape}, {high.shape} and mask {mask.shape} "
+            f"entries; this policy has {size} dimensions"
+        )
+    return Bounds(low, high, mask, epsilon=epsilon)

@@ -1,0 +1,1 @@
+"""Judging and choosing visual tokens: pure tensor functions that know no model."""

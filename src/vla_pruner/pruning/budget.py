@@ -1,0 +1,76 @@
+"""How many visual tokens stay: a fraction or a count, over all views or in each view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["global", "view"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Number of visual tokens that stay.
+
+    Args:
+        keep: a float in (0, 1] is a fraction of the visual tokens, an int >= 1 a number of them
+            (`1.0` keeps all, `1` keeps one).
+        scope: "global": one budget over the tokens of all views (the paper); "view": the same
+            `keep` in each view.
+
+    Raises:
+        ValueError: a `keep` or `scope` that is none of these.
+    """
+
+    keep: float | int
+    scope: Scope = "global"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.scope not in ("global", "view"):
+            raise ValueError(f'`budget={self.scope!r}` is unknown; use "global" or "view".')
+
+    def resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens to keep: `(k,)` for a global budget, one number per view otherwise.
+
+        Fractions are rounded as Python rounds (half to even), and at least one token stays.
+
+        Args:
+            views: visual tokens of each view (camera).
+
+        Raises:
+            ValueError: a count larger than the number of visual tokens.
+        """
+        if not views or min(views) < 1:
+            raise ValueError(f"every view needs at least one visual token; got views={views}.")
+        if self.scope == "global":
+            return (self._count(sum(views), f"{sum(views)} visual tokens of the input"),)
+        return tuple(
+            self._count(size, f"{size} visual tokens of view {number}")
+            for number, size in enumerate(views)
+        )
+
+    def _count(self, size: int, what: str) -> int:
+        if isinstance(self.keep, float):
+            return max(1, round(self.keep * size))
+        if self.keep > size:
+            raise ValueError(
+                f"`keep={self.keep}` asks for more than the {what}; "
+                f"use a fraction in (0, 1] or at most {size}."
+            )
+        return self.keep
+
+
+def check_keep(keep: float | int) -> None:
+    """Refuse a `keep` that is neither a fraction in (0, 1] nor a positive count (ValueError)."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise ValueError(
+            f"`keep={keep!r}` is not a number; use a fraction in (0, 1] or a number of tokens."
+        )
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+        raise ValueError(
+            f"`keep={keep}` is not in (0, 1]; a float is the fraction of visual tokens that stay, "
+            "an int their number."
+        )
+    if isinstance(keep, int) and keep < 1:
+        raise ValueError(f"`keep={keep}` would drop every visual token; keep at least 1.")

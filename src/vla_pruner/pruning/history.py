@@ -1,0 +1,53 @@
+"""Forecasts of the action score from what earlier steps of an episode observed (Eq. 6 and 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decaying_window(
+    history: Tensor, count: Tensor, *, gamma: float, newest_heaviest: bool = True
+) -> Tensor:
+    """Weighted sum of the last w observations, `sum_i gamma^i S^(t-i)` (Eq. 7).
+
+    Args:
+        history: `[B, w, M]`, newest first.
+        count: `[B]`, how many entries of each row are real; the others are ignored, NaN or not.
+        gamma: decay rate in [0, 1].
+        newest_heaviest: True as in the paper, i-th newest entry weighs `gamma ** i`. False as in
+            the public release: the oldest of the `count` entries weighs 1, the newest
+            `gamma ** (count - 1)`.
+
+    Returns:
+        `[B, M]` fp32; 0 where nothing was observed. The scale means nothing: scores are ranked.
+    """
+    window = history.shape[1]
+    age = torch.arange(1, window + 1, device=history.device)
+    count = count.to(history.device)[:, None]
+    power = age.expand(count.shape[0], window) if newest_heaviest else count - age
+    weight = torch.full_like(power, gamma, dtype=torch.float32).pow(power.clamp(min=0))
+    real = (age <= count)[..., None]
+    return torch.where(real, history.float() * weight[..., None], 0.0).sum(dim=1)
+
+
+def ema_update(previous: Tensor, observed: Tensor, alpha: float, first: Tensor) -> Tensor:
+    """One step of the exponential moving average, `(1 - alpha) previous + alpha observed` (Eq. 6).
+
+    Args:
+        previous: `[B, M]`, the forecast so far.
+        observed: `[B, M]`, what the finished step showed.
+        alpha: weight of the observation, in [0, 1].
+        first: `[B]` bool, True where there is no forecast yet: the observation starts it.
+
+    Returns:
+        `[B, M]` fp32.
+    """
+    observed = observed.float()
+    mixed = (1.0 - alpha) * previous.float() + alpha * observed
+    return torch.where(first.to(observed.device)[:, None], observed, mixed)
+
+
+def push(history: Tensor, observed: Tensor) -> Tensor:
+    """Put `observed` `[B, M]` in front of `history` `[B, w, M]`; the oldest entry falls out."""
+    return torch.cat([observed[:, None].to(history.dtype), history[:, :-1]], dim=1)

@@ -1,0 +1,264 @@
+"""Choosing which visual tokens stay: top-k, and a greedy max-min search (Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+First = Literal["second-nearest", "nearest"]
+
+# Rows of the Gram matrix computed at once on the CPU, where only its upper half is needed.
+_PANEL = 64
+
+
+@torch.no_grad()
+def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
+    """Indices of the k largest scores, compared in fp32; ties go to the lowest index.
+
+    Args:
+        scores: `[..., n]`.
+        k: how many, 1 <= k <= n.
+        valid: `[..., n]` bool; False comes after everything else, lowest index first.
+
+    Returns:
+        `[..., k]` int64, ascending.
+
+    Raises:
+        ValueError: k out of range, or a NaN among the scores (not looked for while compiling).
+    """
+    _check_k(k, scores.shape[-1])
+    scores = scores.float()
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("-inf"))
+    _refuse_nan(scores, "scores")
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(dim=-1).values
+
+
+@torch.no_grad()
+def max_min_filter(
+    features: Tensor,
+    k: int,
+    *,
+    candidates: Tensor | None = None,
+    first: First = "second-nearest",
+) -> Tensor:
+    """Greedy max-min search for k dissimilar tokens (Algorithm 1), cosine distance, fp32.
+
+    Each step takes the token whose nearest chosen token is farthest; ties go to the lowest index.
+    A running minimum makes the search itself O(k n) after one Gram matrix. A feature of length zero
+    has distance 1 to all others. On a GPU the Gram matrix is fp32 as long as TF32 is not switched
+    on globally.
+
+    Args:
+        features: `[n, d]` or `[B, n, d]`, any floating dtype.
+        k: how many, 1 <= k <= number of candidates.
+        candidates: the tokens to choose from: bool `[n]` or `[B, n]`, or int64 indices `[m]` or
+            `[B, m]`; None: all.
+        first: which token starts: the one whose second-nearest other candidate is farthest (the
+            paper), or the one whose nearest is ("nearest", the public release).
+
+    Returns:
+        `[k]` or `[B, k]` int64, in the order picked.
+
+    Raises:
+        ValueError: k out of range, fewer candidates than k, or candidates with features that are
+            NaN or infinite (the last two are not looked for while compiling on a GPU).
+    """
+    if first not in ("second-nearest", "nearest"):
+        raise ValueError(f'`first={first!r}` is unknown; use "second-nearest" or "nearest".')
+    if features.ndim not in (2, 3):
+        raise ValueError(f"features must be [n, d] or [B, n, d]; got {tuple(features.shape)}.")
+    batched = features if features.ndim == 3 else features[None]
+    size = batched.shape[1]
+    _check_k(k, size)
+    mask = _candidate_mask(candidates, batched)
+    if features.is_cuda and _may_read(features):
+        _check_candidates(batched, mask, k)
+    chosen = _max_min_search(batched.detach(), mask, k, first == "nearest")
+    return chosen if features.ndim == 3 else chosen[0]
+
+
+@torch.no_grad()
+def combine_then_filter(
+    features: Tensor,
+    semantic: Tensor,
+    action: Tensor | None,
+    k: int,
+    *,
+    first: First = "second-nearest",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Dual-level selection (Algorithm 2): pool the top k of both scores, keep the k most diverse.
+
+    Args:
+        features: `[n, d]` or `[B, n, d]`, visual embeddings as they enter layer 0.
+        semantic: `[n]` or `[B, n]`, prefill score.
+        action: like `semantic`, forecast of the action score; None leaves the top k of `semantic`.
+        k: how many stay, 1 <= k <= n.
+        first: see `max_min_filter`.
+        valid: bool, like `semantic`; False for tokens that are candidates of nothing. They fill up
+            the budget, lowest index first, only where fewer than k tokens are valid.
+
+    Returns:
+        `[k]` or `[B, k]` int64, ascending.
+
+    Raises:
+        ValueError: k out of range, shapes that do not fit, NaN scores, or NaN or infinite features
+            among the pooled tokens (see `top_k` and `max_min_filter`).
+    """
+    for name, scores in (("semantic", semantic), ("action", action), ("valid", valid)):
+        if scores is not None and scores.shape != features.shape[:-1]:
+            raise ValueError(
+                f"{name} must be {tuple(features.shape[:-1])} to match the features; "
+                f"got {tuple(scores.shape)}."
+            )
+    best = top_k(semantic, k, valid=valid)
+    if action is None or k == features.shape[-2]:
+        return best
+    pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
+    pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
+    chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
+    return chosen.sort(dim=-1).values
+
+
+# One operator, so that a compiled graph holds one node instead of k unrolled steps.
+@torch.library.custom_op("vla_pruner::max_min_search", mutates_args=())
+def _max_min_search(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
+    """`features` [B, n, d], `candidates` bool [B, n] -> [B, k] in the order picked."""
+    # Autocast would turn the fp32 product into a bf16 one.
+    with torch.autocast(features.device.type, enabled=False):
+        if features.device.type == "cpu":
+            rows = [
+                _search_on_cpu(row, mask, k, nearest)
+                for row, mask in zip(features, candidates, strict=True)
+            ]
+            return torch.stack(rows)
+        return _search_on_device(features, candidates, k, nearest)
+
+
+@_max_min_search.register_fake
+def _(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
+    return features.new_empty((features.shape[0], k), dtype=torch.int64)
+
+
+def _search_on_device(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
+    """Batched search of static shape, without a read-back: fit for CUDA graphs."""
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    distance = 1.0 - unit @ unit.transpose(1, 2)
+    others = distance.masked_fill(~candidates[:, None], float("inf"))
+    others.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    score = others.amin(dim=-1) if nearest else _second_smallest(others)
+    best = torch.full_like(score, float("inf")).masked_fill_(~candidates, float("-inf"))
+    pick = score.masked_fill(~candidates, float("-inf")).argmax(dim=1, keepdim=True)
+    picks = [pick]
+    for _ in range(k - 1):
+        row = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        best = torch.minimum(best, row).scatter_(1, pick, float("-inf"))
+        pick = best.argmax(dim=1, keepdim=True)
+        picks.append(pick)
+    return torch.cat(picks, dim=1)
+
+
+def _search_on_cpu(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
+    """Search for one row: features [n, d], candidates bool [n] -> [k].
+
+    Only the candidates enter the Gram matrix, and the k steps run in NumPy, whose calls cost a
+    fraction of PyTorch's at this size.
+    """
+    index = candidates.nonzero().squeeze(1)
+    if k > len(index):
+        raise ValueError(_TOO_FEW.format(k=k, count=len(index)))
+    unit = features.index_select(0, index).float()
+    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    if not torch.isfinite(length).all():
+        raise ValueError(_NOT_FINITE)
+    unit = unit / length.clamp_min(1e-12)
+    distance = _gram(unit).neg_().add_(1.0)
+    distance.fill_diagonal_(float("inf"))
+    score = distance.amin(dim=1) if nearest else _second_smallest(distance)
+    rows = distance.numpy()
+    best = np.full(len(index), np.inf, dtype=np.float32)
+    pick = int(score.argmax())
+    picks = [pick]
+    for _ in range(k - 1):
+        np.minimum(best, rows[pick], out=best)
+        best[pick] = -np.inf
+        pick = int(best.argmax())
+        picks.append(pick)
+    return index[torch.tensor(picks)]
+
+
+def _second_smallest(distance: Tensor) -> Tensor:
+    """Second smallest entry of each row `[..., n, n]` -> `[..., n]`; inf where n is 1."""
+    if distance.shape[-1] == 1:
+        return distance[..., 0]
+    return distance.topk(2, dim=-1, largest=False).values[..., 1]
+
+
+def _gram(features: Tensor) -> Tensor:
+    """`features @ features.T` of fp32 [n, d], by panels of its upper half."""
+    size = features.shape[0]
+    gram = features.new_empty(size, size)
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        panel = features[start:stop] @ features[start:].T
+        gram[start:stop, start:] = panel
+        gram[stop:, start:stop] = panel[:, stop - start :].T
+    return gram
+
+
+def _candidate_mask(candidates: Tensor | None, features: Tensor) -> Tensor:
+    """Bool `[B, n]` from whatever form the candidates came in."""
+    batch, size = features.shape[:2]
+    mask = torch.zeros(batch, size, dtype=torch.bool, device=features.device)
+    if candidates is None:
+        return ~mask
+    candidates = candidates.to(features.device)
+    if candidates.dtype == torch.bool:
+        if candidates.shape[-1] != size:
+            raise ValueError(
+                f"a bool `candidates` must have one entry for each of the {size} tokens; "
+                f"got {tuple(candidates.shape)}."
+            )
+        return candidates.expand(batch, size)
+    return mask.scatter(1, candidates.expand(batch, candidates.shape[-1]), True)
+
+
+def _check_k(k: int, size: int) -> None:
+    if not 1 <= k <= size:
+        raise ValueError(f"`k={k}` must lie in 1..{size}, the number of tokens.")
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is compiled or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _refuse_nan(scores: Tensor, name: str) -> None:
+    if _may_read(scores) and bool(scores.isnan().any()):
+        raise ValueError(
+            f"{name} contain NaN; a row of attention was fully masked or the model overflowed."
+        )
+
+
+def _check_candidates(features: Tensor, mask: Tensor, k: int) -> None:
+    """What the search on the CPU checks as it goes, for a search that never reads back."""
+    fewest = int(mask.sum(dim=1).min())
+    if fewest < k:
+        raise ValueError(_TOO_FEW.format(k=k, count=fewest))
+    squared = features.float().square().sum(dim=-1)
+    if not bool((torch.isfinite(squared) | ~mask).all()):
+        raise ValueError(_NOT_FINITE)
+
+
+_TOO_FEW = "`k={k}` asks for more than the {count} candidates."
+_NOT_FINITE = (
+    "features of a candidate token are NaN or infinite (or overflow when squared); "
+    "the model's visual embeddings are broken before any token is cut."
+)

@@ -1,0 +1,1 @@
+"""The embedded reference task: a small language-conditioned pick-and-place benchmark."""

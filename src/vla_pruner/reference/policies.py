@@ -1,0 +1,131 @@
+"""Sizes, tokenizer and control settings of the two policies that are trained here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..models.openvla.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OpenVLAConfig,
+    OpenVLAOFTConfig,
+    TowerConfig,
+)
+from .task import INSTRUCTION_TEMPLATES, OBJECT_NAMES
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+
+VOCABULARY = 512
+"""Embedding rows: words first, then 256 action tokens, then 64 rows of padding."""
+
+_WORDS = VOCABULARY - 64 - 256
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+_ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'-\n▁"
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a policy is driven in the simulator.
+
+    Attributes
+    ----------
+    cameras : names of the scene's cameras, in the order the policy expects.
+    execute : actions of a chunk that are carried out before the policy is asked again.
+    """
+
+    cameras: tuple[str, ...]
+    execute: int
+
+
+CONTROL = {
+    "mini-openvla": Control(("agentview",), 1),
+    "mini-oft": Control(("agentview", "wrist"), 2),
+}
+
+
+def towers(grid: int = 10) -> tuple[TowerConfig, TowerConfig]:
+    """Two small vision towers with `grid` x `grid` patches of 14 pixels."""
+    size = {"width": 96, "depth": 4, "heads": 3, "mlp": 384, "image_size": 14 * grid}
+    first = TowerConfig(
+        **size,  # type: ignore[arg-type]
+        class_token=True,
+        register_tokens=1,
+        layer_scale=1.0,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    return first, TowerConfig(**size)  # type: ignore[arg-type]
+
+
+def config(name: str, grid: int = 10) -> OpenVLAConfig:
+    """Configuration of "mini-openvla" or "mini-oft"."""
+    shared = {
+        "towers": towers(grid),
+        "text": {
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.06,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        },
+        "empty_token_id": tokenizer().convert_tokens_to_ids("▁"),
+        "stop_token_id": 2,
+        "pad_token_id": 3,
+        "crop_first": True,
+    }
+    if name == "mini-openvla":
+        return OpenVLAConfig(**shared)  # type: ignore[arg-type]
+    if name == "mini-oft":
+        return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)  # type: ignore[arg-type]
+    raise ValueError(f"There is no reference policy `{name}`; choose from {', '.join(CONTROL)}.")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer trained on the prompts of the task; deterministic."""
+    corpus = [
+        PROMPT.format(instruction=template.format(object=name))
+        for template in INSTRUCTION_TEMPLATES
+        for name in OBJECT_NAMES
+    ]
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=_WORDS,
+        initial_alphabet=sorted(set(_ALPHABET)),
+        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
+        show_progress=False,
+    )
+    core.train_from_iterator(corpus, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+    )
+
+
+def write_control(name: str, folder: Path) -> None:
+    """Record in a policy folder's config.json how the policy is to be driven."""
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text())
+    values["control"] = {"cameras": list(CONTROL[name].cameras), "execute": CONTROL[name].execute}
+    path.write_text(json.dumps(values, indent=2) + "\n")

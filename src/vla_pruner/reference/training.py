@@ -1,0 +1,417 @@
+"""Training of the reference policies: behaviour cloning with resumable checkpoints.
+
+Three stages, each on all visual tokens:
+
+1. `vision`: both towers and the projector learn to point at the four objects and at the gripper.
+2. `mini-openvla`: starts from stage 1; next-token prediction of the seven action tokens.
+3. `mini-oft`: starts from stage 2, as OpenVLA-OFT starts from OpenVLA; L1 on the action chunk.
+
+Small auxiliary heads (where the objects are, where the named one is) shorten the training and are
+thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.openvla.modeling import OpenVLA, insert_after_bos, widen_mask
+from ..models.openvla.oft import OpenVLAOFT
+from . import policies
+from .dataset import Batch, Demonstrations
+from .task import CAMERAS
+
+STAGES = ("vision", "mini-openvla", "mini-oft")
+_POINTS = 5
+_RELATION_SCALE_M = 0.2
+_SMALLEST_REACH = 0.1
+"""Action dimensions that hardly move are not blown up to the full range."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run depends on.
+
+    Attributes
+    ----------
+    minutes : wall-clock length of the stage; the learning rate decays to zero at its end.
+    steps : if given, the length in optimiser steps instead.
+    """
+
+    stage: str
+    minutes: float = 60.0
+    steps: int | None = None
+    batch: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    average: float = 0.998
+    other_target: float = 0.3
+    seed: int = 0
+    grid: int = 10
+    device: str = "cpu"
+
+
+class Helpers(nn.Module):
+    """Auxiliary heads used in training alone.
+
+    `where` scores every visual token for each of the four objects and the gripper and gives the
+    point's offset inside the token's patch; `relation` reads gripper position and the vector to
+    the named object from the last prompt row.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.where = nn.Linear(hidden, 3 * _POINTS)
+        self.norm = nn.LayerNorm(hidden)
+        self.relation = nn.Linear(hidden, 6)
+
+    def point_loss(self, visual: Tensor, points: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over patches plus L1 of the offset, and the mean pixel error.
+
+        `visual` [N, grid * grid, D]; `points` [N, 5, 2] in [0, 1], outside where out of view.
+        """
+        logits, offsets = self.where(visual).float().split([_POINTS, 2 * _POINTS], dim=-1)
+        inside = ((points > 0) & (points < 1)).all(-1)  # [N, 5]
+        cell = (points.clamp(0, 0.999) * grid).long()
+        patch = cell[..., 1] * grid + cell[..., 0]
+        choose = F.cross_entropy(
+            logits.transpose(1, 2).reshape(-1, grid * grid), patch.reshape(-1), reduction="none"
+        ).reshape_as(inside)
+        centre = (cell.float() + 0.5) / grid
+        index = patch[..., None, None].expand(-1, -1, 1, 2)  # [N, 5, 1, 2]
+        own = offsets.unflatten(-1, (_POINTS, 2)).transpose(1, 2).gather(2, index)[:, :, 0]
+        miss = (own / grid + centre - points).abs().sum(-1)
+        seen = inside.float()
+        total = seen.sum().clamp_min(1)
+        loss = ((choose + 10 * miss) * seen).sum() / total
+        guess = logits.argmax(1)  # [N, 5]
+        column, row = guess % grid, guess // grid
+        best = torch.stack([column, row], -1).float().add(0.5) / grid
+        picked = offsets.unflatten(-1, (_POINTS, 2)).transpose(1, 2)
+        picked = picked.gather(2, guess[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+        error = ((best + picked / grid - points).norm(dim=-1) * seen).sum() / total
+        return loss, error.detach()
+
+    def relation_loss(self, row: Tensor, relation: Tensor) -> Tensor:
+        """L1 between what the row `[B, D]` says and `relation` `[B, 6]` (m)."""
+        said = self.relation(self.norm(row.float()))
+        origin = relation.new_tensor([0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
+        return (said - (relation - origin) / _RELATION_SCALE_M).abs().mean()
+
+
+class Trainer:
+    """One stage: model, helpers, optimiser and averaged weights; saved and resumed as one file."""
+
+    def __init__(self, settings: Settings, data: Demonstrations, folder: Path) -> None:
+        if settings.stage not in STAGES:
+            raise ValueError(
+                f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
+            )
+        torch.manual_seed(settings.seed)
+        self.settings, self.data, self.folder = settings, data, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = "mini-openvla" if settings.stage == "vision" else settings.stage
+        self.config = policies.config(name, settings.grid)
+        build = OpenVLAOFT if name == "mini-oft" else OpenVLA
+        self.device = torch.device(settings.device)
+        self.model = build.build(self.config, device=self.device)
+        self.model.train()
+        self._visual: list[Tensor] = []
+        self.model.projector.register_forward_hook(self._keep_visual)
+        self.tokenizer = policies.tokenizer()
+        self.helpers = Helpers(int(self.config.text["hidden_size"])).to(self.device)
+        if settings.stage == "mini-openvla":
+            self.load_weights(self.folder / "vision.pt")
+        elif settings.stage == "mini-oft":
+            self.load_weights(self.folder / "mini-openvla.pt")
+        self.parameters = [*self.model.parameters(), *self.helpers.parameters()]
+        matrices = [p for name, p in self.model.named_parameters() if _is_matrix(name, p)]
+        taken = {id(parameter) for parameter in matrices}
+        others = [p for p in self.parameters if id(p) not in taken]
+        rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), **rates),
+        )
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.step, self.elapsed_s = 0, 0.0
+        self.rng = np.random.default_rng(settings.seed)
+        self.colours = [
+            torch.tensor([getattr(tower, name) for tower in self.config.towers], device=self.device)
+            for name in ("mean", "std")
+        ]
+        self.action_bounds = _wide_enough(*data.action_quantiles())
+        self.proprio_bounds = data.proprio_quantiles()
+
+    # ------------------------------------------------------------------ losses
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Total loss of a batch and its parts for the log."""
+        pixels = self.pixels(batch.images)
+        model, points = self.model, self._tensor(batch.points)
+        if self.settings.stage == "vision":
+            count = len(CAMERAS)
+            visual = model.visual_embeds(pixels.unflatten(1, (count, 6)).flatten(0, 1))
+            loss, error = self.helpers.point_loss(visual, points.flatten(0, 1), self.settings.grid)
+            return loss, {"points": loss.item(), "error": error.item()}
+
+        actions = self._tensor(_normalised(batch.actions, self.action_bounds))
+        ids, mask = self.prompts(batch.instructions)
+        if isinstance(model, OpenVLAOFT):
+            row, acting, parts = self._chunk_loss(batch, pixels, ids, mask, actions)
+        else:
+            row, acting, parts = self._token_loss(pixels, ids, mask, actions[:, 0])
+        visual, cameras = self._visual[0], self.config.num_images
+        pointing, error = self.helpers.point_loss(
+            visual.unflatten(1, (cameras, -1)).flatten(0, 1),
+            points[:, :cameras].flatten(0, 1),
+            self.settings.grid,
+        )
+        relation = self.helpers.relation_loss(row, self._tensor(batch.relation))
+        loss = acting + 0.1 * pointing + 0.3 * relation
+        return loss, {
+            **parts,
+            "points": pointing.item(),
+            "error": error.item(),
+            "relation": relation.item(),
+        }
+
+    def _keep_visual(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self._visual = [output]
+
+    def _token_loss(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Cross-entropy of the seven action tokens against bins blurred over their neighbours."""
+        model = self.model
+        tokens = self._tensor(model.encode_actions(action.cpu().numpy()))  # [B, 7]
+        ids = torch.cat([ids, tokens[:, :-1]], dim=1)
+        mask = torch.cat([mask, mask.new_ones(tokens[:, :-1].shape)], dim=1)
+        table = model.language_model.get_input_embeddings()
+        visual = model.visual_embeds(pixels)
+        embeds = insert_after_bos(table(ids), visual, mask)
+        wide = widen_mask(mask, visual.shape[1])
+        assert wide is not None
+        hidden = model.language_model.model(
+            inputs_embeds=embeds,
+            attention_mask=wide,
+            position_ids=(wide.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state[:, -tokens.shape[1] :]
+        end = self.config.action_vocab_end
+        logits = model.language_model.lm_head(hidden).float()
+        # Action token `end - 1 - b` holds bin b.
+        bins = torch.arange(self.config.n_action_bins)
+        centres = self._tensor(model.decode_actions((end - 1 - bins).numpy())).float()
+        away = (action[..., None] - centres) / 0.012
+        wanted = torch.softmax(-0.5 * away.square(), dim=-1)  # [B, 7, bins]
+        scores = torch.log_softmax(logits, dim=-1)[..., end - self.config.n_action_bins : end]
+        loss = -(wanted * scores.flip(-1)).sum(-1).mean()
+        guess = centres[scores.flip(-1).argmax(-1)]
+        error = (guess - action).abs()
+        return (
+            hidden[:, 0],
+            loss,
+            {"tokens": loss.item(), "l1": error[:, :6].mean().item(),
+             "gripper": (error[:, 6] > 1).float().mean().item()},
+        )
+
+    def _chunk_loss(
+        self, batch: Batch, pixels: Tensor, ids: Tensor, mask: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """L1 over the known actions of the chunk."""
+        model = self.model
+        assert isinstance(model, OpenVLAOFT)
+        proprio = self._tensor(_normalised(batch.proprio, self.proprio_bounds))
+        hidden = model.action_hidden(ids, pixels, proprio, mask)
+        said = model.action_head(hidden).float()
+        valid = self._tensor(batch.action_valid).float()[..., None]
+        error = (said - actions).abs()
+        near_first = torch.linspace(1.5, 0.5, actions.shape[1], device=self.device)
+        weight = valid * near_first[None, :, None]
+        loss = (error * weight).sum() / (weight.sum() * error.shape[-1])
+        first = error[:, 0]
+        row = hidden[:, 0, : int(self.config.text["hidden_size"])]
+        return (
+            row,
+            3.0 * loss,
+            {"l1_chunk": loss.item(), "l1": first[:, :6].mean().item(),
+             "gripper": (first[:, 6] > 1).float().mean().item()},
+        )
+
+    # ------------------------------------------------------------------ inputs
+    def pixels(self, images: np.ndarray) -> Tensor:
+        """uint8 `[B, C, P, P, 3]` to `[B, 6 C, P, P]`, with random brightness and contrast."""
+        batch = images.shape[0]
+        if self.settings.stage == "mini-openvla":
+            images = images[:, :1]
+        x = self._tensor(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
+        contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, device=self.device) - 1)
+        light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, device=self.device) - 1)
+        x = ((x - 0.5) * contrast + 0.5 + light).clamp(0, 1)
+        both = torch.cat([x, x], dim=2)  # [B, C, 6, P, P]
+        mean, std = (values.reshape(1, 6, 1, 1) for values in self.colours)
+        return ((both - mean) / std).flatten(1, 2)
+
+    def prompts(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left."""
+        texts = [policies.PROMPT.format(instruction=text.lower()) for text in instructions]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
+        closing = torch.full((len(texts), 1), self.config.empty_token_id)
+        ids = torch.cat([encoded["input_ids"], closing], dim=1)
+        mask = torch.cat([encoded["attention_mask"], torch.ones_like(closing)], dim=1)
+        return ids.to(self.device), mask.to(self.device)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    # ------------------------------------------------------------------ loop
+    def run(self, *, checkpoint_every_s: float = 240.0) -> None:
+        """Train to the end of the stage; interrupted runs continue from the last checkpoint."""
+        settings, path = self.settings, self.checkpoint
+        if path.exists():
+            self.restore(path)
+        log = self.folder / f"{settings.stage}.log.jsonl"
+        saved = started = time.monotonic()
+        before = self.elapsed_s
+        parts: dict[str, list[float]] = {}
+        while (progress := self.progress()) < 1:
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * _schedule(self.step, progress)
+            batch = self.data.sample(self.rng, settings.batch, other_target=settings.other_target)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss, said = self.loss(batch)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.step += 1
+            share = min(settings.average, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - share)
+            self.elapsed_s = before + time.monotonic() - started
+            for key, value in said.items():
+                parts.setdefault(key, []).append(value)
+            if self.step % 50 == 0:
+                row = {"step": self.step, "minutes": round(self.elapsed_s / 60, 2)}
+                row |= {key: round(float(np.mean(values)), 4) for key, values in parts.items()}
+                parts.clear()
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+            if time.monotonic() - saved > checkpoint_every_s:
+                self.save(path)
+                self.data.refresh()
+                saved = time.monotonic()
+        self.save(path)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"{self.settings.stage}.pt"
+
+    def progress(self) -> float:
+        """Share of the stage that is done, from 0 to 1."""
+        if self.settings.steps is not None:
+            return self.step / self.settings.steps
+        return self.elapsed_s / (60 * self.settings.minutes)
+
+    def save(self, path: Path) -> None:
+        """Write everything that resuming needs; the old file stays until the new one is whole."""
+        state = {
+            "model": self.model.state_dict(),
+            "helpers": self.helpers.state_dict(),
+            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "settings": asdict(self.settings),
+            "bounds": [torch.from_numpy(x) for x in (*self.action_bounds, *self.proprio_bounds)],
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Continue the run whose checkpoint is at `path`."""
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.helpers.load_state_dict(state["helpers"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average = state["average"]
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.rng = np.random.default_rng([self.settings.seed, self.step])
+        bounds = [x.cpu().numpy() for x in state["bounds"]]
+        self.action_bounds, self.proprio_bounds = (bounds[0], bounds[1]), (bounds[2], bounds[3])
+
+    def load_weights(self, path: Path) -> None:
+        """Start from the averaged weights of the previous stage, as far as names agree."""
+        if not path.exists():
+            raise FileNotFoundError(
+                f"Stage `{self.settings.stage}` starts from {path.name}, which is not in "
+                f"{path.parent}; train that stage first."
+            )
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        names = [*state["model"], *state["helpers"]]
+        averaged = dict(zip(names, state["average"], strict=True))
+        model = {name: averaged[name] for name in state["model"]}
+        self.model.load_state_dict(model, strict=False)
+        self.helpers.load_state_dict({name: averaged[name] for name in state["helpers"]})
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write the averaged weights of a checkpoint as a policy folder: published layout, bf16."""
+    if not Path(checkpoint).exists():
+        raise FileNotFoundError(f"There is no checkpoint {checkpoint}; train that stage first.")
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    name = state["settings"]["stage"]
+    config = policies.config(name, state["settings"]["grid"])
+    model = (OpenVLAOFT if name == "mini-oft" else OpenVLA).build(config)
+    trained = dict(zip(dict(model.named_parameters()), state["average"], strict=False))
+    model.load_state_dict(trained, strict=False)
+    action_low, action_high, proprio_low, proprio_high = state["bounds"]
+    statistics = {
+        "pick_place": {
+            "action": _quantiles(action_low, action_high) | {"mask": [True] * 6 + [False]},
+            "proprio": _quantiles(proprio_low, proprio_high),
+        }
+    }
+    model.export(folder, tokenizer=policies.tokenizer(), norm_stats=statistics)
+    policies.write_control(name, folder)
+
+
+def _schedule(step: int, progress: float) -> float:
+    """Warm-up over 100 steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / 100) * 0.5 * (1 + float(np.cos(np.pi * min(progress, 1.0))))
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes the parameter: the weight matrices inside the transformer blocks."""
+    return parameter.ndim == 2 and ("blocks." in name or "layers." in name or "projector" in name)
+
+
+def _wide_enough(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Action bounds `[7]` whose hardly used dimensions are not blown up to the full range."""
+    middle, reach = (low + high) / 2, np.maximum((high - low) / 2, _SMALLEST_REACH)
+    middle[6], reach[6] = 0.0, 1.0  # the gripper command spans [-1, 1] already
+    return middle - reach, middle + reach
+
+
+def _normalised(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """float32 values `[..., n]` with `bounds` on [-1, 1], clipped."""
+    low, high = bounds
+    span = np.maximum(high - low, 1e-6)
+    return np.clip(2 * (values - low) / span - 1, -1, 1).astype(np.float32)
+
+
+def _quantiles(low: Tensor, high: Tensor) -> dict[str, list[float]]:
+    return {"q01": low.tolist(), "q99": high.tolist()}

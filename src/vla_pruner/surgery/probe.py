@@ -1,0 +1,110 @@
+"""Let an attention module show its queries and keys without changing the kernel that it runs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]], None]
+"""Called after an attention: module, query [B, Hq, Q, D], key [B, Hkv, N, D], mask, arguments."""
+
+_OBSERVER = "_vla_pruner_observer"
+_PREFIX = "vla_pruner_"
+
+
+def implementation(attention: nn.Module) -> str:
+    """Name of the attention implementation ("sdpa", "eager", ...) that a module uses, unprobed.
+
+    Raises:
+        TypeError: the module does not choose its attention by name.
+    """
+    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{type(attention).__name__} has no `config._attn_implementation`, so its attention "
+            "cannot be watched; use a decoder of transformers, or a method that needs no scores."
+        )
+    return name.removeprefix(_PREFIX).partition("@")[0]
+
+
+def install(attention: nn.Module, observer: Observer, undo: ExitStack) -> None:
+    """Call `observer` after each attention of one module, which keeps its implementation.
+
+    The module gets its own copy of the configuration, with a registered implementation that calls
+    the old one first; other modules, which share the configuration, are not touched.
+
+    Raises:
+        TypeError: see `implementation`.
+        NotImplementedError: an implementation that cannot be wrapped.
+    """
+    name = implementation(attention)
+    if name == "flex_attention":
+        raise NotImplementedError(
+            "flex_attention hides its masks from pruning; load the model with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+    original = attention.config
+    private = copy.copy(original)
+    private._attn_implementation_internal = _register(attention, name)  # type: ignore[union-attr]
+
+    undo.callback(setattr, attention, "config", original)
+    undo.callback(_forget_observer, attention)
+    setattr(attention, _OBSERVER, observer)
+    attention.config = private
+
+
+def _forget_observer(attention: nn.Module) -> None:
+    if hasattr(attention, _OBSERVER):
+        delattr(attention, _OBSERVER)
+
+
+def _register(attention: nn.Module, name: str) -> str:
+    """Register the probed version of an implementation once; its name keeps the old name in it."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name == "eager":
+        wrapped, home = _eager_attention(attention)
+        probed_name = f"{_PREFIX}{name}@{home}"
+    else:
+        wrapped, probed_name = ALL_ATTENTION_FUNCTIONS[name], _PREFIX + name
+    if probed_name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(probed_name, _probed(wrapped))
+    return probed_name
+
+
+def _eager_attention(attention: nn.Module) -> tuple[Callable[..., Any], str]:
+    """The `eager_attention_forward` beside a module's class, and the name of its file."""
+    for kind in type(attention).__mro__:
+        home = sys.modules.get(kind.__module__)
+        function = getattr(home, "eager_attention_forward", None)
+        if inspect.isfunction(function):
+            return function, kind.__module__
+    raise NotImplementedError(
+        f"no eager_attention_forward beside {type(attention).__name__}; load the model with "
+        'attn_implementation="sdpa".'
+    )
+
+
+def _probed(attend: Callable[..., Any]) -> Callable[..., Any]:
+    def probed_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        output = attend(module, query, key, value, attention_mask, **kwargs)
+        observer = getattr(module, _OBSERVER, None)
+        if observer is not None:
+            observer(module, query, key, attention_mask, kwargs)
+        return output
+
+    return probed_attention

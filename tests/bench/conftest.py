@@ -1,0 +1,71 @@
+"""Two tiny policies with random weights, as folders on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from vla_pruner.models.openvla import (
+    OpenVLA,
+    OpenVLAConfig,
+    OpenVLAOFT,
+    OpenVLAOFTConfig,
+    TowerConfig,
+    save_pretrained,
+)
+
+TEXT = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "pad_token_id": 3,
+}
+TOWER = TowerConfig(width=16, depth=2, heads=2, mlp=32, image_size=56)
+BOUNDS = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}
+SMALL = {
+    "towers": (TOWER, TOWER),
+    "text": TEXT,
+    "empty_token_id": 4,
+    "stop_token_id": 2,
+    "pad_token_id": 3,
+    "norm_stats": {"toy": {"action": BOUNDS, "proprio": BOUNDS}},
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", "<pad>", "▁", "In", ":", "pick", "up", "the", "can", "Out"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[[], PreTrainedTokenizerFast]:
+    """Makes a tokenizer of ten words."""
+    return tokenizer
+
+
+def _save(policy: OpenVLA, folder: Path) -> Path:
+    policy.tokenizer = tokenizer()
+    save_pretrained(policy, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def openvla_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    policy = OpenVLA.build(OpenVLAConfig(**SMALL))
+    return _save(policy, tmp_path_factory.mktemp("tiny-openvla"))
+
+
+@pytest.fixture(scope="session")
+def oft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = OpenVLAOFTConfig(**SMALL, proprio_dim=7, chunk=2, head_blocks=1)
+    return _save(OpenVLAOFT.build(config), tmp_path_factory.mktemp("tiny-oft"))

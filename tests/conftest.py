@@ -1,0 +1,139 @@
+"""Tiny decoders with random weights, shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "gemma": (GemmaForCausalLM, GemmaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
+HIDDEN = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights large enough that attention is far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.15, generator=generator)
+    return model.eval()
+
+
+def make_decoder(family: str = "llama", attention: str = "sdpa", **options: object) -> nn.Module:
+    """A causal language model with 6 layers, 4 query heads on 2 key heads, hidden size 32."""
+    kind, config = FAMILIES[family]
+    settings: dict[str, object] = dict(
+        vocab_size=97,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=attention,
+    )
+    return randomise(kind(config(**{**settings, **options})))
+
+
+@pytest.fixture(scope="session")
+def decoders() -> Callable[..., nn.Module]:
+    """`make_decoder`, made once per family and attention."""
+    made: dict[tuple[str, str], nn.Module] = {}
+
+    def get(family: str = "llama", attention: str = "sdpa") -> nn.Module:
+        key = (family, attention)
+        if key not in made:
+            with torch.no_grad():
+                made[key] = make_decoder(family, attention)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def embeds() -> Callable[..., Tensor]:
+    """Random input embeddings [B, S, HIDDEN], different for each seed."""
+
+    def get(seed: int = 0, batch: int = 1, length: int = 30) -> Tensor:
+        generator = torch.Generator().manual_seed(100 + seed)
+        return torch.randn(batch, length, HIDDEN, generator=generator)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., nn.Module]:
+    """`make_decoder`, for tests that change the model or need other options."""
+    return make_decoder
+
+
+def _generate(
+    model: nn.Module,
+    embeds: Tensor,
+    *,
+    steps: int = 3,
+    mask: Tensor | None = None,
+    cache: object = None,
+    tokens: Tensor | None = None,
+) -> list[Tensor]:
+    """Logits [B, S, vocab] of a prefill, then [B, 1, vocab] of each decode step.
+
+    `mask` [B, S] is 0 on left padding; `tokens` [B, steps] are fed back, default 5, 6, 7, ...
+    """
+    options: dict[str, object] = {}
+    if mask is not None:
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    output = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **options)
+    logits = [output.logits]
+    for step in range(steps):
+        token = torch.full((len(embeds), 1), 5 + step) if tokens is None else tokens[:, [step]]
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            options = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        output = model(
+            input_ids=token, past_key_values=output.past_key_values, use_cache=True, **options
+        )
+        logits.append(output.logits)
+    return logits
+
+
+@pytest.fixture(scope="session")
+def rollout() -> Callable[..., list[Tensor]]:
+    """`_generate`: one prefill and some decode steps, by hand."""
+    return _generate

@@ -1,0 +1,84 @@
+"""The code of the documentation runs, and its entry points work."""
+
+import re
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import vla_pruner as vp
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Code blocks of a page, in order."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch):
+    """Runs a page's Python as the module it names, and installs its entry point."""
+
+    def run(page: str, registry: str) -> ModuleType:
+        (table,) = [tomllib.loads(block) for block in blocks(page, "toml")]
+        ((group, entries),) = table["project"]["entry-points"].items()
+        ((name, target),) = entries.items()
+        entry = EntryPoint(name=name, value=target, group=group)
+
+        module = ModuleType(entry.module)
+        monkeypatch.setitem(sys.modules, entry.module.partition(".")[0], ModuleType("my_package"))
+        monkeypatch.setitem(sys.modules, entry.module, module)
+        python = blocks(page, "python")
+        assert len(python) >= 3
+        for number, block in enumerate(python, start=1):
+            exec(compile(block, f"{page}, block {number}", "exec"), vars(module))
+        monkeypatch.setattr(
+            f"{registry}.entry_points", lambda group: [entry] if group == entry.group else []
+        )
+        return module
+
+    return run
+
+
+def test_adding_a_method(follow) -> None:
+    page = follow("adding-a-method.md", "vla_pruner.methods")
+    assert vp.methods()["prompt-top"] is page.PromptTop
+    with vp.prune(page.model, "prompt-top", keep=8, novelty=1.0, adapter=page.where) as session:
+        page.model(inputs_embeds=page.embeds)
+        assert session.last.visual_kept == 8
+    with pytest.raises(ValueError, match="novelty"):
+        vp.prune(page.model, "prompt-top", novelty=-1.0, adapter=page.where)
+
+
+def test_adding_a_model(follow) -> None:
+    page = follow("adding-a-model.md", "vla_pruner.models.base")
+    assert "reach" in vp.models()
+    with vp.prune(page.policy, "vla-pruner", keep=0.25) as session, torch.no_grad():
+        for _ in range(4):
+            page.policy(page.images, page.words)
+        assert session.last.views == (16, 16)
+        assert session.last.visual_kept == 8
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]
+    assert len(pages) >= 6
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_files_that_the_map_names_exist() -> None:
+    source = DOCS.parent / "src" / "vla_pruner"
+    text = (DOCS / "map.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(\w+)/` \|.*\| `([\w/]+\.py)`", text, flags=re.MULTILINE)
+    assert len(rooms) >= 6
+    for room, file in rooms:
+        assert (source / room / file).exists(), f"docs/map.md names {room}/{file}"

@@ -1,0 +1,155 @@
+"""The adapter for any decoder: positions, padding and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vla_pruner as vp
+
+Decoder = vp.models.Decoder
+
+
+def bound(model, **options):
+    adapter = Decoder(**{"visual": slice(1, 6), **options})
+    adapter.bind(model)
+    return adapter
+
+
+def test_layers_by_path_and_by_object(decoders):
+    model = decoders()
+    for layers in ("model.layers", model.model.layers):
+        adapter = bound(model, layers=layers)
+        assert adapter.decoder is model.model and list(adapter.layers) == list(model.model.layers)
+    assert bound(model.model, layers="layers").decoder is model.model
+    assert "LlamaModel, 6 layers" in adapter.describe()
+
+
+def test_unknown_layers(decoders):
+    with pytest.raises(ValueError, match=r"'model\.layers'"):
+        bound(decoders(), layers="transformer.h")
+    with pytest.raises(ValueError, match="not part of this"):
+        bound(decoders(), layers=nn.ModuleList([nn.Linear(1, 1)]))
+
+
+def test_layout_is_computed_once(decoders):
+    adapter = bound(decoders(), views=(2, 3), action_rows=slice(-3, None))
+    layout = adapter.layout(torch.zeros(2, 12, 4), {})
+    assert layout.visual.tolist() == [[1, 2, 3, 4, 5]]
+    assert layout.views == (2, 3) and layout.action_rows == slice(-3, None)
+    assert layout.valid_rows is None
+    assert adapter.layout(torch.zeros(2, 12, 4), {}) is layout
+    assert adapter.layout(torch.zeros(2, 13, 4), {}) is not layout
+
+
+def test_padding_moves_positions(decoders):
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]])
+    layout = bound(decoders()).layout(torch.zeros(2, 8, 4), {"attention_mask": mask})
+    assert layout.visual.tolist() == [[1, 2, 3, 4, 5], [3, 4, 5, 6, 7]]
+    assert torch.equal(layout.valid_rows, mask)
+
+
+def test_positions_that_are_not_contiguous(decoders, embeds):
+    visual = torch.tensor([2, 5, 6, 9, 20])
+    model, logits = decoders(), []
+    for mode in ("drop", "mask"):
+        with vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual), mode=mode) as session:
+            logits.append(model(inputs_embeds=embeds()).logits[:, -1])
+        assert session.last.kept_mask.sum() == 2
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_positions_of_each_row(decoders, embeds):
+    model, logits = decoders(), []
+    visual = torch.tensor([[1, 2, 3, 4], [11, 12, 13, 20]])
+    for mode in ("drop", "mask"):
+        with vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual), mode=mode):
+            logits.append(model(inputs_embeds=embeds(batch=2)).logits[:, -1])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    with (
+        vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual)),
+        pytest.raises(ValueError, match="B=3"),
+    ):
+        model(inputs_embeds=embeds(batch=3))
+
+
+def test_decoder_called_with_token_ids(decoders):
+    model, ids = decoders(), torch.arange(10, 40)[None]
+    results = []
+    for arguments in ((ids,), ()):
+        adapter = Decoder("layers", visual=slice(1, 6))
+        with vp.prune(model.model, "fastv", keep=2, adapter=adapter) as session:
+            results.append(model.model(*arguments, **({} if arguments else {"input_ids": ids}))[0])
+        assert session.last.kept_mask.sum() == 2
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(visual=slice(-5, None)), ValueError, "start and a stop"),
+        (dict(visual=slice(5, 5)), ValueError, "at least one"),
+        (dict(visual=[1, 2]), TypeError, "slice or a tensor"),
+        (dict(visual=torch.tensor([3, 2])), ValueError, "ascending"),
+        (dict(visual=torch.tensor([2, 2])), ValueError, "ascending"),
+        (dict(visual=torch.tensor([0.5])), ValueError, "integers"),
+        (dict(views=(2, 2)), ValueError, "sum to the 5"),
+        (dict(views=(5, 0)), ValueError, "positive"),
+        (dict(action_rows="prefill"), TypeError, '"decode" or a slice'),
+    ],
+)
+def test_impossible_descriptions(options, error, message):
+    with pytest.raises(error, match=message):
+        Decoder(**{"visual": slice(1, 6), **options})
+
+
+# ---------------------------------------------------------------------- the registry
+class Entry:
+    def __init__(self, name, loaded):
+        self.name, self.value, self.loaded = name, f"package:{name}", loaded
+
+    def load(self):
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    def install(*entries):
+        monkeypatch.setattr(
+            "vla_pruner.models.base.entry_points",
+            lambda group: entries if group == "vla_pruner.models" else (),
+        )
+
+    return install
+
+
+def test_families_of_other_packages(installed, decoders, embeds):
+    family = vp.models.Family(
+        name="llama-robot",
+        summary="a test",
+        matches=lambda model: type(model).__name__ == "LlamaForCausalLM",
+        make=lambda model: Decoder(visual=slice(1, 6)),
+    )
+    installed(Entry("llama-robot", family))
+    assert vp.models()["llama-robot"] is family
+    with vp.prune(decoders(), "fastv", keep=2) as session:
+        decoders()(inputs_embeds=embeds())
+    assert session.last.visual_kept == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Entry("broken", ImportError("no such file")), "no such file"),
+        (Entry("strange", 3), "not a vla_pruner.models.Family"),
+        (Entry("openvla", vp.models.Family("openvla", "", bool, Decoder)), "taken"),
+    ],
+)
+def test_families_that_cannot_be_used(installed, entry, message):
+    installed(entry)
+    before = {"openvla", "hf-vlm"}
+    with pytest.warns(UserWarning, match=message):
+        assert before == set(vp.models())

@@ -1,0 +1,227 @@
+"""Unmodified vision-language models of transformers, pruned inside `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vla_pruner as vp
+
+IMAGE, M, KEEP = 90, 16, 5
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=97,
+    max_position_embeddings=256,
+)
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=56,
+    patch_size=14,
+)
+
+
+def paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", "projection_dim": 32, **VISION},
+        text_config={"model_type": "gemma", "head_dim": 8, **TEXT},
+        projection_dim=32,
+        hidden_size=32,
+        image_token_index=IMAGE,
+    )
+    ids = [IMAGE] * M + [2, 7, 8, 9]
+    return transformers.PaliGemmaForConditionalGeneration(config), ids, (3, 56, 56)
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+    )
+    ids = [1, 5] + [IMAGE] * M + [7, 8, 9]
+    return transformers.LlavaForConditionalGeneration(config), ids, (3, 56, 56)
+
+
+def smolvlm():
+    config = transformers.SmolVLMConfig(
+        vision_config=dict(VISION),
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=1,
+    )
+    ids = [1] + [IMAGE] * M + [7, 8, 9]
+    return transformers.SmolVLMForConditionalGeneration(config), ids, (1, 3, 56, 56)
+
+
+def qwen(version):
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}}
+    vision = dict(depth=1, num_heads=2, in_chans=3, patch_size=14, spatial_merge_size=2)
+    if version == "2":
+        kinds = (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration)
+        vision.update(embed_dim=16, hidden_size=32)
+    else:
+        kinds = (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration)
+        vision.update(
+            hidden_size=16,
+            out_hidden_size=32,
+            intermediate_size=32,
+            fullatt_block_indexes=[0],
+            window_size=56,
+        )
+    config = kinds[0](
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    ids = [5, 92] + [IMAGE] * M + [93, 7, 8, 9]
+    return kinds[1](config), ids, (64, 3 * 2 * 14 * 14)
+
+
+BUILD = {
+    "paligemma": paligemma,
+    "llava": llava,
+    "smolvlm": smolvlm,
+    "qwen2-vl": lambda: qwen("2"),
+    "qwen2.5-vl": lambda: qwen("2.5"),
+}
+
+
+def inputs_for(model, ids, pixels, batch=1):
+    """Keyword arguments of a call with one image in each row."""
+    ids = torch.tensor([ids] * batch)
+    shape = (batch * pixels[0], *pixels[1:]) if len(pixels) == 2 else (batch, *pixels)
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(shape, generator=torch.Generator().manual_seed(3)),
+    )
+    accepted = inspect.signature(model.forward).parameters
+    if "image_grid_thw" in accepted:
+        inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]] * batch)
+    if "mm_token_type_ids" in accepted:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    if "token_type_ids" in accepted:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def vlm(request):
+    with torch.no_grad():
+        model, ids, pixels = BUILD[request.param]()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15, generator=generator)
+    return SimpleNamespace(model=model.eval(), ids=ids, pixels=pixels)
+
+
+def generate(model, inputs, **options):
+    return model.generate(
+        **inputs,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_with_tokens_removed(vlm, attention):
+    vlm.model.set_attn_implementation(attention)
+    inputs = inputs_for(vlm.model, vlm.ids, vlm.pixels, batch=2)
+    inputs["pixel_values"][: len(inputs["pixel_values"]) // 2] += 0.5
+    found, reports = [], []
+    for mode in ("drop", "mask"):
+        with vp.prune(vlm.model, keep=KEEP, layer=2, window=1, mode=mode) as session:
+            for step in range(2):
+                frame = {**inputs, "pixel_values": inputs["pixel_values"] + step}
+                found.append(generate(vlm.model, frame))
+            reports.append(session.last)
+    dropped, masked = reports
+    assert dropped.steps == (1, 1) and dropped.views == (M,)
+    assert dropped.kept_mask.sum(1).tolist() == [KEEP, KEEP]
+    assert (dropped.tokens_full, dropped.tokens_kept) == (len(vlm.ids), len(vlm.ids) - M + KEEP)
+    assert torch.equal(dropped.kept_mask, masked.kept_mask)
+    torch.testing.assert_close(dropped.action, masked.action, rtol=0, atol=1e-6)
+    for step in (0, 1):
+        a, b = found[step], found[2 + step]
+        assert torch.equal(a.sequences, b.sequences)
+        torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), rtol=0, atol=1e-5)
+    full = generate(vlm.model, {**inputs, "pixel_values": inputs["pixel_values"] + 1})
+    assert (full.logits[0] - found[1].logits[0]).abs().max() > 1e-3
+
+
+def test_text_alone_is_left_alone(vlm):
+    ids = torch.tensor([[1, 7, 8, 9]])
+    text = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inspect.signature(vlm.model.forward).parameters:
+            text[name] = torch.zeros_like(ids)
+    before = generate(vlm.model, text)
+    with vp.prune(vlm.model, keep=KEEP, layer=2) as session:
+        inside = generate(vlm.model, text)
+        assert session.last is None
+        generate(vlm.model, inputs_for(vlm.model, vlm.ids, vlm.pixels))
+        assert session.last.visual_full == M
+    assert torch.equal(torch.stack(before.logits), torch.stack(inside.logits))
+
+
+def test_left_padding():
+    model, ids, pixels = llava()
+    inputs = inputs_for(model.eval(), ids, pixels)
+    padded = dict(inputs)
+    padded["input_ids"] = torch.cat([torch.zeros(1, 3, dtype=torch.long), inputs["input_ids"]], 1)
+    padded["attention_mask"] = (torch.arange(len(ids) + 3) >= 3).long()[None]
+    kept, logits = [], []
+    for arguments in (inputs, padded):
+        with vp.prune(model, "fastv", keep=KEEP, layer=2) as session:
+            logits.append(torch.stack(generate(model, arguments).logits))
+            kept.append(session.last.kept_mask)
+    assert torch.equal(*kept)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_different_numbers_of_image_tokens():
+    model, ids, pixels = llava()
+    adapter = vp.models.ImageTokenVLM(model)
+    rows = torch.tensor([ids, [1, 5] + [7] * M + [7, 8, 9]])
+    with (
+        vp.prune(model, "fastv", keep=KEEP, layer=2, adapter=adapter),
+        pytest.raises(ValueError, match=r"\[16, 0\] image tokens"),
+    ):
+        model(input_ids=rows, pixel_values=torch.randn(1, *pixels))
+
+
+def test_image_token_may_be_given():
+    model, *_ = llava()
+    assert vp.models.ImageTokenVLM(model).image_token_id == IMAGE
+    adapter = vp.models.ImageTokenVLM(model, image_token_id=7)
+    assert adapter.image_token_id == 7 and len(adapter.layers) == 5
+
+
+def test_models_without_image_tokens():
+    with pytest.raises(TypeError, match="no language model"):
+        vp.models.ImageTokenVLM(nn.Linear(1, 1))
+    model, *_ = llava()
+    model.config = transformers.LlamaConfig()
+    with pytest.raises(TypeError, match="image_token_id"):
+        vp.models.ImageTokenVLM(model)

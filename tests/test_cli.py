@@ -1,0 +1,164 @@
+"""The command line: quick help, sentences instead of tracebacks, exit codes."""
+
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+import pytest
+
+import vla_pruner
+from vla_pruner import cli
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs `vla-pruner try ...` with a body of the test's choosing."""
+
+    def run(body: Callable[[Namespace], int | None], *argv: str) -> int:
+        def add_arguments(parser: ArgumentParser) -> None:
+            parser.add_argument("--count", type=int, default=1, help="how often")
+
+        entry = cli.Command("a trial", "A trial.", lambda: (add_arguments, body))
+        monkeypatch.setitem(cli.COMMANDS, "try", entry)
+        return cli.main(argv or ["try"])
+
+    return run
+
+
+def raising(error: BaseException) -> Callable[[Namespace], int]:
+    def body(args: Namespace) -> int:
+        raise error
+
+    return body
+
+
+def python(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+
+
+def test_version_and_help_answer_without_loading_torch() -> None:
+    for option in ("--version", "--help"):
+        code = (
+            "import sys\n"
+            "from vla_pruner.cli import main\n"
+            f"try: main(['{option}'])\n"
+            "except SystemExit as end: print('exit', end.code)\n"
+            "print('torch' in sys.modules, 'transformers' in sys.modules)"
+        )
+        result = python("-c", code)
+        assert result.stdout.endswith("exit 0\nFalse False\n"), result.stderr
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    result = python("-m", "vla_pruner", "--version")
+    assert result.stdout == f"vla-pruner {vla_pruner.__version__}\n"
+    assert result.returncode == 0
+
+
+def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name, command in cli.COMMANDS.items():
+        assert f"{name} {command.summary}" in shown
+
+
+@pytest.mark.parametrize("name", ["methods", "models", "bench", "doctor", "demo"])
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert cli.COMMANDS[name].description.split()[0] in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_options_exit_with_2(command: Callable[..., int]) -> None:
+    for argv in (["dance"], ["try", "--count", "many"], ["try", "--colour", "red"]):
+        with pytest.raises(SystemExit) as end:
+            command(lambda args: 0, *argv)
+        assert end.value.code == 2
+
+
+def test_a_command_gets_its_arguments_and_decides_the_exit_code(
+    command: Callable[..., int],
+) -> None:
+    assert command(lambda args: args.count, "try", "--count", "3") == 3
+    assert command(lambda args: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("keep=300 asks for too much"), 2),
+        (FileNotFoundError("no folder here"), 2),
+        (RuntimeError("the GPU went away"), 1),
+        (OSError("disk full"), 1),
+        (ZeroDivisionError("division by zero"), 1),
+    ],
+)
+def test_errors_are_one_sentence_without_a_traceback(
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+) -> None:
+    assert command(raising(error)) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert str(error) in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("argv", [["--debug", "try"], ["try", "--debug"]])
+def test_debug_shows_the_traceback_before_or_after_the_command(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    assert command(raising(ValueError("bad")), *argv) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith("error: bad\n")
+
+
+def test_ctrl_c_exits_with_130(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_a_missing_package_names_the_extra_that_brings_it(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ModuleNotFoundError("No module named 'mujoco'", name="mujoco.egl")
+    assert command(raising(missing)) == 1
+    assert "pip install 'vla-pruner[sim]'" in capsys.readouterr().err
+
+
+def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert {"none", "random", "fastv", "vla-pruner", "vla-pruner-release"} <= set(shown.split())
+
+
+def test_methods_shows_the_options_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "vla-pruner"]) == 0
+    shown = capsys.readouterr().out
+    for option, default in {"keep": "0.25", "gamma": "0.8", "window": "3"}.items():
+        assert option in shown
+        assert default in shown
+
+
+def test_an_unknown_method_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "vla-prune"]) == 2
+    assert "fastv" in capsys.readouterr().err
+
+
+def test_models_lists_the_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    assert "openvla" in capsys.readouterr().out
