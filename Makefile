@@ -51,8 +51,8 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	$(PY) -m pytest -q -m gpu
 	for model in openvla-oft-7b openvla-7b; do \
 	  for mode in "" --compile; do \
-	    $(PY) -m vla_pruner bench --device cuda --model $$model $$mode $(ARGS) \
-	      --out $(OUT)/$$model$$mode.json --out $(OUT)/$$model$$mode.md || exit 1; \
+	    $(PY) -m vla_pruner bench --device cuda --methods vla-pruner,fastv \
+	      --model $$model $$mode $(ARGS) --out $(OUT)/$$model$$mode.json --out $(OUT)/$$model$$mode.md || exit 1; \
 	  done; \
 	done
 

@@ -95,13 +95,16 @@ def _models(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from vla_pruner.models import models
+    from vla_pruner.models.loading import shipped
 
-    known = models()
+    console, known = Console(), models()
     chosen = known if args.name is None else {args.name: _pick(args.name, known, "model family")}
     table = Table("family", "what it covers")
     for name, family in chosen.items():
         table.add_row(name, family.summary)
-    Console().print(table)
+    console.print(table)
+    if args.name is None:
+        console.print(f"Policies that ship with this package: {', '.join(shipped()) or 'none'}")
     return OK
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla_pruner.pruning.scores import attention_column_mean, attention_rows
 
@@ -140,6 +141,28 @@ def test_blocks_of_a_long_causal_prefill_fit_together():
     expected = full_softmax(query, key, 0.25, allowed).mean(dim=(1, 2)).gather(1, columns)
     got = attention_column_mean(query, key, columns, scale=0.25, causal=True, chunk=50_000)
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_attention_matrix_is_ever_held_whole():
+    query, key = torch.randn(1, 8, 300, 16), torch.randn(1, 8, 300, 16)
+    columns = torch.arange(1, 257)[None]
+    whole, chunk = 8 * 300 * 300, 60_000
+    for causal in (False, True):
+        with LargestTensor() as largest:
+            attention_column_mean(query, key, columns, scale=0.25, causal=causal, chunk=chunk)
+        assert 0 < largest.elements <= chunk < whole / 10
 
 
 def test_attention_over_all_columns_sums_to_one():

@@ -281,7 +281,10 @@ def test_broken_features_are_refused(broken):
     with pytest.raises(ValueError, match="NaN or infinite"):
         max_min_filter(features, 3)
     others = torch.tensor([0, 1, 2, 4, 5])
-    assert 3 not in max_min_filter(features, 3, candidates=others).tolist()
+    picked = max_min_filter(features, 3, candidates=others)
+    mask = torch.zeros(1, 8, dtype=torch.bool).scatter(1, others[None], True)
+    assert 3 not in picked.tolist()
+    assert torch.equal(_search_on_device(features[None], mask, 3, False)[0], picked)
 
 
 def test_nan_scores_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
+import transformers
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -21,6 +22,8 @@ def graphs():
     ("attention", "cached"), [("sdpa", False), ("eager", False), ("sdpa", True)]
 )
 def test_whole_graphs_that_are_used_again(make, embeds, attention, cached):
+    if cached and transformers.__version__ < "5":
+        pytest.skip("with a static cache, transformers 4 reads lengths back while it is traced")
     torch._dynamo.reset()
     counters.clear()
     model, runs = make("llama", attention, num_hidden_layers=4), []

@@ -182,6 +182,23 @@ def test_random_choice_depends_on_its_episode_alone(decoders, embeds):
     assert not torch.equal(both[0], both[1]) and not torch.equal(alone, later)
 
 
+def test_rows_of_one_episode_are_one(decoders, embeds, rollout):
+    """They share a memory (the mean of what they saw) and keep what the first of them keeps."""
+    model = decoders()
+    with prune(model, window=1) as session:
+        session.episodes(["a", "b", "a"])
+        rollout(model, embeds(0, 3))
+        seen = session.last.action
+        rollout(model, embeds(1, 3))
+    report = session.last
+    assert report.steps == (1, 1, 1)
+    expected = 0.8 * torch.stack([(seen[0] + seen[2]) / 2, seen[1], (seen[0] + seen[2]) / 2])
+    torch.testing.assert_close(report.forecast, expected)
+    assert not torch.equal(report.semantic[0], report.semantic[2])
+    assert torch.equal(report.kept_mask[0], report.kept_mask[2])
+    assert not torch.equal(report.kept_mask[0], report.kept_mask[1])
+
+
 def test_number_of_rows_is_checked(decoders, embeds):
     with prune(decoders()) as session:
         session.episodes(["a", "b"])

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with the package (mini-oft, mini-openvla), or a folder or hub id of a checkpoint",
     )
     parser.add_argument(
-        "--methods", default="vla-pruner,fastv", help="comma-separated; see `vla-pruner methods`"
+        "--methods", default="vla-pruner", help="comma-separated; see `vla-pruner methods`"
     )
     parser.add_argument(
         "--keep", default="0.5,0.25,0.125", help="comma-separated fractions or numbers of tokens"

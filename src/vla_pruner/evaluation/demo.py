@@ -26,11 +26,10 @@ from vla_pruner.evaluation.rollouts import (
     run_paired,
 )
 from vla_pruner.evaluation.summary import (
-    COLUMNS,
     NOTES,
     Summary,
-    cells,
     episodes_csv,
+    percent,
     rows_csv,
     summarise,
     write_text,
@@ -80,12 +79,12 @@ def demo(args: argparse.Namespace, task: Task, console: Console | None = None) -
     """
     console = console or Console()
     keeps = [word for words in args.keep for word in words.split(",") if word]
-    conditions = [Condition(), *(Condition.parse(f"{args.method}@{keep}") for keep in keeps)]
-    if args.method == ALL_TOKENS or len(set(conditions)) < len(conditions) or not keeps:
+    if args.method == ALL_TOKENS or not keeps or len(set(keeps)) < len(keeps):
         raise ValueError(
             f"--method {args.method} --keep {' '.join(keeps)}: name a method that prunes, and "
             "different amounts to keep"
         )
+    conditions = [Condition(), *(Condition.parse(f"{args.method}@{keep}") for keep in keeps)]
     seeds = task.held_out(args.episodes, args.seed)
     prepare_folder(args.out, resume=args.resume)
     with console.status(f"loading {args.policy} and the simulator"):
@@ -173,7 +172,15 @@ def write_report(
     write_text(out / "results.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
     write_text(out / "results.csv", rows_csv(summary))
     write_text(out / "episodes.csv", episodes_csv(summary))
-    write_page(out / "index.html", summary, conditions, recordings, command=command, hz=task.hz)
+    write_page(
+        out / "index.html",
+        summary,
+        conditions,
+        recordings,
+        command=command,
+        objects=task.objects,
+        hz=task.hz,
+    )
 
 
 def _recording(out: Path, condition: str, seed: int) -> Path:
@@ -181,10 +188,26 @@ def _recording(out: Path, condition: str, seed: int) -> Path:
 
 
 def table(summary: Summary) -> Table:
-    """The rows for a terminal."""
-    result = Table()
-    for column in COLUMNS:
-        result.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    """The rows for a terminal of 80 columns."""
+    result = Table(show_lines=True)
+    for column in ("", "success", "visual\ntokens", "prefill\nFLOPs", "latency, ms", "speed-up"):
+        result.add_column(column, justify="right" if column else "left")
     for row in summary.rows:
-        result.add_row(*cells(row))
+        every, pruned, success = row.all_calls, row.pruned_calls, row.success_interval
+        latency = f"{every.median_ms:.1f}\np95 {every.p95_ms:.1f}"
+        speedup = "-"
+        if every.speedup is not None and every.interval is not None:
+            speedup = f"{every.speedup:.2f}\n{every.interval.low:.2f} to {every.interval.high:.2f}"
+        if pruned is not None:
+            latency += f"\npruned {pruned.median_ms:.1f}"
+        if pruned is not None and pruned.speedup is not None:
+            speedup += f"\npruned {pruned.speedup:.2f}"
+        result.add_row(
+            row.label.replace(", ", "\n"),
+            f"{row.successes} of {row.episodes}\n{percent(success.low)} to {percent(success.high)}",
+            f"{row.visual_kept}\nof {row.visual}",
+            percent(row.prefill_ratio),
+            latency,
+            speedup,
+        )
     return result

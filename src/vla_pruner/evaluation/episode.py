@@ -22,13 +22,6 @@ ALL_TOKENS = "none"
 """Name of the condition without pruning, the baseline of every comparison."""
 
 
-class Policy(Protocol):
-    """What acts: any policy with `predict_action` in the manner of OpenVLA."""
-
-    def predict_action(self, images: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """Actions float32 `[dim]`, or a chunk of them `[chunk, dim]`."""
-
-
 class Scene(Protocol):
     """What is acted in; `vla_pruner.reference.scene.PickPlaceScene` is one."""
 
@@ -252,7 +245,8 @@ def rollout(
     counted in one extra, untimed call.
 
     Args:
-        policy: a `Policy` that is a `torch.nn.Module`.
+        policy: a `torch.nn.Module` whose `predict_action(images, instruction, proprio=None)` gives
+            actions `[dim]` or a chunk `[chunk, dim]`.
         scene: a `Scene`; it is reset first.
         seed, target: the episode.
         control: how the policy is driven.

@@ -44,6 +44,7 @@ def write_page(
     recordings: Recordings,
     *,
     command: str,
+    objects: Sequence[str],
     hz: float,
 ) -> None:
     """Write the report.
@@ -54,6 +55,7 @@ def write_page(
         conditions: all that were planned, in the order to show them.
         recordings: by condition name and seed; an episode may lack one.
         command: what to type to make this report again.
+        objects: what an instruction may name, by target.
         hz: steps of the scene in a second.
     """
     parts = {
@@ -73,7 +75,7 @@ def write_page(
         "command": escape(command),
         "facts": _facts(summary),
         "files": _files(summary),
-        "data": _script_json(_data(summary, conditions, recordings, hz)),
+        "data": _script_json(_data(summary, conditions, recordings, objects, hz)),
     }
     template = files("vla_pruner.evaluation").joinpath("page.html").read_text("utf-8")
     write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template))
@@ -89,12 +91,12 @@ def headline(summary: Summary) -> str:
         return f"With all its visual tokens: {baseline.successes} of {baseline.episodes} scenes."
     fewest = min(pruned, key=lambda row: row.visual_kept)
     share = percent(fewest.visual_kept / fewest.visual)
-    speed = (fewest.pruned_calls or fewest.all_calls).speedup
-    faster = f", {speed:.2f} times as fast" if speed else ""
+    speed = fewest.all_calls.speedup
+    pace = f" Its calls are {speed:.2f} times as fast." if speed else ""
     return (
         f"With {share} of its visual tokens the policy solves {fewest.successes} of "
-        f"{fewest.episodes} scenes, with all of them {baseline.successes} of "
-        f"{baseline.episodes}{faster}."
+        f"{fewest.episodes} scenes; with all of them, {baseline.successes} of "
+        f"{baseline.episodes}.{pace}"
     )
 
 
@@ -108,8 +110,8 @@ _SCENES_NOTE = (
 )
 _READING = (
     "Each square is one visual token, a patch of the camera image. Dark squares are dropped "
-    "before the fourth layer of the language model. Blue: among the best by semantic score, the "
-    "attention of all prompt tokens. Orange: among the best by the action score, forecast from "
+    "inside the language model, after its first layers. Blue: among the best by semantic score, "
+    "the attention of all prompt tokens. Orange: among the best by the action score, forecast from "
     "what the last actions looked at. A square with both colours is among the best of both.",
     "The first calls of an episode run on all tokens, since there are no actions to look back on. "
     "Between two calls the arm carries out the actions of the last one; the squares are those of "
@@ -123,7 +125,7 @@ _NUMBERS = (
     "as a whole: image processing, vision towers, language model, action head. Pruning "
     "shortens the language model's share alone, so the speed-up is smaller than that of FLOPs.",
     "Few scenes leave wide intervals: a difference that lies inside them is none that this report "
-    "can show. More scenes narrow them, with --episodes.",
+    "can show. More episodes narrow them.",
 )
 
 
@@ -187,14 +189,15 @@ def _signed(share: float) -> str:
 
 
 def _speedup(row: Row) -> str:
-    latency = row.pruned_calls or row.all_calls
-    if latency.speedup is None or latency.interval is None or row.all_calls.speedup is None:
-        return "<small>-</small>" if row.pruned_calls else "<b>1×</b>"  # noqa: RUF001
-    return (
-        f"<b>{latency.speedup:.2f}×</b>"  # noqa: RUF001
-        f"<small>{latency.interval.low:.2f} to {latency.interval.high:.2f}<br>"
-        f"all calls {row.all_calls.speedup:.2f}×</small>"  # noqa: RUF001
-    )
+    if row.name == ALL_TOKENS:
+        return "<small>the baseline</small>"
+    latency, pruned = row.all_calls, row.pruned_calls
+    if latency.speedup is None or latency.interval is None:
+        return "<small>-</small>"
+    lines = f"{latency.interval.low:.2f} to {latency.interval.high:.2f}"
+    if pruned is not None and pruned.speedup is not None:
+        lines += f"<br>pruned calls {pruned.speedup:.2f}"
+    return f"<b>{latency.speedup:.2f}</b><small>{lines}</small>"
 
 
 def _interval_plot(share: float, interval: Interval) -> str:
@@ -235,7 +238,11 @@ def _files(summary: Summary) -> str:
 
 
 def _data(
-    summary: Summary, conditions: Sequence[Condition], recordings: Recordings, hz: float
+    summary: Summary,
+    conditions: Sequence[Condition],
+    recordings: Recordings,
+    objects: Sequence[str],
+    hz: float,
 ) -> dict[str, Any]:
     """What the players need: every scene with the run of each condition."""
     scenes: dict[int, list[Episode]] = {}
@@ -247,7 +254,7 @@ def _data(
         "scenes": [
             {
                 "seed": seed,
-                "name": f"scene {seed}",
+                "name": objects[runs[0].target],
                 "instruction": runs[0].instruction,
                 "runs": {
                     run.condition: {

@@ -44,7 +44,7 @@ class Task:
         open_scene: makes the scene; must be a module's function or class if processes are used.
         cameras: cameras of the scene.
         seeds: scenes that no policy was trained on.
-        targets: objects that an instruction may name; a seed asks for number `seed % targets`.
+        objects: what an instruction may name; a seed asks for number `seed % len(objects)`.
         step_limit: an episode fails after this many steps.
         hz: steps in a second of simulated time.
     """
@@ -52,7 +52,7 @@ class Task:
     open_scene: Callable[[], Scene]
     cameras: tuple[str, ...]
     seeds: Sequence[int]
-    targets: int
+    objects: tuple[str, ...]
     step_limit: int
     hz: float
 
@@ -82,7 +82,7 @@ def reference_task() -> Task:
         open_scene=scene.PickPlaceScene,
         cameras=scene.CAMERAS,
         seeds=scene.EVALUATION_SEEDS,
-        targets=len(scene.OBJECT_NAMES),
+        objects=scene.OBJECT_NAMES,
         step_limit=scene.STEP_LIMIT,
         hz=scene.CONTROL_HZ,
     )
@@ -97,20 +97,20 @@ class Setup:
         weights: fingerprint of the policy's parameters.
         control: how the policy is driven.
         step_limit: an episode fails after this many steps.
-        targets: objects that an instruction may name.
+        objects: what an instruction may name.
     """
 
     policy: str
     weights: str
     control: Control
     step_limit: int
-    targets: int
+    objects: tuple[str, ...]
 
     @classmethod
     def of(cls, name: str, policy: nn.Module, task: Task, execute: int | None = None) -> Setup:
         """The setup of a loaded policy; `execute` overrides the actions per call."""
         control = Control.of(policy, task.cameras, folder=Path(locate(name)), execute=execute)
-        return cls(name, fingerprint(policy), control, task.step_limit, task.targets)
+        return cls(name, fingerprint(policy), control, task.step_limit, task.objects)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -260,7 +260,7 @@ def _run(
             policy,
             scene,
             seed,
-            seed % setup.targets,
+            seed % len(setup.objects),
             control=setup.control,
             step_limit=steps,
             session=session,
@@ -340,22 +340,12 @@ def evaluate(
     setup = Setup.of(policy, open_policy(policy), task, execute)
     log = EpisodeLog(out / RESULTS, setup)
     work = log.missing(chosen, seeds)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _open_worker,
-        (policy, setup, open_policy, task.open_scene),
-    )
     total = len(chosen) * len(seeds)
     with progress_bar() as bar:
         line = bar.add_task(policy, total=total, completed=total - len(work))
-        try:
-            for episode in _finished(pool, work):
-                log.append(episode)
-                bar.advance(line)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for episode in _run_in_processes(work, workers, policy, setup, open_policy, task):
+            log.append(episode)
+            bar.advance(line)
     result = summarise(
         log.of(chosen, seeds),
         chosen,
@@ -365,6 +355,30 @@ def evaluate(
     )
     write_summary(result, out)
     return result
+
+
+def _run_in_processes(
+    work: Sequence[tuple[Condition, int]],
+    workers: int,
+    policy: str,
+    setup: Setup,
+    open_policy: OpenPolicy,
+    task: Task,
+) -> Iterator[Episode]:
+    """`run_paired` in several processes, without recordings."""
+    if not work:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        _open_worker,
+        (policy, setup, open_policy, task.open_scene),
+    )
+    try:
+        yield from _finished(pool, work)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _finished(

@@ -126,7 +126,11 @@ def combine_then_filter(
 
 
 # One operator, so that a compiled graph holds one node instead of k unrolled steps.
-@torch.library.custom_op("vla_pruner::max_min_search", mutates_args=())
+@torch.library.custom_op(
+    "vla_pruner::max_min_search",
+    mutates_args=(),
+    schema="(Tensor features, Tensor candidates, int k, bool nearest) -> Tensor",
+)
 def _max_min_search(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
     """`features` [B, n, d], `candidates` bool [B, n] -> [B, k] in the order picked."""
     # Autocast would turn the fp32 product into a bf16 one.
@@ -147,7 +151,8 @@ def _(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
 
 def _search_on_device(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
     """Batched search of static shape, without a read-back: fit for CUDA graphs."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    features = features.float().masked_fill(~candidates[..., None], 0.0)
+    unit = torch.nn.functional.normalize(features, dim=-1)
     distance = 1.0 - unit @ unit.transpose(1, 2)
     others = distance.masked_fill(~candidates[:, None], float("inf"))
     others.diagonal(dim1=1, dim2=2).fill_(float("inf"))

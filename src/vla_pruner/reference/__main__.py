@@ -1,4 +1,4 @@
-"""Command line of the reference task: `python -m vla_pruner.reference demos|train|export|evaluate`."""
+"""Command line of the reference task: demonstrations, training, export, evaluation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     demos.add_argument("--episodes", type=int, default=2500)
     demos.add_argument("--seed0", type=int, default=0, help="seed of the first episode")
     demos.add_argument("--workers", type=int, default=2, help="processes")
+    demos.add_argument(
+        "--policy", help="a policy that acts first in every episode, before the expert takes over"
+    )
     demos.set_defaults(run=_demos)
 
     train = commands.add_parser("train", help="train one stage; run again to continue")
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _demos(options: argparse.Namespace) -> None:
     from .demonstrations import record
 
-    kept = record(options.out, options.episodes, options.seed0, options.workers)
+    kept = record(options.out, options.episodes, options.seed0, options.workers, options.policy)
     print(f"{kept} episodes in {options.out}")
 
 

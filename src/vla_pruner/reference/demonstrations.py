@@ -29,7 +29,7 @@ STEPS_AFTER_SUCCESS = 3
 JPEG_QUALITY = 95
 
 _NOISE_STREAM = 7919
-_worker_scene: PickPlaceScene | None = None
+_worker: tuple[PickPlaceScene, Apprentice | None] | None = None
 
 
 class Disturbance:
@@ -74,25 +74,67 @@ class Disturbance:
         self._direction = direction / np.linalg.norm(direction)
 
 
-def record_episode(scene: PickPlaceScene, seed: int, target: int) -> dict[str, np.ndarray] | None:
+class Apprentice:
+    """Lets a policy act in the first steps of an episode, before the expert takes over.
+
+    The recording then holds the states that the policy's own mistakes lead to, and how to get out
+    of them (DAgger, Ross et al., 2011).
+    """
+
+    def __init__(self, folder: str) -> None:
+        from ..models import load
+
+        self._policy = load(folder)
+        self._cameras = CAMERAS[: self._policy.config.num_images]
+        self._reads_state = getattr(self._policy.config, "proprio_dim", None) is not None
+        self._steps = 0
+        self._instruction = ""
+
+    def begin(self, seed: int, instruction: str) -> None:
+        """Start an episode and draw how long the policy acts: 2 to 25 steps."""
+        self._steps = int(np.random.RandomState([seed, _NOISE_STREAM]).randint(2, 26))
+        self._instruction = instruction
+
+    def act(self, images: dict[str, np.ndarray], proprio: np.ndarray) -> np.ndarray | None:
+        """The policy's action `[7]`, None once the expert has taken over."""
+        if self._steps == 0:
+            return None
+        self._steps -= 1
+        state = proprio if self._reads_state else None
+        views = [images[camera] for camera in self._cameras]
+        actions = self._policy.predict_action(views, self._instruction, proprio=state)
+        return np.atleast_2d(actions)[0]
+
+
+def record_episode(
+    scene: PickPlaceScene, seed: int, target: int, apprentice: Apprentice | None = None
+) -> dict[str, np.ndarray] | None:
     """Run the expert once; the arrays of the episode, or None if it did not succeed.
 
-    See `load_episode` for the arrays; here images are still JPEG bytes.
+    With an `apprentice` a policy acts first, instead of random disturbances. See `load_episode`
+    for the arrays; here images are still JPEG bytes.
     """
     from . import expert
     from .scene import STEP_LIMIT
 
-    scene.reset(seed, target)
+    instruction = str(scene.reset(seed, target)["instruction"])
     disturb = Disturbance(seed)
+    if apprentice is not None:
+        apprentice.begin(seed, instruction)
     steps: list[dict[str, np.ndarray]] = []
     images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
     remaining = STEPS_AFTER_SUCCESS
     succeeded = False
     while remaining > 0 and len(steps) < STEP_LIMIT + STEPS_AFTER_SUCCESS:
         action = expert.act(scene.state())
-        executed, perturbed = (action, False) if succeeded else disturb(action)
-        for camera, image in scene.observe().items():
+        seen = scene.observe()
+        for camera, image in seen.items():
             images[camera].append(_to_jpeg(image))
+        if apprentice is not None:
+            choice = apprentice.act(seen, scene.proprio())
+            executed, perturbed = (action, False) if choice is None else (choice, True)
+        else:
+            executed, perturbed = (action, False) if succeeded else disturb(action)
         steps.append(_describe_step(scene, action, executed, perturbed))
         scene.step(executed)
         succeeded = succeeded or scene.success()
@@ -112,12 +154,15 @@ def record_episode(scene: PickPlaceScene, seed: int, target: int) -> dict[str, n
     return episode
 
 
-def record(out_dir: Path, episodes: int, seed0: int = 0, workers: int = 2) -> int:
+def record(
+    out_dir: Path, episodes: int, seed0: int = 0, workers: int = 2, policy: str | None = None
+) -> int:
     """Record seeds `seed0 .. seed0 + episodes - 1`; returns how many episodes are on disk.
 
     Episode `seed` asks for object `seed % 4` and becomes `episode_SEED.npz`. A file appears only
     when it is complete, and a rerun skips what exists. An episode in which the expert failed
-    leaves an empty `episode_SEED.failed`.
+    leaves an empty `episode_SEED.failed`. `policy` names a policy that acts first in every
+    episode, see `Apprentice`.
     """
     from .scene import TRAINING_SEEDS
 
@@ -135,7 +180,7 @@ def record(out_dir: Path, episodes: int, seed0: int = 0, workers: int = 2) -> in
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start = time.monotonic()
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _open_worker_scene
+        workers, multiprocessing.get_context("spawn"), _open_worker, (policy,)
     ) as pool:
         jobs = pool.map(_record_to_file, [out_dir] * len(missing), missing)
         for done, (seed, steps) in enumerate(jobs, start=1):
@@ -226,18 +271,22 @@ def _paths(out_dir: Path, seed: int) -> tuple[Path, Path]:
     return out_dir / f"episode_{seed:06d}.npz", out_dir / f"episode_{seed:06d}.failed"
 
 
-def _open_worker_scene() -> None:
-    global _worker_scene
+def _open_worker(policy: str | None) -> None:
+    """Prepare a process: its own scene, and its own policy on one thread."""
+    global _worker
+    import torch
+
     from .scene import PickPlaceScene
 
-    _worker_scene = PickPlaceScene()
+    torch.set_num_threads(1)
+    _worker = PickPlaceScene(), None if policy is None else Apprentice(policy)
 
 
 def _record_to_file(out_dir: Path, seed: int) -> tuple[int, int]:
     """Record one episode into its file; returns the seed and its steps, 0 if it failed."""
-    assert _worker_scene is not None, "the pool's initializer opens the scene"
+    assert _worker is not None, "the pool's initializer opens the scene"
     stored, failed = _paths(out_dir, seed)
-    episode = record_episode(_worker_scene, seed, seed % len(OBJECT_NAMES))
+    episode = record_episode(_worker[0], seed, seed % len(OBJECT_NAMES), _worker[1])
     if episode is None:
         failed.touch()
         return seed, 0

@@ -218,8 +218,11 @@ class Trainer:
         return (
             hidden[:, 0],
             loss,
-            {"tokens": loss.item(), "l1": error[:, :6].mean().item(),
-             "gripper": (error[:, 6] > 1).float().mean().item()},
+            {
+                "tokens": loss.item(),
+                "l1": error[:, :6].mean().item(),
+                "gripper": (error[:, 6] > 1).float().mean().item(),
+            },
         )
 
     def _chunk_loss(
@@ -241,8 +244,11 @@ class Trainer:
         return (
             row,
             3.0 * loss,
-            {"l1_chunk": loss.item(), "l1": first[:, :6].mean().item(),
-             "gripper": (first[:, 6] > 1).float().mean().item()},
+            {
+                "l1_chunk": loss.item(),
+                "l1": first[:, :6].mean().item(),
+                "gripper": (first[:, 6] > 1).float().mean().item(),
+            },
         )
 
     # ------------------------------------------------------------------ inputs

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.pruning.scores import attention_column_mean
+from vla_pruner.pruning.scores import attention_column_mean, attention_rows
 from vla_pruner.surgery import probe
 from vla_pruner.surgery.layout import Adapter, Layout
 
@@ -335,27 +335,21 @@ class Cut:
         scale = kwargs.get("scaling")
         if scale is None:
             scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
-        score = partial(
-            attention_column_mean,
-            query,
-            key,
-            scale=scale,
-            mask=mask,
-            causal=causal,
-            softcap=kwargs.get("softcap"),
-        )
+        options = {"scale": scale, "mask": mask, "softcap": kwargs.get("softcap")}
+        score = partial(_received, query, key, options=options, causal=causal)
         batch, layout = query.shape[0], prompt.layout
         visual = layout.visual.expand(batch, -1)
         if index == self.semantic_layer and self.phase == "prefill" and prompt.semantic is None:
             if self.method.semantic_rows == "all":
-                prompt.semantic = score(visual, row_weight=layout.valid_rows)
+                prompt.semantic = score(visual, rows=slice(None), row_weight=layout.valid_rows)
             else:
-                last = slice(-1, None) if prompt.last_row is None else prompt.last_row
-                prompt.semantic = score(visual, rows=last)
+                prompt.semantic = score(visual, rows=prompt.last_row)
         if index not in self.action_layers:
             return
         pruned = prompt.mode == "drop" and self.at is not None and index >= self.at
-        rows = self._action_rows(prompt, pruned) if self.phase == "prefill" else None
+        rows: slice | Tensor | None = slice(None) if queries > 1 else None
+        if self.phase == "prefill":
+            rows = self._action_rows(prompt, pruned)
         if pruned:
             assert prompt.columns is not None and prompt.kept is not None
             seen = score(prompt.columns, rows=rows)
@@ -364,13 +358,11 @@ class Cut:
             seen = score(visual, rows=rows)
         prompt.observed = seen if prompt.observed is None else prompt.observed + seen
 
-    def _action_rows(self, prompt: Prompt, pruned: bool) -> slice | Tensor:
-        """Rows of the prefill that are action queries, counted from the end where possible."""
+    def _action_rows(self, prompt: Prompt, pruned: bool) -> slice | Tensor | None:
+        """Rows of the prefill that are action queries; None: the last one."""
         if prompt.layout.action_rows is not None:
             return _from_end(prompt.layout.action_rows, prompt.length)
-        if prompt.last_row is None:
-            return slice(-1, None)
-        if not pruned:
+        if prompt.last_row is None or not pruned:
             return prompt.last_row
         assert prompt.positions is not None
         return torch.searchsorted(prompt.positions, prompt.last_row)
@@ -386,6 +378,27 @@ class Cut:
 
 
 # ---------------------------------------------------------------------- tensor helpers
+def _received(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    *,
+    options: dict[str, Any],
+    causal: bool,
+    rows: slice | Tensor | None,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Attention that `columns` get from `rows` (None: the last), mean over heads: `[B, M]` fp32."""
+    if rows is None:
+        # The last row has no future to hide, and one row takes few operations.
+        mask = options["mask"]
+        options = {**options, "mask": None if mask is None else mask[:, :, -1:]}
+        return attention_rows(query[:, :, -1:], key, **options)[:, :, 0].mean(1).gather(1, columns)
+    return attention_column_mean(
+        query, key, columns, **options, causal=causal, rows=rows, row_weight=row_weight
+    )
+
+
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 

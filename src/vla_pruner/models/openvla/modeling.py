@@ -200,9 +200,10 @@ class OpenVLA(nn.Module):
         Errors: TypeError and ValueError that say which argument is wrong and what is expected.
         """
         observation = {"images": images, "instruction": instruction, "proprio": proprio}
-        return self.predict_actions([observation], unnorm_key=unnorm_key, center_crop=center_crop)[
-            0
-        ]
+        (action,) = self.predict_actions(
+            [observation], unnorm_key=unnorm_key, center_crop=center_crop
+        )
+        return action
 
     def predict_actions(
         self,
@@ -217,9 +218,7 @@ class OpenVLA(nn.Module):
         own `unnorm_key`. Prompts of different lengths are padded on the left. Errors as
         `predict_action`.
         """
-        rows = [processing.check_observation(o, self.config) for o in observations]
-        for row in rows:
-            row["unnorm_key"] = row["unnorm_key"] or unnorm_key
+        rows = self._checked(observations, unnorm_key)
         scales = [processing.bounds(self.config, row["unnorm_key"], "action") for row in rows]
         actions = self.infer(self._inputs(rows, center_crop))
         scaled = [scale.unnormalise(action) for scale, action in zip(scales, actions, strict=True)]
@@ -233,15 +232,21 @@ class OpenVLA(nn.Module):
         center_crop: bool | None = None,
     ) -> Inputs:
         """Model inputs of a list of observations, on the model's device; as `predict_actions`."""
+        return self._inputs(self._checked(observations, unnorm_key), center_crop)
+
+    def _checked(
+        self, observations: Sequence[Mapping[str, Any]], unnorm_key: str | None
+    ) -> list[dict[str, Any]]:
+        """Checked copies of the observations, each with the statistics key it uses."""
+        if not len(observations):
+            raise ValueError("no observation given; expected a list with at least one")
         rows = [processing.check_observation(o, self.config) for o in observations]
         for row in rows:
             row["unnorm_key"] = row["unnorm_key"] or unnorm_key
-        return self._inputs(rows, center_crop)
+        return rows
 
     def _inputs(self, rows: list[dict[str, Any]], center_crop: bool | None) -> Inputs:
         """Inputs of checked observations."""
-        if not rows:
-            raise ValueError("no observation given; expected a list with at least one")
         if self.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer; load a checkpoint with from_pretrained or set "

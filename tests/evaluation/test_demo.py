@@ -1,0 +1,219 @@
+"""`vla-pruner demo` from arguments to the report, without a simulator."""
+
+import argparse
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from toy_task import ToyScene, save_policy, toy_task
+
+from vla_pruner.evaluation import demo
+from vla_pruner.evaluation.page import _script_json
+
+CONDITIONS = ["none", "vla-pruner@0.5", "vla-pruner@0.25"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def arguments(policy: str, out: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(["--policy", policy, "--out", str(out), "--episodes", "2", *more])
+
+
+def run(args: argparse.Namespace, scene: ToyScene | None = None) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=80)
+    code = demo.demo(args, toy_task(scene), console)
+    return code, console.file.getvalue()
+
+
+class InterruptedScene(ToyScene):
+    """Ctrl-C arrives when the scene has been reset a number of times."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def reset(self, seed: int, target: int) -> dict:
+        if len(self.resets) == self.after:
+            raise KeyboardInterrupt
+        return super().reset(seed, target)
+
+
+class Page(HTMLParser):
+    """Everything in a page that a browser would fetch, its table, and its data."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.rows = 0
+        self.downloads: dict[str, str] = {}
+        self.stack: list[dict] = []
+        self.data = ""
+        self.text = path.read_text("utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.fetched += [v for k, v in values.items() if k in ("src", "href", "srcset")]
+        self.rows += tag == "tr"
+        if "download" in values:
+            self.downloads[values["download"]] = values["href"]
+        self.in_data = values.get("id") == "data"
+
+    def handle_data(self, text):
+        if getattr(self, "in_data", False):
+            self.data += text
+
+
+@pytest.fixture(scope="module")
+def report(policy: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("demo") / "report"
+    code, text = run(arguments(policy, out))
+    assert code == 0
+    return out, text
+
+
+def test_the_report_has_its_files_and_the_terminal_its_table(report):
+    out, text = report
+    assert {path.name for path in out.iterdir()} == {
+        "index.html",
+        "results.json",
+        "results.csv",
+        "episodes.csv",
+        "results.jsonl",
+        "recordings",
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"]
+    assert [row["name"] for row in results["rows"]] == CONDITIONS
+    assert results["command"].startswith("vla-pruner demo --method vla-pruner --keep 0.5 0.25")
+    assert {"torch", "cpu", "commit"} <= set(results["environment"])
+    assert len(list(csv.DictReader((out / "episodes.csv").open()))) == 6
+    assert "all tokens" in text
+    assert "Report: file://" in text
+
+
+def test_the_page_loads_nothing(report):
+    page = Page(report[0] / "index.html")
+    assert page.fetched
+    assert all(address.startswith("data:") for address in page.fetched)
+    style = page.text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    script = page.text.rsplit("<script>")[1]
+    assert not re.search(r"https?://|fetch\(|XMLHttpRequest|import\(", script)
+    assert not re.search(r"\{\{\w+\}\}", page.text)
+
+
+def test_the_page_shows_every_run_of_every_scene(report):
+    out, _ = report
+    page = Page(out / "index.html")
+    data = json.loads(page.data)
+    assert page.rows == 1 + len(CONDITIONS)
+    assert [c["name"] for c in data["conditions"]] == CONDITIONS
+    assert [scene["name"] for scene in data["scenes"]] == ["cup", "plate"]
+    for scene in data["scenes"]:
+        assert set(scene["runs"]) == set(CONDITIONS)
+        for run in scene["runs"].values():
+            assert run["recording"]["frames"] == run["steps"] + 1
+    assert "2 of 2" in page.text
+
+
+def test_the_page_carries_the_numbers_as_files(report):
+    out, _ = report
+    downloads = Page(out / "index.html").downloads
+    content = base64.b64decode(downloads["results.csv"].split(",")[1]).decode()
+    assert content == (out / "results.csv").read_text()
+    results = json.loads(base64.b64decode(downloads["results.json"].split(",")[1]))
+    assert results["rows"] == json.loads((out / "results.json").read_text())["rows"]
+
+
+def test_text_cannot_end_the_script_it_stands_in():
+    text = _script_json({"instruction": "</script><script>alert(1)</script>"})
+    assert "<" not in text
+    assert json.loads(text)["instruction"].startswith("</script>")
+
+
+def test_ctrl_c_leaves_a_valid_report_that_resume_completes(policy, tmp_path):
+    out = tmp_path / "report"
+    scene = InterruptedScene(after=3 + 4)  # three warm-ups, then four episodes
+    code, text = run(arguments(policy, out), scene)
+    assert code == demo.INTERRUPTED
+    assert "Interrupted after 4 of 6 episodes" in text
+    assert "--resume" in text
+    assert scene.closed
+    page = Page(out / "index.html")
+    assert "Partial report: 4 of 6" in page.text
+    assert not json.loads((out / "results.json").read_text())["complete"]
+    assert sum(len(s["runs"]) for s in json.loads(page.data)["scenes"]) == 4
+
+    before = (out / "results.jsonl").read_text()
+    scene = ToyScene()
+    code, _ = run(arguments(policy, out, "--resume"), scene)
+    assert code == 0
+    assert len(scene.resets) == 2 + 2  # two conditions warm up, two episodes were missing
+    assert (out / "results.jsonl").read_text().startswith(before)
+    page = Page(out / "index.html")
+    assert "Partial report" not in page.text
+    assert all(len(scene["runs"]) == 3 for scene in json.loads(page.data)["scenes"])
+
+
+def test_ctrl_c_before_the_first_episode_leaves_a_report_too(policy, tmp_path):
+    code, _ = run(arguments(policy, tmp_path / "report"), InterruptedScene(after=0))
+    assert code == demo.INTERRUPTED
+    page = Page(tmp_path / "report" / "index.html")
+    assert "No episode has finished yet" in page.text
+    assert json.loads(page.data)["scenes"] == []
+
+
+def test_an_earlier_report_is_set_aside(policy, tmp_path):
+    out = tmp_path / "report"
+    for episodes in ("1", "2", "1"):
+        run(arguments(policy, out, "--episodes", episodes, "--keep", "0.5"))
+    count = [
+        len((folder / "results.jsonl").read_text().splitlines())
+        for folder in (out, tmp_path / "report.previous")
+    ]
+    assert count == [1 + 2, 1 + 4]
+
+
+def test_a_folder_with_other_things_is_not_touched(policy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="no demo report"):
+        run(arguments(policy, tmp_path))
+    with pytest.raises(ValueError, match="nothing to continue"):
+        run(arguments(policy, tmp_path, "--resume"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "none"], "name a method that prunes"),
+        (["--keep", "0.5", "0.5"], "different amounts"),
+        (["--keep", "1.5"], r"\(0, 1\]"),
+        (["--keep", "half"], "a fraction such as"),
+        (["--method", "vlapruner"], "did you mean"),
+        (["--episodes", "0"], "there are 10 scenes"),
+    ],
+)
+def test_impossible_arguments_are_explained(policy, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(arguments(policy, tmp_path / "report", *more))
+    assert not (tmp_path / "report").exists()
+
+
+def test_amounts_may_be_separated_by_commas(policy, tmp_path):
+    run(arguments(policy, tmp_path / "report", "--episodes", "1", "--keep", "0.5,4"))
+    rows = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
+    assert [row["visual_kept"] for row in rows] == [32, 16, 4]
