@@ -133,6 +133,14 @@ def test_checkpoints_keep_their_size(oft_folder: Path) -> None:
         build_workload(str(oft_folder), layers=2, vision=True, dtype=None, device=CPU)
 
 
+def test_a_method_that_never_cuts_is_measured_once(oft_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    argv = ["bench", "--model", str(oft_folder), "--methods", "none,random", "--keep", "0.5,0.25"]
+    assert main([*argv, "--repeats", "1", "--out", str(out)]) == 0
+    names = [row["name"] for row in json.loads(out.read_text())["rows"]]
+    assert names == ["full", "none", "random 0.5", "random 0.25"]
+
+
 def test_keep_takes_fractions_and_counts() -> None:
     assert _keep("0.25") == 0.25
     assert _keep("64") == 64

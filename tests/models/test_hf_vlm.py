@@ -69,7 +69,17 @@ def qwen(version):
     rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
     text = {**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}}
     vision = dict(depth=1, num_heads=2, in_chans=3, patch_size=14, spatial_merge_size=2)
-    if version == "2":
+    if version == "3":
+        kinds = (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration)
+        text["head_dim"] = 8
+        vision.update(
+            hidden_size=16,
+            out_hidden_size=32,
+            intermediate_size=32,
+            deepstack_visual_indexes=[0, 0],
+            num_position_embeddings=64,
+        )
+    elif version == "2":
         kinds = (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration)
         vision.update(embed_dim=16, hidden_size=32)
     else:
@@ -99,6 +109,7 @@ BUILD = {
     "smolvlm": smolvlm,
     "qwen2-vl": lambda: qwen("2"),
     "qwen2.5-vl": lambda: qwen("2.5"),
+    "qwen3-vl": lambda: qwen("3"),
 }
 
 
@@ -209,6 +220,13 @@ def test_different_numbers_of_image_tokens():
         pytest.raises(ValueError, match=r"\[16, 0\] image tokens"),
     ):
         model(input_ids=rows, pixel_values=torch.randn(1, *pixels))
+
+
+def test_early_layers_that_get_image_features_see_every_token():
+    model, *_ = qwen("3")
+    with pytest.raises(ValueError, match="use `layer` >= 2"):
+        vp.prune(model, "fastv", keep=KEEP, layer=1)
+    vp.prune(model, "fastv", keep=KEEP, layer=2).remove()
 
 
 def test_image_token_may_be_given():

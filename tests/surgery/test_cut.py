@@ -253,6 +253,11 @@ def test_generate_without_cache_equals_generate_with_it(decoders):
     close(one.logits, other.logits)
 
 
+def test_guessing_ahead_is_refused(decoders):
+    with prune(decoders()), pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
+        decoders().generate(**inputs_for(decoders()), prompt_lookup_num_tokens=3)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_beam_search(decoders, cache):
     """All beams of an episode keep the same tokens, so reordering them is harmless."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from vla_pruner.bench.compare import Comparison, Row, compare, steps_to_prepare
 from vla_pruner.bench.workloads import DTYPES, PUBLISHED, build_workload
@@ -78,11 +80,12 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: at least one thread is needed")
         torch.set_num_threads(args.threads)
-    methods = [
-        build(name, keep=keep, layer=args.layer)
-        for name in _words(args.methods, "--methods")
-        for keep in map(_keep, _words(args.keep, "--keep"))
-    ]
+    keeps = [_keep(word) for word in _words(args.keep, "--keep")]
+    methods = []
+    for name in _words(args.methods, "--methods"):
+        variants = [build(name, keep=keep, layer=args.layer) for keep in keeps]
+        cuts = variants[0].cuts(num_layers=args.layer + 1)
+        methods += variants if cuts else variants[:1]  # what never cuts has no keep ratio
 
     console = Console()
     layers = args.layers
@@ -115,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
             compile_decoder=args.compile,
             tick=lambda: bar.advance(task),
         )
-    console.print(_headline(result))
-    console.print(_table(result))
-    console.print(_notes(result), style="dim", highlight=False)
+    console.print(_headline(result), markup=False, highlight=False)
+    console.print(_table(result, wide=console.width >= WIDE))
+    console.print(_notes(result), style="dim", markup=False, highlight=False)
     for path in args.out:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_json(result) if path.suffix == ".json" else _markdown(result))
@@ -155,41 +158,39 @@ def _device(name: str) -> torch.device:
 
 # -- what is shown -------------------------------------------------------------------------------
 
-COLUMNS = (
-    "variant",
-    "visual tokens",
-    "prefill ms",
-    "speed-up",
-    "bound",
-    "of bound",
-    "score ms",
-    "select ms",
-    "share of full",
-    "decode ms",
-    "step ms",
-    "step speed-up",
-    "peak MB",
-)
+
+NARROW = ("variant", "tokens", "prefill ms", "speed-up", "bound", "of bound", "share", "step ms")
+"""Columns for a terminal of 80 characters; all of them need `WIDE`."""
+WIDE = 120
 
 
-def _cells(row: Row, full: Row) -> tuple[str, ...]:
-    parts = [part for part in (row.scoring_ms, row.selection_ms) if part is not None]
-    share = sum(part.median for part in parts) / full.prefill_ms.median
-    return (
-        row.name,
-        str(row.visual),
-        str(row.prefill_ms),
-        f"{row.speedup.median:.2f}",
-        f"{row.bound:.2f}",
-        f"{row.of_bound:.3f}",
-        f"{row.scoring_ms.median:.2f}" if row.scoring_ms else "-",
-        f"{row.selection_ms.median:.2f}" if row.selection_ms else "-",
-        f"{100 * share:.2f} %" if parts else "-",
-        str(row.decode_ms) if row.decode_ms else "-",
-        str(row.total_ms),
-        f"{row.total_speedup.median:.2f}",
-        "-" if row.memory_mb is None else f"{row.memory_mb:.0f}",
-    )
+def _cells(row: Row, full: Row) -> dict[str, str]:
+    """Column and content; a column that is empty in every row is left out."""
+    parts = [part.median for part in (row.scoring_ms, row.selection_ms) if part is not None]
+    passes = full.prefill_ms.median + (full.decode_ms.median if full.decode_ms else 0.0)
+    beyond_prefill = full.total_ms.median > 1.05 * full.prefill_ms.median
+    return {
+        "variant": row.name,
+        "tokens": str(row.visual),
+        "prefill ms": str(row.prefill_ms),
+        "speed-up": f"{row.speedup.median:.2f}",
+        "bound": f"{row.bound:.2f}",
+        "of bound": f"{row.of_bound:.3f}",
+        "score ms": f"{row.scoring_ms.median:.2f}" if row.scoring_ms else "",
+        "select ms": f"{row.selection_ms.median:.2f}" if row.selection_ms else "",
+        "share": f"{100 * sum(parts) / passes:.2f} %" if parts else "",
+        "decode ms": str(row.decode_ms) if row.decode_ms else "",
+        "step ms": str(row.total_ms) if beyond_prefill else "",
+        "step speed-up": f"{row.total_speedup.median:.2f}" if beyond_prefill else "",
+        "peak MB": "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
+    }
+
+
+def _grid(result: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table."""
+    cells = [_cells(row, result.rows[0]) for row in result.rows]
+    header = [column for column in cells[0] if any(row[column] for row in cells)]
+    return header, [[row[column] or "-" for column in header] for row in cells]
 
 
 def _headline(result: Comparison) -> str:
@@ -203,12 +204,16 @@ def _headline(result: Comparison) -> str:
     )
 
 
-def _table(result: Comparison) -> Table:
-    table = Table()
-    for column in COLUMNS:
+def _table(result: Comparison, *, wide: bool) -> Table:
+    table, (header, rows) = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0)), _grid(result)
+    shown = [column for column in header if wide or column in NARROW]
+    for column in shown:
         table.add_column(column, justify="left" if column == "variant" else "right")
-    for row in result.rows:
-        table.add_row(*_cells(row, result.rows[0]))
+    for row in rows:  # quartiles go below their median, or the table is too wide for a terminal
+        cells = dict(zip(header, row, strict=True))
+        table.add_row(*(Text(cells[column].replace(" [", "\n[")) for column in shown))
+    if len(shown) < len(header):
+        table.caption = f"{WIDE} columns, or --out FILE.md, show more"
     return table
 
 
@@ -216,7 +221,8 @@ def _notes(result: Comparison) -> str:
     stamp = ", ".join(f"{key} {value}" for key, value in result.environment.items() if value)
     return (
         "Median [quartiles]. Bound: prefill FLOPs of the full model over those of the variant. "
-        "Share: scoring and selection alone, of the full prefill. Peak: held on top of weights.\n"
+        "Share: scoring and selection alone, of the full model's passes. "
+        "Peak: held on top of the weights.\n"
         f"Greedy search, 128 of 512 candidates, 4096 wide: {result.selection_128_of_512_ms} ms.\n"
         f"{stamp}"
     )
@@ -232,14 +238,15 @@ def _json(result: Comparison) -> str:
 
 
 def _markdown(result: Comparison) -> str:
+    header, rows = _grid(result)
     lines = [
         _headline(result),
         "",
         f"`{_command()}`",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(_cells(row, result.rows[0])) + " |" for row in result.rows),
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
         "",
         _notes(result),
     ]

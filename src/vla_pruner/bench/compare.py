@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,21 +122,31 @@ class _Variant:
     def _measure_parts(self) -> None:
         """Time scoring and selection alone, on the tensors they get in the steady state."""
         assert self.method is not None
-        with (
-            measure.recorded_calls(cut, "attention_column_mean") as scored,
-            measure.recorded_calls(type(self.method), "select") as selected,
-        ):
+        parts = {
+            "attention_column_mean": (cut, "scoring"),
+            "attention_rows": (cut, "scoring"),
+            "select": (type(self.method), "selection"),
+        }
+        with ExitStack() as stack:
+            recorded = {
+                name: stack.enter_context(measure.recorded_calls(owner, name))
+                for name, (owner, _) in parts.items()
+            }
             self.step()
-        if scored:
-            self.scoring_ms = self._replay(cut.attention_column_mean, scored)
-        if selected:
-            self.selection_ms = self._replay(type(self.method).select, selected)
+        calls: dict[str, list[Callable[[], Any]]] = {"scoring": [], "selection": []}
+        for name, (owner, part) in parts.items():
+            function = getattr(owner, name)
+            calls[part] += [partial(function, *args, **kwargs) for args, kwargs in recorded[name]]
+        self.scoring_ms = self._replay(calls["scoring"])
+        self.selection_ms = self._replay(calls["selection"])
 
-    def _replay(self, function: Callable[..., Any], calls: list[Any], repeats: int = 7) -> Spread:
+    def _replay(self, calls: list[Callable[[], Any]], repeats: int = 7) -> Spread | None:
         def run() -> None:
-            for args, kwargs in calls:
-                function(*args, **kwargs)
+            for call in calls:
+                call()
 
+        if not calls:
+            return None
         run()
         return Spread.of([measure.time_ms(run, self.device) for _ in range(repeats)])
 
@@ -166,7 +178,7 @@ def compare(
         torch._dynamo.config.recompile_limit = 16 * (1 + len(methods))
     variants = {FULL: _Variant(FULL, workload, None, device)}
     for method in methods:
-        name = f"{method.name} {method.keep}"
+        name = f"{method.name} {method.keep}" if method.cuts(method.layer + 1) else method.name
         variants[name] = _Variant(name, workload, method, device)
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)

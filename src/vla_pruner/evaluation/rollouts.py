@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -407,7 +408,9 @@ def _open_worker(
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _worker = open_policy(policy), open_scene(), setup
+    scene = open_scene()
+    atexit.register(scene.close)
+    _worker = open_policy(policy), scene, setup
 
 
 def _run_in_worker(condition: Condition, seed: int) -> Episode:

@@ -53,12 +53,13 @@ _BUILT_IN = (
     ),
     Family(
         "hf-vlm",
-        "PaliGemma, LLaVA, Qwen2-VL, Qwen2.5-VL and SmolVLM of transformers, unmodified",
+        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, SmolVLM of transformers, unmodified",
         class_named(
             "PaliGemmaForConditionalGeneration",
             "LlavaForConditionalGeneration",
             "Qwen2VLForConditionalGeneration",
             "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
             "SmolVLMForConditionalGeneration",
         ),
         _made_by("vla_pruner.models.hf_vlm"),

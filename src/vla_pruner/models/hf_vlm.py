@@ -35,6 +35,8 @@ class ImageTokenVLM(Adapter):
         if found is None:
             raise TypeError(f"{type(model).__name__} has no `config.image_token_id`.")
         self.image_token_id = int(found)
+        deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+        self.earliest_cut = len(deep or ())
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
 

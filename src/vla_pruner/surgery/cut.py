@@ -67,6 +67,13 @@ class Prompt:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the layers behind the cut in this pass."""
 
+    def own(self) -> None:
+        """Copy the results: the next replay of a CUDA graph writes over what the last one gave."""
+        for name in ("semantic", "kept", "positions", "columns"):
+            result = getattr(self, name)
+            if result is not None:
+                setattr(self, name, result.clone())
+
 
 class Cut:
     """Hooks on one decoder; `phase` and `prompt` say what the pass in progress is."""

@@ -186,6 +186,7 @@ class Session:
         self._in_step = False
         self._running: Step | None = None
         self._queries = 0
+        self._compiled = False
         self._by_cache: weakref.WeakKeyDictionary[Any, Step | None] = weakref.WeakKeyDictionary()
         self._derived: tuple[Layout, int, int, Tensor, Tensor | None] | None = None
 
@@ -249,6 +250,7 @@ class Session:
             raise RuntimeError("the session was removed; make a new one with `vp.prune`.")
         compiled = torch.compile(self.decoder.forward, **{"fullgraph": True, **options})
         self._set_attribute(self.decoder, "forward", compiled)
+        self._compiled = True
 
     def remove(self) -> None:
         """Detach: the model is what it was before. Does nothing the second time."""
@@ -327,6 +329,8 @@ class Session:
             elif cut.phase == "decode":
                 rows = self._queries
             step.add(prompt.observed, rows)
+        if self._compiled and cut.phase == "prefill":
+            prompt.own()
         prompt.observed, prompt.features, prompt.overrides = None, None, {}
 
     # ------------------------------------------------------------------ steps
@@ -492,6 +496,12 @@ class Session:
             return
 
         def counted(*args: Any, **kwargs: Any) -> Any:
+            for name in ("assistant_model", "prompt_lookup_num_tokens"):
+                if kwargs.get(name) is not None:
+                    raise NotImplementedError(
+                        f"`{name}`: guessing tokens ahead takes some back from the cache, which "
+                        "pruning does not follow; generate without it."
+                    )
             settings = kwargs.get("generation_config") or getattr(
                 self.model, "generation_config", None
             )

@@ -1,0 +1,197 @@
+"""Training data, the three stages, resuming, and the policy folder that comes out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vla_pruner.models import load
+from vla_pruner.reference import policies
+from vla_pruner.reference.dataset import CHUNK, Demonstrations
+from vla_pruner.reference.demonstrations import FORMAT_VERSION, _to_jpeg
+from vla_pruner.reference.task import CAMERAS, IMAGE_SIZE, OBJECT_NAMES
+from vla_pruner.reference.training import STAGES, Settings, Trainer, export
+
+STEPS = 12
+
+
+def write_episode(folder, seed, perturbed_at=()):
+    """An episode of random frames in the recorder's format; the point of object 0 is painted."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 255, (STEPS, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    arrays = {
+        "proprio": rng.normal(size=(STEPS, 8)).astype(np.float32),
+        "answers": rng.uniform(-1, 1, (STEPS, len(OBJECT_NAMES), 7)).astype(np.float32),
+        "answerable": np.ones((STEPS, len(OBJECT_NAMES)), dtype=bool),
+        "perturbed": np.isin(np.arange(STEPS), perturbed_at),
+        "object_positions": rng.normal(size=(STEPS, len(OBJECT_NAMES), 3)).astype(np.float32),
+        "target": np.array(seed % 4),
+        "seed": np.array(seed),
+        "format": np.array(FORMAT_VERSION),
+    }
+    arrays["action"] = arrays["answers"][:, seed % 4]
+    for camera in CAMERAS:
+        jpegs = [_to_jpeg(frame) for frame in frames]
+        arrays[f"{camera}_jpeg"] = np.frombuffer(b"".join(jpegs), dtype=np.uint8)
+        arrays[f"{camera}_offsets"] = np.cumsum([0, *map(len, jpegs)])
+        arrays[f"{camera}_points"] = np.full((STEPS, 5, 2), IMAGE_SIZE / 2, dtype=np.float32)
+    np.savez(folder / f"episode_{seed:06d}.npz", **arrays)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demonstrations")
+    for seed in range(4):
+        write_episode(folder, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    data = Demonstrations(folder, pixels=140)
+    assert data.refresh() == 4
+    return data
+
+
+@pytest.fixture(autouse=True)
+def gradients():
+    with torch.enable_grad():
+        yield
+
+
+def test_a_batch_has_the_documented_shapes(data):
+    batch = data.sample(np.random.default_rng(0), 6)
+    assert batch.images.shape == (6, 2, 140, 140, 3) and batch.images.dtype == np.uint8
+    assert batch.actions.shape == (6, CHUNK, 7)
+    assert batch.points.shape == (6, 2, 5, 2)
+    assert len(batch.instructions) == 6
+
+
+def test_points_follow_the_crop(data):
+    batch = data.sample(np.random.default_rng(0), 32, shift=4.0)
+    assert np.abs(batch.points - 0.5).max() <= 5 / 140
+    assert np.ptp(batch.points) > 0
+
+
+def test_an_action_after_a_disturbance_is_not_taught(tmp_path):
+    write_episode(tmp_path, 0, perturbed_at=[3])
+    data = Demonstrations(tmp_path, pixels=140)
+    data.refresh()
+    recorded = write_episode(tmp_path, 0, perturbed_at=[3])["action"]
+    batch = data.sample(np.random.default_rng(0), 64, other_target=0.0)
+    for actions, valid in zip(batch.actions, batch.action_valid, strict=True):
+        start = int(np.argmin(np.abs(recorded - actions[0]).sum(1)))
+        # Actions start .. 3 follow an undisturbed arm; what comes after step 3 does not.
+        expected = [start > 3 or start + i <= 3 for i in range(CHUNK)]
+        assert valid.tolist() == expected
+
+
+def test_another_instruction_brings_that_objects_answer(data, folder):
+    batch = data.sample(np.random.default_rng(0), 64, other_target=1.0)
+    names = {text.split(" in")[0].split("the ")[1].split(" and")[0] for text in batch.instructions}
+    assert len(names) >= len(OBJECT_NAMES)
+    single = batch.action_valid.sum(1) == 1
+    assert single.any() and not single.all()
+
+
+def test_an_empty_folder_says_how_to_record(tmp_path):
+    with pytest.raises(FileNotFoundError, match="reference demos"):
+        Demonstrations(tmp_path, pixels=140).refresh()
+
+
+def test_new_episodes_are_picked_up(tmp_path):
+    write_episode(tmp_path, 0)
+    data = Demonstrations(tmp_path, pixels=140)
+    assert data.refresh() == 1
+    write_episode(tmp_path, 1)
+    assert data.refresh() == 2 and len(data) == 2 * STEPS
+
+
+def test_tokenizer_is_deterministic_and_leaves_room_for_actions():
+    first, second = policies.tokenizer(), policies.tokenizer()
+    text = policies.PROMPT.format(instruction="pick up the milk and place it in its bin")
+    ids = first(text)["input_ids"]
+    assert ids == second(text)["input_ids"]
+    assert ids[0] == 1 and first.unk_token_id not in ids
+    assert max(ids) < policies.VOCABULARY - 64 - 256
+    assert len(first) <= policies.VOCABULARY - 64 - 256
+
+
+def test_policies_have_the_promised_shape():
+    for name, views in (("mini-openvla", (100,)), ("mini-oft", (100, 100))):
+        config = policies.config(name)
+        assert config.views == views
+        assert config.text["num_hidden_layers"] >= 8
+    with pytest.raises(ValueError, match="mini-oft"):
+        policies.config("mini-pi")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """All three stages, two steps each."""
+    out = tmp_path_factory.mktemp("training")
+    with torch.enable_grad():
+        for stage in STAGES:
+            Trainer(Settings(stage=stage, steps=2, batch=2), data, out).run()
+    return out
+
+
+def test_a_stage_starts_from_the_averaged_weights_of_the_one_before(trained, data):
+    trainer = Trainer(Settings(stage="mini-oft", steps=2, batch=2), data, trained)
+    state = torch.load(trained / "mini-openvla.pt", weights_only=True)
+    averaged = dict(zip(state["model"], state["average"], strict=False))
+    weights = dict(trainer.model.named_parameters())
+    for name in ("projector.fc1.weight", "language_model.model.layers.7.mlp.up_proj.weight"):
+        assert torch.equal(weights[name], averaged[name])
+
+
+def test_a_stage_needs_the_one_before(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train that stage first"):
+        Trainer(Settings(stage="mini-oft", steps=1), data, tmp_path)
+
+
+def test_training_changes_every_part_that_acts(trained, data):
+    before = Trainer(Settings(stage="mini-oft", steps=2, batch=2), data, trained)
+    after = torch.load(trained / "mini-oft.pt", weights_only=True)["model"]
+    same = [n for n, p in before.model.named_parameters() if torch.equal(p, after[n])]
+    assert same == ["language_model.lm_head.weight"]  # parallel decoding writes no tokens
+
+
+def test_an_interrupted_stage_continues_where_it_was(trained, data, tmp_path):
+    for stage in STAGES[:2]:
+        (tmp_path / f"{stage}.pt").write_bytes((trained / f"{stage}.pt").read_bytes())
+    trainer = Trainer(Settings(stage="mini-openvla", steps=3, batch=2), data, tmp_path)
+    trainer.restore(trainer.checkpoint)
+    assert trainer.step == 2
+    stored = torch.load(trained / "mini-openvla.pt", weights_only=True)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, stored["model"][name])
+    trainer = Trainer(Settings(stage="mini-openvla", steps=3, batch=2), data, tmp_path)
+    trainer.run()
+    assert torch.load(tmp_path / "mini-openvla.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["mini-openvla", "mini-oft"])
+def test_the_exported_folder_acts(trained, tmp_path, name):
+    export(trained / f"{name}.pt", tmp_path)
+    policy = load(tmp_path)
+    cameras = len(policy.config.views)
+    images = [np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 90, dtype=np.uint8)] * cameras
+    proprio = np.zeros(8) if name == "mini-oft" else None
+    actions = policy.predict_action(images, "pick up the can", proprio=proprio)
+    assert actions.shape == ((8, 7) if name == "mini-oft" else (7,))
+    assert actions.dtype == np.float32 and np.isfinite(actions).all()
+    control = json.loads((tmp_path / "config.json").read_text())["control"]
+    assert control["cameras"] == list(policies.CONTROL[name].cameras)
+
+
+def test_the_loss_reads_actions_as_the_policy_writes_them(trained, data):
+    """Bins of the loss and tokens of the policy mean the same action."""
+    trainer = Trainer(Settings(stage="mini-openvla", steps=2, batch=2), data, trained)
+    end = trainer.config.action_vocab_end
+    actions = np.linspace(-1, 1, 41)
+    tokens = trainer.model.encode_actions(actions)
+    assert tokens.min() >= end - 256 and tokens.max() < end
+    assert np.abs(trainer.model.decode_actions(tokens) - actions).max() <= 1 / 255
