@@ -11,27 +11,25 @@ from transformers import StaticCache
 
 import vla_pruner as vp
 
-WARM_UP, STEPS = 1, 4
+WARM_UP, STEPS = 1, 3
 
 
 def graphs():
     return counters["stats"].get("unique_graphs", 0)
 
 
-@pytest.mark.parametrize(
-    ("attention", "cached"), [("sdpa", False), ("eager", False), ("sdpa", True)]
-)
+@pytest.mark.parametrize(("attention", "cached"), [("eager", False), ("sdpa", True)])
 def test_whole_graphs_that_are_used_again(make, embeds, attention, cached):
     if cached and transformers.__version__ < "5":
         pytest.skip("with a static cache, transformers 4 reads lengths back while it is traced")
     torch._dynamo.reset()
     counters.clear()
-    model, runs = make("llama", attention, num_hidden_layers=4), []
+    model, runs = make("llama", attention, num_hidden_layers=3), []
     action_rows = "decode" if cached else slice(-6, None)
     adapter = vp.models.Decoder(visual=slice(1, 21), action_rows=action_rows)
     for compiled in (False, True):
         logits, made = [], []
-        with vp.prune(model, keep=6, layer=2, window=WARM_UP, adapter=adapter) as session:
+        with vp.prune(model, keep=6, layer=1, window=WARM_UP, adapter=adapter) as session:
             if compiled:
                 session.compile(backend="eager")
             for step in range(STEPS):

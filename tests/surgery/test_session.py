@@ -240,6 +240,7 @@ def test_prefills_of_one_step(decoders, embeds):
                 second = session.last
         assert first.steps == second.steps == (1,)
         assert torch.equal(first.kept_mask, second.kept_mask)
+        assert torch.equal(first.semantic, second.semantic), "the score that decided"
         model(inputs_embeds=embeds(6), use_cache=False)
         assert session.last.steps == (2,)
         again = session.last
@@ -300,6 +301,7 @@ def test_missing_cameras_are_candidates_of_nothing(decoders, embeds):
     with prune(decoders(), "fastv", adapter=OneCameraMissing(visual=slice(1, 21))) as session:
         decoders()(inputs_embeds=embeds())
     assert len(session.last.kept[0][0]) == KEEP and len(session.last.kept[0][1]) == 0
+    assert session.last.reasons() == [["semantic"] * KEEP]
 
 
 # ---------------------------------------------------------------------- passes without an image
@@ -324,7 +326,7 @@ def test_text_alone_is_left_alone(decoders, embeds):
 
 def test_unpruned_cache_of_an_earlier_call(decoders, embeds):
     """A cache that was filled before the session began is continued as it is."""
-    model, token = decoders(), torch.tensor([[5]])
+    model, token = decoders("llama", "eager"), torch.tensor([[5]])
     plain = model(inputs_embeds=embeds(), use_cache=True).past_key_values
     with prune(model, "fastv"):
         model(inputs_embeds=embeds(1), use_cache=True)

@@ -208,7 +208,8 @@ def _table(result: Comparison, *, wide: bool) -> Table:
     table, (header, rows) = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0)), _grid(result)
     shown = [column for column in header if wide or column in NARROW]
     for column in shown:
-        table.add_column(column, justify="left" if column == "variant" else "right")
+        first = column == "variant"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows:  # quartiles go below their median, or the table is too wide for a terminal
         cells = dict(zip(header, row, strict=True))
         table.add_row(*(Text(cells[column].replace(" [", "\n[")) for column in shown))

@@ -116,7 +116,7 @@ _READING = (
     "The first calls of an episode run on all tokens, since there are no actions to look back on. "
     "Between two calls the arm carries out the actions of the last one; the squares are those of "
     "that call.",
-    "The small maps show both scores before the cut, brighter is higher (square-root scale, one "
+    "The small maps show both scores before the cut, stronger is higher (square-root scale, one "
     "scale for all cameras of a call). A score can be high where the square is dropped: among "
     "similar candidates the least redundant ones stay.",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import multiprocessing
@@ -11,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +409,7 @@ def _open_worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     scene = open_scene()
-    atexit.register(scene.close)
+    Finalize(None, scene.close, exitpriority=0)  # before atexit, where MuJoCo ends its contexts
     _worker = open_policy(policy), scene, setup
 
 

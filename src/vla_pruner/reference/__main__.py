@@ -31,8 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--minutes", type=float, default=60.0, help="length of the stage")
     train.add_argument("--steps", type=int, help="length in optimiser steps instead")
     train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="its largest value")
     train.add_argument("--grid", type=int, default=10, help="patches along one side of an image")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--start", type=Path, help="checkpoint to begin from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
 
@@ -74,12 +76,12 @@ def _train(options: argparse.Namespace) -> None:
     from .dataset import Demonstrations
     from .training import Settings, Trainer
 
-    names = ("stage", "minutes", "steps", "batch", "grid", "seed", "device")
+    names = ("stage", "minutes", "steps", "batch", "learning_rate", "grid", "seed", "device")
     settings = Settings(**{name: getattr(options, name) for name in names})
     data = Demonstrations(options.data, pixels=14 * settings.grid)
     print(f"reading the demonstrations in {options.data} ...", flush=True)
     print(f"{data.refresh()} episodes, {len(data)} steps", flush=True)
-    Trainer(settings, data, options.out).run()
+    Trainer(settings, data, options.out, options.start).run()
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ class Batch:
     points : float32 `[B, C, 5, 2]`, image coordinates (column, row) in [0, 1] of the four objects
         and of the gripper; outside [0, 1] where they are out of view.
     relation : float32 `[B, 6]`, gripper position and vector from it to the named object (m).
+    named : float32 `[B, C, 2]`, the entry of `points` for the named object.
     """
 
     images: np.ndarray
@@ -41,6 +42,7 @@ class Batch:
     action_valid: np.ndarray
     points: np.ndarray
     relation: np.ndarray
+    named: np.ndarray
 
 
 class Demonstrations:
@@ -53,6 +55,7 @@ class Demonstrations:
         self._seen: set[Path] = set()
         self._episodes: list[dict[str, np.ndarray]] = []
         self._index: list[tuple[int, int]] = []
+        self._reaching: list[tuple[int, int]] = []
 
     def refresh(self) -> int:
         """Read the episodes that appeared since the last call; returns how many there are."""
@@ -68,6 +71,7 @@ class Demonstrations:
             number = len(self._episodes)
             self._episodes.append(episode)
             self._index += [(number, step) for step in range(len(episode["proprio"]))]
+            self._reaching += [(number, int(step)) for step in np.flatnonzero(_reaches(episode))]
         if not self._episodes:
             raise FileNotFoundError(
                 f"There are no demonstrations (episode_*.npz) in {self.folder}; record some with "
@@ -89,17 +93,25 @@ class Demonstrations:
         return np.quantile(values, 0.01, axis=0), np.quantile(values, 0.99, axis=0)
 
     def sample(
-        self, rng: np.random.Generator, size: int, *, other_target: float = 0.3, shift: float = 4.0
+        self,
+        rng: np.random.Generator,
+        size: int,
+        *,
+        other_target: float = 0.4,
+        reaching: float = 0.6,
+        shift: float = 4.0,
     ) -> Batch:
         """Draw `size` samples.
 
         Parameters
         ----------
+        reaching : share of samples drawn from the steps before the grasp, the only ones that need
+            to find the named object in the image; the others come from all steps.
         other_target : share of samples whose instruction names another object than the
             demonstrated one; only their first action is known.
         shift : largest random displacement of the crop, pixels.
         """
-        rows = [self._one(rng, other_target, shift) for _ in range(size)]
+        rows = [self._one(rng, other_target, reaching, shift) for _ in range(size)]
         columns = list(zip(*rows, strict=True))
         return Batch(
             images=np.stack(columns[0]),
@@ -107,15 +119,18 @@ class Demonstrations:
             **{
                 name: np.stack(column)
                 for name, column in zip(
-                    ("proprio", "actions", "action_valid", "points", "relation"),
+                    ("proprio", "actions", "action_valid", "points", "relation", "named"),
                     columns[2:],
                     strict=True,
                 )
             },
         )
 
-    def _one(self, rng: np.random.Generator, other_target: float, shift: float) -> tuple:
-        number, step = self._index[rng.integers(len(self._index))]
+    def _one(
+        self, rng: np.random.Generator, other_target: float, reaching: float, shift: float
+    ) -> tuple:
+        index = self._reaching if rng.random() < reaching and self._reaching else self._index
+        number, step = index[rng.integers(len(index))]
         episode = self._episodes[number]
         target = int(episode["target"])
         labels = episode["action"]
@@ -153,8 +168,16 @@ class Demonstrations:
             valid,
             np.stack(points).astype(np.float32),
             relation.astype(np.float32),
+            np.stack(points)[:, target].astype(np.float32),
         )
 
     def _resized(self, frame: np.ndarray) -> np.ndarray:
         size = (self.stored, self.stored)
         return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+
+
+def _reaches(episode: dict[str, np.ndarray]) -> np.ndarray:
+    """bool `[T]`: the gripper is open and the demonstrated object still lies in the source bin."""
+    where = episode["object_positions"][:, int(episode["target"])]
+    moved = np.linalg.norm(where[:, :2] - where[0, :2], axis=1)
+    return (episode["action"][:, 6] < 0) & (moved < 0.15)

@@ -7,7 +7,7 @@ Three stages, each on all visual tokens:
 3. `mini-oft`: starts from stage 2, as OpenVLA-OFT starts from OpenVLA; L1 on the action chunk.
 
 Small auxiliary heads (where the objects are, where the named one is) shorten the training and are
-thrown away afterwards.
+thrown away afterwards. They never look at attention weights, which pruning measures.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from .task import CAMERAS
 STAGES = ("vision", "mini-openvla", "mini-oft")
 _POINTS = 5
 _RELATION_SCALE_M = 0.2
+_MIDDLE = 4
+"""Decoder layers after which it should be known where the named object is."""
 _SMALLEST_REACH = 0.1
 """Action dimensions that hardly move are not blown up to the full range."""
 
@@ -43,6 +45,7 @@ class Settings:
     ----------
     minutes : wall-clock length of the stage; the learning rate decays to zero at its end.
     steps : if given, the length in optimiser steps instead.
+    other_target, reaching : see `Demonstrations.sample`.
     """
 
     stage: str
@@ -52,7 +55,8 @@ class Settings:
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     average: float = 0.998
-    other_target: float = 0.3
+    other_target: float = 0.4
+    reaching: float = 0.6
     seed: int = 0
     grid: int = 10
     device: str = "cpu"
@@ -71,6 +75,8 @@ class Helpers(nn.Module):
         self.where = nn.Linear(hidden, 3 * _POINTS)
         self.norm = nn.LayerNorm(hidden)
         self.relation = nn.Linear(hidden, 6)
+        self.named = nn.Linear(hidden, 1)
+        self.pointer = nn.Linear(hidden, hidden)
 
     def point_loss(self, visual: Tensor, points: Tensor, grid: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy over patches plus L1 of the offset, and the mean pixel error.
@@ -99,6 +105,25 @@ class Helpers(nn.Module):
         error = ((best + picked / grid - points).norm(dim=-1) * seen).sum() / total
         return loss, error.detach()
 
+    def named_loss(self, visual: Tensor, row: Tensor | None, points: Tensor, grid: int) -> Tensor:
+        """Cross-entropy of pointing at the named object in a middle layer.
+
+        With `row` [B, D], the last prompt row points at one of the visual tokens
+        `visual` [B, C, grid * grid, D]; without it (bidirectional attention: the tokens have seen
+        the words) they say themselves. `points` [B, C, 2] in [0, 1], outside where out of view.
+        """
+        inside = ((points > 0) & (points < 1)).all(-1)
+        cell = (points.clamp(0, 0.999) * grid).long()
+        patch = cell[..., 1] * grid + cell[..., 0]
+        if row is None:
+            scores = self.named(visual.float()).squeeze(-1)  # [B, C, patches]
+        else:
+            query = self.pointer(self.norm(row.float()))
+            scores = torch.einsum("bd,bcnd->bcn", query, visual.float()) / query.shape[-1] ** 0.5
+        miss = F.cross_entropy(scores.flatten(0, 1), patch.flatten(), reduction="none")
+        seen = inside.flatten().float()
+        return (miss * seen).sum() / seen.sum().clamp_min(1)
+
     def relation_loss(self, row: Tensor, relation: Tensor) -> Tensor:
         """L1 between what the row `[B, D]` says and `relation` `[B, 6]` (m)."""
         said = self.relation(self.norm(row.float()))
@@ -109,7 +134,14 @@ class Helpers(nn.Module):
 class Trainer:
     """One stage: model, helpers, optimiser and averaged weights; saved and resumed as one file."""
 
-    def __init__(self, settings: Settings, data: Demonstrations, folder: Path) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: Demonstrations,
+        folder: Path,
+        start: Path | None = None,
+    ) -> None:
+        """Prepare a stage; `start` is a checkpoint to begin from instead of the stage before."""
         if settings.stage not in STAGES:
             raise ValueError(
                 f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
@@ -125,12 +157,15 @@ class Trainer:
         self.model.train()
         self._visual: list[Tensor] = []
         self.model.projector.register_forward_hook(self._keep_visual)
+        self._middle: list[Tensor] = []
+        self.model.language_model.model.layers[_MIDDLE - 1].register_forward_hook(self._keep_middle)
         self.tokenizer = policies.tokenizer()
         self.helpers = Helpers(int(self.config.text["hidden_size"])).to(self.device)
-        if settings.stage == "mini-openvla":
-            self.load_weights(self.folder / "vision.pt")
-        elif settings.stage == "mini-oft":
-            self.load_weights(self.folder / "mini-openvla.pt")
+        before = {"mini-openvla": "vision.pt", "mini-oft": "mini-openvla.pt"}
+        if start is not None:
+            self.load_weights(start)
+        elif settings.stage in before:
+            self.load_weights(self.folder / before[settings.stage])
         self.parameters = [*self.model.parameters(), *self.helpers.parameters()]
         matrices = [p for name, p in self.model.named_parameters() if _is_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
@@ -175,12 +210,29 @@ class Trainer:
         )
         relation = self.helpers.relation_loss(row, self._tensor(batch.relation))
         loss = acting + 0.1 * pointing + 0.3 * relation
+        middle = self._middle_visual(mask).unflatten(1, (cameras, -1))
+        # Causal visual tokens have not seen the words: there the last prompt row has to point.
+        pointing_row = None if isinstance(model, OpenVLAOFT) else self._middle[0][:, -7]
+        place = self._tensor(batch.named[:, :cameras])
+        named = self.helpers.named_loss(middle, pointing_row, place, self.settings.grid)
+        loss = loss + 0.3 * named
         return loss, {
             **parts,
+            "named": named.item(),
             "points": pointing.item(),
             "error": error.item(),
             "relation": relation.item(),
         }
+
+    def _middle_visual(self, mask: Tensor) -> Tensor:
+        """Visual tokens [B, V, D] as they leave layer `_MIDDLE`; they follow padding and BOS."""
+        hidden, count = self._middle[0], sum(self.config.views)
+        first = (mask.shape[1] - mask.sum(1) + 1)[:, None]
+        index = first + torch.arange(count, device=hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _keep_middle(self, module: nn.Module, inputs: object, output: Tensor | tuple) -> None:
+        self._middle = [output[0] if isinstance(output, tuple) else output]
 
     def _keep_visual(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         self._visual = [output]
@@ -291,7 +343,12 @@ class Trainer:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * _schedule(self.step, progress)
-            batch = self.data.sample(self.rng, settings.batch, other_target=settings.other_target)
+            batch = self.data.sample(
+                self.rng,
+                settings.batch,
+                other_target=settings.other_target,
+                reaching=settings.reaching,
+            )
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 loss, said = self.loss(batch)
             for optimizer in self.optimizers:
@@ -371,7 +428,8 @@ class Trainer:
         averaged = dict(zip(names, state["average"], strict=True))
         model = {name: averaged[name] for name in state["model"]}
         self.model.load_state_dict(model, strict=False)
-        self.helpers.load_state_dict({name: averaged[name] for name in state["helpers"]})
+        helpers = {name: averaged[name] for name in state["helpers"]}
+        self.helpers.load_state_dict(helpers, strict=False)
 
 
 def export(checkpoint: Path, folder: Path) -> None:

@@ -79,6 +79,7 @@ class StepReport:
         tokens_full, tokens_kept: S, and the tokens that layers >= K computed.
         visual_full, visual_kept: M, and the visual tokens among `tokens_kept`.
         per_view: whether every camera had its own budget.
+        visual_valid: `[B, M]` bool, False for the tokens of missing cameras; None: none is missing.
     """
 
     episodes: tuple[Hashable, ...]
@@ -95,6 +96,7 @@ class StepReport:
     visual_full: int
     visual_kept: int
     per_view: bool
+    visual_valid: Tensor | None = None
 
     @property
     def kept_indices(self) -> Tensor:
@@ -133,6 +135,8 @@ class StepReport:
         """Whether each token is among the k best, k being what its row (or camera) kept."""
         best = torch.zeros_like(self.kept_mask)
         if score is not None:
+            if self.visual_valid is not None:
+                score = score.masked_fill(~self.visual_valid, float("-inf"))
             for row, kept in enumerate(self.kept_mask):
                 start = 0
                 for size in self.views if self.per_view else (self.visual_full,):
@@ -353,11 +357,11 @@ class Session:
             )
             return previous
 
+        self.method.kept(layout.views)  # Raises if the budget does not fit these cameras.
         ids = self._row_ids(batch)
         unique = list(dict.fromkeys(ids))
         for name in unique:
             self._finish(self._episodes.setdefault(name, Episode()), name)
-        self.method.kept(layout.views)
         numbers = tuple(self._episodes[name].steps for name in ids)
         warming = tuple(number < self.method.warmup for number in numbers)
         mode: Mode = self.mode
@@ -552,6 +556,7 @@ class Session:
             visual_full=visual,
             visual_kept=visual - (prompt.length - remaining),
             per_view=self.method.budget == "view",
+            visual_valid=prompt.layout.visual_valid,
         )
 
 
