@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vla_pruner.models import load
+from vla_pruner.models.openvla.processing import PROMPT
 from vla_pruner.reference import policies
 from vla_pruner.reference.dataset import CHUNK, Demonstrations
 from vla_pruner.reference.demonstrations import FORMAT_VERSION, _to_jpeg
@@ -111,7 +112,7 @@ def test_new_episodes_are_picked_up(tmp_path):
 
 def test_tokenizer_is_deterministic_and_leaves_room_for_actions():
     first, second = policies.tokenizer(), policies.tokenizer()
-    text = policies.PROMPT.format(instruction="pick up the milk and place it in its bin")
+    text = PROMPT.format(instruction="pick up the milk and place it in its bin")
     ids = first(text)["input_ids"]
     assert ids == second(text)["input_ids"]
     assert ids[0] == 1 and first.unk_token_id not in ids

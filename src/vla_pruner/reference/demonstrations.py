@@ -14,7 +14,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -84,9 +84,10 @@ class Apprentice:
     def __init__(self, folder: str) -> None:
         from ..models import load
 
-        self._policy = load(folder)
-        self._cameras = CAMERAS[: self._policy.config.num_images]
-        self._reads_state = getattr(self._policy.config, "proprio_dim", None) is not None
+        self._policy: Any = load(folder)
+        config: Any = self._policy.config
+        self._cameras = CAMERAS[: config.num_images]
+        self._reads_state = getattr(config, "proprio_dim", None) is not None
         self._steps = 0
         self._instruction = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -16,9 +17,8 @@ from ..models.openvla.config import (
     OpenVLAOFTConfig,
     TowerConfig,
 )
+from ..models.openvla.processing import PROMPT
 from .task import INSTRUCTION_TEMPLATES, OBJECT_NAMES
-
-PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 VOCABULARY = 512
 """Embedding rows: words first, then 256 action tokens, then 64 rows of padding."""
@@ -50,16 +50,22 @@ CONTROL = {
 
 def towers(grid: int = 10) -> tuple[TowerConfig, TowerConfig]:
     """Two small vision towers with `grid` x `grid` patches of 14 pixels."""
-    size = {"width": 96, "depth": 4, "heads": 3, "mlp": 384, "image_size": 14 * grid}
+    size: dict[str, Any] = {
+        "width": 96,
+        "depth": 4,
+        "heads": 3,
+        "mlp": 384,
+        "image_size": 14 * grid,
+    }
     first = TowerConfig(
-        **size,  # type: ignore[arg-type]
+        **size,
         class_token=True,
         register_tokens=1,
         layer_scale=1.0,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return first, TowerConfig(**size)  # type: ignore[arg-type]
+    return first, TowerConfig(**size)
 
 
 def config(name: str, grid: int = 10) -> OpenVLAConfig:
@@ -87,9 +93,9 @@ def config(name: str, grid: int = 10) -> OpenVLAConfig:
         "crop_first": True,
     }
     if name == "mini-openvla":
-        return OpenVLAConfig(**shared)  # type: ignore[arg-type]
+        return OpenVLAConfig(**shared)
     if name == "mini-oft":
-        return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)  # type: ignore[arg-type]
+        return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)
     raise ValueError(f"There is no reference policy `{name}`; choose from {', '.join(CONTROL)}.")
 
 

@@ -16,6 +16,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ..models.openvla.modeling import OpenVLA, insert_after_bos, widen_mask
 from ..models.openvla.oft import OpenVLAOFT
+from ..models.openvla.processing import PROMPT
 from . import policies
 from .dataset import Batch, Demonstrations
 from .task import CAMERAS
@@ -146,6 +148,8 @@ class Trainer:
             raise ValueError(
                 f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
             )
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"training needs torch >= 2.9 (Muon); this is {torch.__version__}")
         torch.manual_seed(settings.seed)
         self.settings, self.data, self.folder = settings, data, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,12 +174,15 @@ class Trainer:
         matrices = [p for name, p in self.model.named_parameters() if _is_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
         others = [p for p in self.parameters if id(p) not in taken]
-        rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        rates: dict[str, Any] = {
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+        }
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates),
             torch.optim.AdamW(others, betas=(0.9, 0.98), **rates),
         )
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]
         self.step, self.elapsed_s = 0, 0.0
         self.rng = np.random.default_rng(settings.seed)
         self.colours = [
@@ -319,7 +326,7 @@ class Trainer:
 
     def prompts(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left."""
-        texts = [policies.PROMPT.format(instruction=text.lower()) for text in instructions]
+        texts = [PROMPT.format(instruction=text.lower()) for text in instructions]
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
         closing = torch.full((len(texts), 1), self.config.empty_token_id)
         ids = torch.cat([encoded["input_ids"], closing], dim=1)
@@ -360,7 +367,7 @@ class Trainer:
             self.step += 1
             share = min(settings.average, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - share)
+                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - share)
             self.elapsed_s = before + time.monotonic() - started
             for key, value in said.items():
                 parts.setdefault(key, []).append(value)
