@@ -196,3 +196,19 @@ def test_the_loss_reads_actions_as_the_policy_writes_them(trained, data):
     tokens = trainer.model.encode_actions(actions)
     assert tokens.min() >= end - 256 and tokens.max() < end
     assert np.abs(trainer.model.decode_actions(tokens) - actions).max() <= 1 / 255
+
+
+def test_ctrl_c_loses_nothing(data, tmp_path, monkeypatch):
+    trainer = Trainer(Settings(stage="vision", steps=5, batch=2), data, tmp_path)
+    update, calls = trainer._update, []
+
+    def interrupted(progress):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(progress)
+        return update(progress)
+
+    monkeypatch.setattr(trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert torch.load(tmp_path / "vision.pt", weights_only=True)["step"] == 2

@@ -275,12 +275,16 @@ def _paths(out_dir: Path, seed: int) -> tuple[Path, Path]:
 def _open_worker(policy: str | None) -> None:
     """Prepare a process: its own scene, and its own policy on one thread."""
     global _worker
+    from multiprocessing.util import Finalize
+
     import torch
 
     from .scene import PickPlaceScene
 
     torch.set_num_threads(1)
-    _worker = PickPlaceScene(), None if policy is None else Apprentice(policy)
+    scene = PickPlaceScene()
+    Finalize(None, scene.close, exitpriority=0)  # before atexit, where MuJoCo ends its contexts
+    _worker = scene, None if policy is None else Apprentice(policy)
 
 
 def _record_to_file(out_dir: Path, seed: int) -> tuple[int, int]:

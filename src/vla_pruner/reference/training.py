@@ -338,51 +338,63 @@ class Trainer:
 
     # ------------------------------------------------------------------ loop
     def run(self, *, checkpoint_every_s: float = 240.0) -> None:
-        """Train to the end of the stage; interrupted runs continue from the last checkpoint."""
-        settings, path = self.settings, self.checkpoint
-        if path.exists():
-            self.restore(path)
-        log = self.folder / f"{settings.stage}.log.jsonl"
+        """Train to the end of the stage.
+
+        A run that was interrupted continues from its checkpoint, which Ctrl-C writes before it
+        leaves.
+        """
+        if self.checkpoint.exists():
+            self.restore(self.checkpoint)
         saved = started = time.monotonic()
         before = self.elapsed_s
         parts: dict[str, list[float]] = {}
-        while (progress := self.progress()) < 1:
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * _schedule(self.step, progress)
-            batch = self.data.sample(
-                self.rng,
-                settings.batch,
-                other_target=settings.other_target,
-                reaching=settings.reaching,
-            )
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                loss, said = self.loss(batch)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.step += 1
-            share = min(settings.average, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - share)
-            self.elapsed_s = before + time.monotonic() - started
-            for key, value in said.items():
-                parts.setdefault(key, []).append(value)
-            if self.step % 50 == 0:
-                row = {"step": self.step, "minutes": round(self.elapsed_s / 60, 2)}
-                row |= {key: round(float(np.mean(values)), 4) for key, values in parts.items()}
-                parts.clear()
-                with log.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
-            if time.monotonic() - saved > checkpoint_every_s:
-                self.save(path)
-                self.data.refresh()
-                saved = time.monotonic()
-        self.save(path)
+        try:
+            while (progress := self.progress()) < 1:
+                for key, value in self._update(progress).items():
+                    parts.setdefault(key, []).append(value)
+                self.elapsed_s = before + time.monotonic() - started
+                if self.step % 50 == 0:
+                    self._report(parts)
+                if time.monotonic() - saved > checkpoint_every_s:
+                    self.save(self.checkpoint)
+                    self.data.refresh()
+                    saved = time.monotonic()
+        finally:
+            self.save(self.checkpoint)
+
+    def _update(self, progress: float) -> dict[str, float]:
+        """One optimiser step; returns the parts of its loss."""
+        settings = self.settings
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(self.step, progress)
+        batch = self.data.sample(
+            self.rng,
+            settings.batch,
+            other_target=settings.other_target,
+            reaching=settings.reaching,
+        )
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss, parts = self.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        share = min(settings.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - share)
+        return parts
+
+    def _report(self, parts: dict[str, list[float]]) -> None:
+        """Print the means of the last steps, and add them to the stage's log."""
+        row = {"step": self.step, "minutes": round(self.elapsed_s / 60, 2)}
+        row |= {key: round(float(np.mean(values)), 4) for key, values in parts.items()}
+        parts.clear()
+        with (self.folder / f"{self.settings.stage}.log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
     @property
     def checkpoint(self) -> Path:
