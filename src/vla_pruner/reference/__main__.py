@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--learning-rate", type=float, default=2e-3, help="its largest value")
     train.add_argument("--grid", type=int, default=10, help="patches along one side of an image")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--start", type=Path, help="checkpoint to begin from")
+    train.add_argument("--start", type=Path, help="checkpoint or policy folder to begin from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
     train.set_defaults(run=_train)
 

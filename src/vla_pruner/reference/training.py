@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.loading import load
 from ..models.openvla.modeling import OpenVLA, insert_after_bos, widen_mask
 from ..models.openvla.oft import OpenVLAOFT
 from ..models.openvla.processing import PROMPT
@@ -143,7 +146,10 @@ class Trainer:
         folder: Path,
         start: Path | None = None,
     ) -> None:
-        """Prepare a stage; `start` is a checkpoint to begin from instead of the stage before."""
+        """Prepare a stage; `start`, a checkpoint or a policy folder, is where it begins.
+
+        Without `start` a stage begins from the one before.
+        """
         if settings.stage not in STAGES:
             raise ValueError(
                 f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
@@ -165,8 +171,12 @@ class Trainer:
         self.model.language_model.model.layers[_MIDDLE - 1].register_forward_hook(self._keep_middle)
         self.tokenizer = policies.tokenizer()
         self.helpers = Helpers(int(self.config.text["hidden_size"])).to(self.device)
+        self.action_bounds = _wide_enough(*data.action_quantiles())
+        self.proprio_bounds = data.proprio_quantiles()
         before = {"mini-openvla": "vision.pt", "mini-oft": "mini-openvla.pt"}
-        if start is not None:
+        if start is not None and Path(start).is_dir():
+            self.load_policy(start)
+        elif start is not None:
             self.load_weights(start)
         elif settings.stage in before:
             self.load_weights(self.folder / before[settings.stage])
@@ -189,8 +199,6 @@ class Trainer:
             torch.tensor([getattr(tower, name) for tower in self.config.towers], device=self.device)
             for name in ("mean", "std")
         ]
-        self.action_bounds = _wide_enough(*data.action_quantiles())
-        self.proprio_bounds = data.proprio_quantiles()
 
     # ------------------------------------------------------------------ losses
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -375,7 +383,7 @@ class Trainer:
             other_target=settings.other_target,
             reaching=settings.reaching,
         )
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), plain_attention(self.device):
             loss, parts = self.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -435,6 +443,24 @@ class Trainer:
         bounds = [x.cpu().numpy() for x in state["bounds"]]
         self.action_bounds, self.proprio_bounds = (bounds[0], bounds[1]), (bounds[2], bounds[3])
 
+    def load_policy(self, folder: Path) -> None:
+        """Start from an exported policy of this stage, and keep its normalisation."""
+        policy: Any = load(folder)
+        found = policy.state_dict()
+        wanted = self.model.state_dict()
+        if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
+            raise ValueError(
+                f"{folder} holds a policy of another size than stage `{self.settings.stage}` "
+                f"trains with grid {self.settings.grid}; start from a policy that this stage wrote."
+            )
+        self.model.load_state_dict({name: value.float() for name, value in found.items()})
+        (statistics,) = policy.config.norm_stats.values()
+        bounds = [
+            (np.array(values["q01"]), np.array(values["q99"]))
+            for values in (statistics["action"], statistics["proprio"])
+        ]
+        self.action_bounds, self.proprio_bounds = bounds
+
     def load_weights(self, path: Path) -> None:
         """Start from the averaged weights of the previous stage, as far as names agree."""
         if not path.exists():
@@ -470,6 +496,50 @@ def export(checkpoint: Path, folder: Path) -> None:
     }
     model.export(folder, tokenizer=policies.tokenizer(), norm_stats=statistics)
     policies.write_control(name, folder)
+
+
+@contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """On the CPU, compute attention inside as two matrix products and a softmax.
+
+    With heads this narrow the fused kernel's backward pass takes two to five times as long.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, in the dtype of `value`, no dropout."""
+    if dropout_p:
+        raise ValueError(f"`dropout_p={dropout_p}`: the reference policies train without dropout.")
+    with torch.autocast(query.device.type, enabled=False):
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key = (query * factor).to(value.dtype), key.to(value.dtype)
+        logits = torch.matmul(query, key.transpose(-1, -2))
+        if is_causal:
+            hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+            logits = logits.masked_fill(hidden, float("-inf"))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+        elif attn_mask is not None:
+            logits = logits + attn_mask.to(logits.dtype)
+        return torch.matmul(logits.softmax(-1), value)
 
 
 def _schedule(step: int, progress: float) -> float:
