@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vla_pruner.models import load
 from vla_pruner.models.openvla.processing import PROMPT
@@ -12,7 +13,7 @@ from vla_pruner.reference import policies
 from vla_pruner.reference.dataset import CHUNK, Demonstrations
 from vla_pruner.reference.demonstrations import FORMAT_VERSION, _to_jpeg
 from vla_pruner.reference.task import CAMERAS, IMAGE_SIZE, OBJECT_NAMES
-from vla_pruner.reference.training import STAGES, Settings, Trainer, export
+from vla_pruner.reference.training import STAGES, Settings, Trainer, export, plain_attention
 
 STEPS = 12
 
@@ -185,7 +186,7 @@ def test_the_exported_folder_acts(trained, tmp_path, name):
     assert actions.shape == ((8, 7) if name == "mini-oft" else (7,))
     assert actions.dtype == np.float32 and np.isfinite(actions).all()
     control = json.loads((tmp_path / "config.json").read_text())["control"]
-    assert control["cameras"] == list(policies.CONTROL[name].cameras)
+    assert control["cameras"] == policies.CONTROL[name]["cameras"]
 
 
 def test_the_loss_reads_actions_as_the_policy_writes_them(trained, data):
@@ -212,3 +213,52 @@ def test_ctrl_c_loses_nothing(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert torch.load(tmp_path / "vision.pt", weights_only=True)["step"] == 2
+
+
+def test_training_continues_from_an_exported_policy(trained, data, tmp_path):
+    export(trained / "mini-oft.pt", tmp_path)
+    policy = load(tmp_path)
+    settings = Settings(stage="mini-oft", steps=2, batch=2)
+    trainer = Trainer(settings, data, tmp_path / "next", start=tmp_path)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, policy.state_dict()[name].float(), rtol=0, atol=0)
+    statistics = policy.config.norm_stats["pick_place"]
+    np.testing.assert_array_equal(trainer.action_bounds[0], statistics["action"]["q01"])
+    np.testing.assert_array_equal(trainer.proprio_bounds[1], statistics["proprio"]["q99"])
+
+
+def test_a_policy_of_another_stage_is_refused_as_a_start(trained, data, tmp_path):
+    export(trained / "mini-openvla.pt", tmp_path)
+    settings = Settings(stage="mini-oft", steps=2, batch=2)
+    with pytest.raises(ValueError, match="another size than stage `mini-oft`"):
+        Trainer(settings, data, tmp_path / "next", start=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "additive"])
+def test_plain_attention_is_the_fused_one_with_its_gradients(kind):
+    torch.manual_seed(0)
+    query, key, value, weight = (torch.randn(2, 3, 7, 8) for _ in range(4))
+    hidden = torch.rand(2, 1, 7, 7) < 0.4
+    hidden[..., 0] = False
+    mask = {"bool": ~hidden, "additive": torch.zeros(2, 1, 7, 7).masked_fill(hidden, -1e9)}.get(
+        kind
+    )
+    results = []
+    for device in ("cpu", "meta"):  # plain on the CPU; any other device keeps the fused kernel
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        with plain_attention(torch.device(device)):
+            output = F.scaled_dot_product_attention(
+                *inputs, attn_mask=mask, is_causal=kind == "causal"
+            )
+        (output * weight).sum().backward()
+        results.append([output.detach(), *(x.grad for x in inputs)])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_attention_ends_with_its_block():
+    fused = F.scaled_dot_product_attention
+    with pytest.raises(RuntimeError), plain_attention(torch.device("cpu")):
+        assert F.scaled_dot_product_attention is not fused
+        raise RuntimeError
+    assert F.scaled_dot_product_attention is fused

@@ -91,10 +91,11 @@ class Apprentice:
         self._steps = 0
         self._instruction = ""
 
-    def begin(self, seed: int, instruction: str) -> None:
-        """Start an episode and draw how long the policy acts: 2 to 25 steps."""
-        self._steps = int(np.random.RandomState([seed, _NOISE_STREAM]).randint(2, 26))
+    def begin(self, seed: int, instruction: str) -> int:
+        """Start an episode and draw return for how many steps the policy acts: 2 to 40."""
+        self._steps = int(np.random.RandomState([seed, _NOISE_STREAM]).randint(2, 41))
         self._instruction = instruction
+        return self._steps
 
     def act(self, images: dict[str, np.ndarray], proprio: np.ndarray) -> np.ndarray | None:
         """The policy's action `[7]`, None once the expert has taken over."""
@@ -112,21 +113,23 @@ def record_episode(
 ) -> dict[str, np.ndarray] | None:
     """Run the expert once; the arrays of the episode, or None if it did not succeed.
 
-    With an `apprentice` a policy acts first, instead of random disturbances. See `load_episode`
-    for the arrays; here images are still JPEG bytes.
+    With an `apprentice` a policy acts first, instead of random disturbances; the expert then has as
+    many steps as in an episode of its own. See `load_episode` for the arrays; here images are still
+    JPEG bytes.
     """
     from . import expert
     from .scene import STEP_LIMIT
 
     instruction = str(scene.reset(seed, target)["instruction"])
     disturb = Disturbance(seed)
+    limit = STEP_LIMIT
     if apprentice is not None:
-        apprentice.begin(seed, instruction)
+        limit += apprentice.begin(seed, instruction)
     steps: list[dict[str, np.ndarray]] = []
     images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
     remaining = STEPS_AFTER_SUCCESS
     succeeded = False
-    while remaining > 0 and len(steps) < STEP_LIMIT + STEPS_AFTER_SUCCESS:
+    while remaining > 0 and len(steps) < limit + STEPS_AFTER_SUCCESS:
         action = expert.act(scene.state())
         seen = scene.observe()
         for camera, image in seen.items():
@@ -140,7 +143,7 @@ def record_episode(
         scene.step(executed)
         succeeded = succeeded or scene.success()
         remaining -= succeeded
-        if not succeeded and len(steps) >= STEP_LIMIT:
+        if not succeeded and len(steps) >= limit:
             return None
     if not scene.success():
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,11 @@ _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'-\n▁"
 
 
-@dataclass(frozen=True)
-class Control:
-    """How a policy is driven in the simulator.
-
-    Attributes
-    ----------
-    cameras : names of the scene's cameras, in the order the policy expects.
-    execute : actions of a chunk that are carried out before the policy is asked again.
-    """
-
-    cameras: tuple[str, ...]
-    execute: int
-
-
-CONTROL = {
-    "mini-openvla": Control(("agentview",), 1),
-    "mini-oft": Control(("agentview", "wrist"), 2),
+CONTROL: dict[str, dict[str, Any]] = {
+    "mini-openvla": {"cameras": ["agentview"], "execute": 1},
+    "mini-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
 }
+"""How each policy is driven; `evaluation.episode.Control` says what the entries mean."""
 
 
 def towers(grid: int = 10) -> tuple[TowerConfig, TowerConfig]:
@@ -133,5 +119,5 @@ def write_control(name: str, folder: Path) -> None:
     """Record in a policy folder's config.json how the policy is to be driven."""
     path = Path(folder) / "config.json"
     values = json.loads(path.read_text())
-    values["control"] = {"cameras": list(CONTROL[name].cameras), "execute": CONTROL[name].execute}
+    values["control"] = CONTROL[name]
     path.write_text(json.dumps(values, indent=2) + "\n")
