@@ -14,8 +14,9 @@ from vla_pruner.reference.demonstrations import (
     episode_paths,
     load_episode,
     record,
+    record_episode,
 )
-from vla_pruner.reference.scene import EVALUATION_SEEDS, PickPlaceScene
+from vla_pruner.reference.scene import EVALUATION_SEEDS, STEP_LIMIT, PickPlaceScene
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,29 @@ def test_about_half_of_the_seeds_are_disturbed_and_each_repeats_itself():
     assert 18 < disturbed < 42
     np.testing.assert_array_equal(runs[3], executed(3))
     assert max(np.abs(run[:, :7]).max() for run in runs) <= 1.0
+
+
+class Idler:
+    """Stands in for a policy: keeps the arm still for a number of steps."""
+
+    def __init__(self, steps):
+        self.steps = self.left = steps
+
+    def begin(self, seed, instruction):
+        self.left = self.steps
+        return self.steps
+
+    def act(self, images, proprio):
+        self.left -= 1
+        return None if self.left < 0 else np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+
+def test_the_expert_takes_over_from_a_policy_with_its_full_time():
+    steps = STEP_LIMIT - 5  # too late for the expert within the limit of a plain episode
+    with PickPlaceScene() as scene:
+        episode = record_episode(scene, 3, 3, Idler(steps))
+    assert episode is not None
+    assert len(episode["action"]) > STEP_LIMIT
+    np.testing.assert_array_equal(episode["perturbed"], np.arange(len(episode["action"])) < steps)
+    assert not (episode["executed"][:steps] == episode["action"][:steps]).all(axis=1).any()
+    np.testing.assert_array_equal(episode["executed"][steps:], episode["action"][steps:])
