@@ -523,11 +523,11 @@ def _attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    **_: Any,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` computes, in the dtype of `value`, no dropout."""
-    if dropout_p:
-        raise ValueError(f"`dropout_p={dropout_p}`: the reference policies train without dropout.")
+    """What `scaled_dot_product_attention` computes, in the dtype of `value`; no dropout."""
+    if dropout_p or enable_gqa:
+        raise ValueError("the reference policies train without dropout and grouped queries.")
     with torch.autocast(query.device.type, enabled=False):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         query, key = (query * factor).to(value.dtype), key.to(value.dtype)
