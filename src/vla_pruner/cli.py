@@ -66,15 +66,16 @@ def _pick(name: str, known: dict[str, Any], kind: str) -> Any:
 
 def _methods(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from vla_pruner.methods import methods
 
     console, known = Console(), methods()
     if args.name is None:
-        table = Table("method", "what it keeps", "from")
+        table = Table(Column("method", no_wrap=True), "what it keeps", "from", "licence")
         for name, method in known.items():
-            table.add_row(name, method.summary, method.paper)
+            paper = (method.paper or "").removeprefix("https://").replace("/abs/", "/abs/\n")
+            table.add_row(name, method.summary, paper, method.licence)
         console.print(table)
         console.print("Options of one method: vla-pruner methods NAME", style="dim")
         return OK
@@ -82,6 +83,7 @@ def _methods(args: argparse.Namespace) -> int:
     console.print(f"[bold]{args.name}[/bold]: {method.summary}", highlight=False)
     if method.paper:
         console.print(method.paper)
+    console.print(f"licence: {method.licence}", highlight=False)
     table = Table("option", "type", "default")
     for option in fields(method):
         table.add_row(option.name, str(option.type), repr(option.default))
@@ -133,6 +135,14 @@ COMMANDS = {
         "reports medians with quartiles. With the dimensions of a published model it builds that "
         "model with random weights: time does not depend on what the weights are.",
         _module("vla_pruner.bench.command"),
+    ),
+    "calibrate": Command(
+        "search the settings of a method on recorded observations, for one model",
+        "FitPrune, VTW and the layer reduction of EfficientVLA follow a recipe: a small file that "
+        "says how many visual tokens each layer sees, where all of them leave, or which layers "
+        "matter. This command makes it from what a policy sees, and the recipe is refused for any "
+        "other model. Use it with vp.prune(model, METHOD, recipe=FILE).",
+        _module("vla_pruner.calibration.command"),
     ),
     "doctor": Command(
         "check that a model sees its images and can be pruned faithfully",

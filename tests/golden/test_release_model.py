@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import vla_pruner as vp
 from vla_pruner.methods import HistorySpec, Method
 from vla_pruner.methods.fastv import FastV
+from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
 
 DATA = np.load(Path(__file__).with_name("official.npz"), allow_pickle=False)
@@ -68,33 +66,11 @@ class Release(VLAPrunerRelease):
         return Recorded(layers="middle")
 
 
-class Raters(FastV):
-    """The release's version of SparseVLM: the mean over the rows that its adapter lets vote."""
-
-    semantic_rows = "all"
-
-
-class RatersVote(vp.models.Decoder):
-    """Text tokens vote whose similarity to the image is at least the average.
-
-    The release leaves out the first text token and the last one.
-    """
-
-    def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> vp.models.Layout | None:
-        layout = super().layout(inputs, kwargs)
-        visual, text = inputs[:, 1:257], inputs[:, 258:-1]
-        similarity = torch.softmax(visual @ text.transpose(1, 2), dim=-1).mean(dim=1)
-        votes = torch.zeros(inputs.shape[:2])
-        votes[:, 258:-1] = similarity >= similarity.mean(dim=1, keepdim=True)
-        assert layout is not None and 0 < votes.sum() < text.shape[1]
-        return dataclasses.replace(layout, valid_rows=votes)
-
-
 def method(mode: str, keep: float, layer: int) -> Method:
     if mode == "fastv":
         return FastV(keep=keep, layer=layer)
     if mode == "sparsevlm":
-        return Raters(keep=keep, layer=layer)
+        return SparseVLMRelease(keep=keep, layer=layer)
     return Release(keep=keep, layer=layer, semantic=mode)
 
 
@@ -105,9 +81,7 @@ def test_same_tokens_and_same_logits(model, case, attention):
     embeds = tensor(f"{name}/embeds")[None]
     GIVEN["history"] = tensor(f"{name}/history")
     model.set_attn_implementation(attention)
-    adapter = (RatersVote if mode == "sparsevlm" else vp.models.Decoder)(
-        visual=slice(*case["span"])
-    )
+    adapter = vp.models.Decoder(visual=slice(*case["span"]))
     chosen = method(mode, 1 - case["prune_ratio"], case["layer"])
     with vp.prune(model, chosen, adapter=adapter) as session:
         logits = model(inputs_embeds=embeds).logits[0, -1]
@@ -117,3 +91,16 @@ def test_same_tokens_and_same_logits(model, case, attention):
     torch.testing.assert_close(logits, tensor(f"{name}/last_logits"), rtol=0, atol=1e-4)
     full = model(inputs_embeds=embeds).logits[0, -1]
     assert (full - logits).abs().max() > 1e-2
+
+
+def test_raters_are_some_of_the_words():
+    """They leave out the first and the last one; not all of the others vote."""
+    for case in CASES:
+        embeds = tensor(f"c{case['id']}/embeds")[None]
+        visual, text = embeds[:, slice(*case["span"])], embeds[:, case["span"][1] :]
+        everything = torch.ones(text.shape[:2], dtype=torch.bool)
+        votes = SparseVLMRelease().voters(visual, text, everything)[0]
+        inner = text[:, 1:-1]
+        similarity = torch.softmax(visual @ inner.transpose(1, 2), dim=-1).mean(dim=1)[0]
+        assert torch.equal(votes[1:-1].bool(), similarity >= similarity.mean())
+        assert votes[0] == votes[-1] == 0 and 0 < votes.sum() < len(votes) - 2

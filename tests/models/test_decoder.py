@@ -50,6 +50,15 @@ def test_padding_moves_positions(decoders):
     assert torch.equal(layout.valid_rows, mask)
 
 
+def test_text_is_what_stands_behind_the_image(decoders):
+    adapter = bound(decoders())
+    assert adapter.layout(torch.zeros(2, 9, 4), {}).text_rows.tolist() == [[6, 7, 8]]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    padded = adapter.layout(torch.zeros(2, 9, 4), {"attention_mask": mask})
+    assert padded.text_rows.tolist() == [[6, 7, 8], [-1, -1, 8]]
+    assert adapter.layout(torch.zeros(2, 6, 4), {}).text_rows is None
+
+
 def test_positions_that_are_not_contiguous(decoders, embeds):
     visual = torch.tensor([2, 5, 6, 9, 20])
     model, logits = decoders(), []

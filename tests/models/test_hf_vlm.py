@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import vla_pruner as vp
+from ladder import Ladder
 
 IMAGE, M, KEEP = 90, 16, 5
 TEXT = dict(
@@ -153,6 +154,40 @@ def generate(model, inputs, **options):
         return_dict_in_generate=True,
         **options,
     )
+
+
+@pytest.mark.parametrize("at", [(0, 3), (2, 4)])
+def test_several_cuts_with_everything(vlm, at):
+    """Merging, a skipped layer, weighted words, and renumbering where positions are one number."""
+    vlm.model.set_attn_implementation("sdpa")
+    inputs = inputs_for(vlm.model, vlm.ids, vlm.pixels, batch=2)
+    options = dict(
+        at=at,
+        left=(9, 4),
+        skip=(1,),
+        merging=True,
+        score_layer=0,
+        spec=(("rows", "voters"), ("kind", "attention" if at[0] else "logits")),
+        watch=(2, 4),
+    )
+    kind = type(vlm.model).__name__
+    if "Qwen" in kind:
+        with pytest.raises((NotImplementedError, ValueError), match=r"positions=\"keep\"|layer=0"):
+            vp.prune(vlm.model, Ladder(places="compact", **options))
+    else:
+        options["places"] = "compact"
+    if at[0] == 0 and "Qwen3" in kind:
+        return
+    found, reports = [], []
+    for mode in ("drop", "mask"):
+        with vp.prune(vlm.model, Ladder(**options), mode=mode) as session:
+            found.append(generate(vlm.model, inputs))
+        reports.append(session.last)
+    assert torch.equal(reports[0].kept_mask, reports[1].kept_mask)
+    assert reports[0].kept_mask.sum(1).tolist() == [4, 4]
+    torch.testing.assert_close(reports[0].action, reports[1].action, rtol=0, atol=1e-6)
+    dropped, hidden = (torch.stack(made.logits) for made in found)
+    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

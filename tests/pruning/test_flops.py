@@ -2,7 +2,12 @@
 
 import pytest
 
-from vla_pruner.pruning.flops import layer_macs, prefill_flops, pruned_prefill_flops
+from vla_pruner.pruning.flops import (
+    layer_macs,
+    layered_prefill_flops,
+    prefill_flops,
+    pruned_prefill_flops,
+)
 
 OPENVLA = {"layers": 32, "hidden": 4096, "ffn": 11008}
 
@@ -57,3 +62,27 @@ def test_contradictions_are_refused(arguments, options, message):
 def test_a_decoder_without_layers_is_refused():
     with pytest.raises(ValueError, match="layers=0"):
         prefill_flops(50, layers=0, hidden=32, ffn=64)
+
+
+def test_layers_of_different_length_are_summed():
+    d, m, lengths = 16, 40, [9, 9, 5, 0, 2]
+    expected = sum(4 * n * d**2 + 2 * n * n * d + 3 * n * d * m for n in lengths)
+    assert layered_prefill_flops(lengths, hidden=d, ffn=m) == expected
+    one_cut = pruned_prefill_flops(50, 40, 10, cut_layer=3, layers=8, hidden=d, ffn=m)
+    assert layered_prefill_flops([50] * 3 + [20] * 5, hidden=d, ffn=m) == one_cut
+
+
+def test_keys_of_earlier_steps_cost_attention_alone():
+    d, m = 16, 40
+    expected = 4 * 3 * d**2 + 2 * 3 * 8 * d + 2 * 3 * d * m
+    got = layered_prefill_flops([3], keys_per_layer=[8], hidden=d, ffn=m, convention="paper")
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "keys", "message"),
+    [([-1], None, "got -1"), ([4], [3], "got 4 and 3"), ([4, 4], [4], "2 layers, but keys of 1")],
+)
+def test_impossible_lengths_are_refused(lengths, keys, message):
+    with pytest.raises(ValueError, match=message):
+        layered_prefill_flops(lengths, keys_per_layer=keys, hidden=8, ffn=8)

@@ -17,9 +17,9 @@ from vla_pruner.bench.environment import stamp
 from vla_pruner.bench.measure import PassClock, Spread
 from vla_pruner.bench.workloads import Workload
 from vla_pruner.methods import Method
-from vla_pruner.pruning.flops import prefill_flops, pruned_prefill_flops
+from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
-from vla_pruner.surgery import cut
+from vla_pruner.surgery import readings
 from vla_pruner.surgery.session import Session
 
 FULL = "full"
@@ -123,8 +123,8 @@ class _Variant:
         """Time scoring and selection alone, on the tensors they get in the steady state."""
         assert self.method is not None
         parts = {
-            "attention_column_mean": (cut, "scoring"),
-            "attention_rows": (cut, "scoring"),
+            "attention_column_mean": (readings, "scoring"),
+            "attention_rows": (readings, "scoring"),
             "select": (type(self.method), "selection"),
         }
         with ExitStack() as stack:
@@ -215,20 +215,13 @@ def compare(
 def _row(variant: _Variant, full: _Variant) -> Row:
     workload, text = variant.workload, variant.workload.policy.language_model.config
     tokens, visual, layers = workload.tokens, workload.visual, text.num_hidden_layers
-    kept, cuts = visual, variant.method.cuts(layers) if variant.method else ()
+    kept, per_layer = visual, (tokens,) * layers
     if variant.session is not None and variant.session.last is not None:
         kept = variant.session.last.visual_kept
+        per_layer = variant.session.last.tokens_per_layer
     hidden, ffn = text.hidden_size, text.intermediate_size
     unpruned = prefill_flops(tokens, layers=layers, hidden=hidden, ffn=ffn)
-    flops = pruned_prefill_flops(
-        tokens,
-        visual,
-        kept,
-        cut_layer=cuts[0] if cuts else layers,
-        layers=layers,
-        hidden=hidden,
-        ffn=ffn,
-    )
+    flops = layered_prefill_flops(per_layer, hidden=hidden, ffn=ffn)
     bound = unpruned / flops
     speedup = _paired(full.prefill_ms, variant.prefill_ms)
     prefill = Spread.of(variant.prefill_ms)

@@ -15,7 +15,7 @@ from vla_pruner.bench.measure import time_ms
 from vla_pruner.evaluation.recording import Recorder
 from vla_pruner.methods import build
 from vla_pruner.models.prune import prune
-from vla_pruner.pruning.flops import prefill_flops, pruned_prefill_flops
+from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.surgery.session import Session, StepReport
 
 ALL_TOKENS = "none"
@@ -172,8 +172,9 @@ class Call:
         warm_up: whether a pruning method still ran on all tokens.
         tokens: length of the prefill, before pruning.
         visual: visual tokens among them.
-        visual_kept: visual tokens that stay after the cut.
-        prefill_macs: multiply-accumulates of the decoder's prefill by formula (Eq. 12).
+        visual_kept: visual tokens that stay after the last cut.
+        prefill_macs: multiply-accumulates of the decoder's prefill by formula (Eq. 12), layer by
+            layer.
         full_macs: the same without pruning (Eq. 11).
     """
 
@@ -316,16 +317,10 @@ def _report_of(session: Session) -> StepReport:
 def _describe_call(step: int, latency_ms: float, report: StepReport, session: Session) -> Call:
     """Counts and cost of a call, from what the session saw."""
     config: Any = session.decoder.config
-    sizes = {
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-    }
+    sizes = {"hidden": config.hidden_size, "ffn": config.intermediate_size}
     tokens, visual, kept = report.tokens_full, report.visual_full, report.visual_kept
-    cuts = session.method.cuts(config.num_hidden_layers)
-    macs = full_macs = prefill_flops(tokens, **sizes)
-    if cuts:
-        macs = pruned_prefill_flops(tokens, visual, kept, cut_layer=cuts[0], **sizes)
+    full_macs = prefill_flops(tokens, layers=config.num_hidden_layers, **sizes)
+    macs = layered_prefill_flops(report.tokens_per_layer, **sizes)
     return Call(
         step=step,
         latency_ms=latency_ms,

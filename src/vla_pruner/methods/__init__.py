@@ -9,17 +9,59 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vla_pruner._callable import listing_package
-from vla_pruner.methods.base import Evidence, HistorySpec, Method
+from vla_pruner.methods.adp import VLAADP
+from vla_pruner.methods.base import (
+    Choice,
+    Evidence,
+    HistorySpec,
+    Method,
+    ScoreSpec,
+    StepContext,
+)
+from vla_pruner.methods.divprune import DivPrune
+from vla_pruner.methods.efficientvla import EfficientVLA
 from vla_pruner.methods.fastv import FastV
+from vla_pruner.methods.fitprune import FitPrune
+from vla_pruner.methods.fixed import Fixed
+from vla_pruner.methods.holov import HoloV
 from vla_pruner.methods.none import NoPruning
+from vla_pruner.methods.pact import PACT
 from vla_pruner.methods.random import Random
+from vla_pruner.methods.sparsevlm import SparseVLM
+from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
 from vla_pruner.methods.vla_pruner import VLAPruner
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
+from vla_pruner.methods.vtw import VTW
 
-__all__ = ["Evidence", "HistorySpec", "Method", "build", "methods"]
+__all__ = [
+    "Choice",
+    "Evidence",
+    "HistorySpec",
+    "Method",
+    "ScoreSpec",
+    "StepContext",
+    "build",
+    "methods",
+]
 
 GROUP = "vla_pruner.methods"
-_BUILT_IN: tuple[type[Method], ...] = (NoPruning, Random, FastV, VLAPruner, VLAPrunerRelease)
+_BUILT_IN: tuple[type[Method], ...] = (
+    NoPruning,
+    Random,
+    FastV,
+    VLAPruner,
+    VLAPrunerRelease,
+    SparseVLM,
+    SparseVLMRelease,
+    DivPrune,
+    HoloV,
+    VLAADP,
+    PACT,
+    EfficientVLA,
+    FitPrune,
+    VTW,
+    Fixed,
+)
 
 
 def methods() -> dict[str, type[Method]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.surgery.layout import Adapter, Layout, text_behind
 
 
 class Decoder(Adapter):
@@ -75,7 +75,7 @@ class Decoder(Adapter):
         return self._layers
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
-        """The same positions in every prefill, moved right by padding.
+        """The same positions in every prefill, moved right by padding; all text is behind them.
 
         Raises:
             ValueError: the prefill is shorter than the last visual position.
@@ -91,15 +91,16 @@ class Decoder(Adapter):
                 f"`visual` reaches position {last}, but this prefill has {length} tokens."
             )
         visual = self._positions.to(device)
-        if mask is None:
-            layout = Layout(visual, self._views, action_rows=self._action_rows)
-            self._known = (length, device, layout)
-            return layout
-        mask = mask[:, :length].to(device)
-        first_real = mask.to(torch.int8).argmax(dim=1, keepdim=True)
-        return Layout(
-            visual + first_real, self._views, valid_rows=mask, action_rows=self._action_rows
+        if mask is not None:
+            mask = mask[:, :length].to(device)
+            visual = visual + mask.to(torch.int8).argmax(dim=1, keepdim=True)
+        text = text_behind(visual, length, earliest=int(self._positions[:, -1].min()) + 1)
+        layout = Layout(
+            visual, self._views, valid_rows=mask, action_rows=self._action_rows, text_rows=text
         )
+        if mask is None:
+            self._known = (length, device, layout)
+        return layout
 
 
 def _positions(visual: slice | Tensor) -> Tensor:

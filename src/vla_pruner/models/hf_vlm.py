@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.surgery.layout import Adapter, Layout, text_behind
 
 
 class ImageTokenVLM(Adapter):
@@ -51,7 +51,7 @@ class ImageTokenVLM(Adapter):
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
-        """Image tokens of the call in progress; None for text alone.
+        """Image tokens of the call in progress, text behind the last one; None for text alone.
 
         Raises:
             ValueError: sequences with different numbers of image tokens.
@@ -70,7 +70,8 @@ class ImageTokenVLM(Adapter):
             )
         visual = is_image.nonzero()[:, 1].view(len(ids), -1).to(inputs.device)
         mask = None if self._mask is None else self._mask.to(inputs.device)
-        return Layout(visual, (counts[0],), valid_rows=mask)
+        text = text_behind(visual, inputs.shape[1], earliest=int(visual[:, -1].min()) + 1)
+        return Layout(visual, (counts[0],), valid_rows=mask, text_rows=text)
 
 
 def adapter(model: nn.Module) -> ImageTokenVLM:

@@ -9,6 +9,7 @@ from torch import nn
 from vla_pruner.methods import build
 from vla_pruner.methods.base import Method
 from vla_pruner.models.base import Adapter, find_adapter
+from vla_pruner.models.recipes import settle
 from vla_pruner.surgery.session import Session
 
 
@@ -52,4 +53,5 @@ def prune(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     chosen = build(method, keep=keep, layer=layer, **method_options)
-    return Session(model, chosen, adapter or find_adapter(model), mode=mode)
+    adapter = adapter or find_adapter(model)
+    return Session(model, settle(chosen, model, adapter), adapter, mode=mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,3 +75,32 @@ def check_keep(keep: float | int) -> None:
         )
     if isinstance(keep, int) and keep < 1:
         raise ValueError(f"`keep={keep}` would drop every visual token; keep at least 1.")
+
+
+def split_by_shares(total: int, shares: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Share `total` tokens among views, no more in each than it has.
+
+    Shares are rounded down, and what is left over goes to the largest remainders that have room,
+    round after round; ties go to the first view.
+
+    Args:
+        total: tokens to share, at most the sum of `sizes`.
+        shares: share of each view; they sum to 1.
+        sizes: visual tokens of each view.
+
+    Raises:
+        ValueError: more tokens than there are.
+    """
+    if total > sum(sizes):
+        raise ValueError(f"cannot keep {total} of {sum(sizes)} visual tokens.")
+    exact = [total * share for share in shares]
+    # What is a whole number but for rounding counts as one.
+    counts = [min(int(e + 1e-6), size) for e, size in zip(exact, sizes, strict=True)]
+    order = sorted(
+        range(len(sizes)), key=lambda view: (int(exact[view] + 1e-6) - exact[view], view)
+    )
+    while sum(counts) < total:
+        for view in order:
+            if counts[view] < sizes[view] and sum(counts) < total:
+                counts[view] += 1
+    return tuple(counts)

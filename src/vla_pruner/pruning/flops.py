@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Convention = Literal["swiglu", "paper"]
@@ -89,3 +90,38 @@ def pruned_prefill_flops(
     full = layer_macs(tokens, hidden=hidden, ffn=ffn, convention=convention)
     short = layer_macs(tokens - visual + kept, hidden=hidden, ffn=ffn, convention=convention)
     return cut_layer * full + (layers - cut_layer) * short
+
+
+def layered_prefill_flops(
+    tokens_per_layer: Sequence[int],
+    *,
+    hidden: int,
+    ffn: int,
+    keys_per_layer: Sequence[int] | None = None,
+    convention: Convention = "swiglu",
+) -> int:
+    """Cost of a prefill whose layers compute different numbers of tokens.
+
+    A layer of n tokens that attend to s keys costs `4 n d^2 + 2 n s d` and its feed-forward
+    network, see `layer_macs`; with s = n everywhere the sum is Eq. 11 or 12.
+
+    Args:
+        tokens_per_layer: n of each layer; 0: the layer does not run.
+        hidden, ffn, convention: see `layer_macs`.
+        keys_per_layer: s of each layer, where keys of an earlier step are used again; None: s = n.
+
+    Raises:
+        ValueError: a negative count, fewer keys than tokens, or lists of different length; see also
+            `layer_macs`.
+    """
+    keys = tokens_per_layer if keys_per_layer is None else keys_per_layer
+    if len(keys) != len(tokens_per_layer):
+        raise ValueError(f"{len(tokens_per_layer)} layers, but keys of {len(keys)}.")
+    total = 0
+    for n, seen in zip(tokens_per_layer, keys, strict=True):
+        if n < 0 or seen < n:
+            raise ValueError(f"expected 0 <= tokens <= keys in each layer; got {n} and {seen}.")
+        if n > 0:
+            same = layer_macs(n, hidden=hidden, ffn=ffn, convention=convention)
+            total += same + 2 * n * (seen - n) * hidden
+    return total

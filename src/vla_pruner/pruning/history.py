@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Censored = Literal["zero", "carry", "decay", "impute"]
+"""What to remember of tokens that no action query could see."""
 
 
 def decaying_window(
@@ -51,3 +56,51 @@ def ema_update(previous: Tensor, observed: Tensor, alpha: float, first: Tensor) 
 def push(history: Tensor, observed: Tensor) -> Tensor:
     """Put `observed` `[B, M]` in front of `history` `[B, w, M]`; the oldest entry falls out."""
     return torch.cat([observed[:, None].to(history.dtype), history[:, :-1]], dim=1)
+
+
+def uncensor(
+    observed: Tensor,
+    visible: Tensor,
+    rule: Censored,
+    *,
+    remembered: Tensor | None = None,
+    semantic: Tensor | None = None,
+    fade: float = 0.8,
+) -> Tensor:
+    """Put something in the place of the zeros that cut tokens get in an action score.
+
+    A cut token gets no attention, whatever it would have been worth; remembered as it is, the zero
+    keeps the token out for as long as the memory lasts.
+
+    Args:
+        observed: `[B, M]`, the action score of a step.
+        visible: `[B, M]` bool, tokens that the action queries could see.
+        rule: "zero": leave the zeros; "carry": the remembered score; "decay": that times `fade`;
+            "impute": `c * semantic`, with c per row so that over the visible tokens `c * semantic`
+            and `observed` have the same sum: tokens are taken to lose as much from prefill to
+            action as the visible ones do on average.
+        remembered: `[B, M]`, what was remembered last, for "carry" and "decay".
+        semantic: `[B, M]`, the prefill score of this step, for "impute".
+        fade: factor of "decay", in [0, 1].
+
+    Returns:
+        `[B, M]` fp32, equal to `observed` at visible tokens.
+
+    Raises:
+        ValueError: a rule without what it needs.
+    """
+    observed = observed.float()
+    if rule == "zero":
+        return observed
+    source = semantic if rule == "impute" else remembered
+    if source is None:
+        what = "the prefill score" if rule == "impute" else "what was remembered"
+        raise ValueError(f"censored={rule!r} needs {what} of each token; the method gives none.")
+    source = source.float()
+    if rule == "decay":
+        source = source * fade
+    elif rule == "impute":
+        seen = torch.where(visible, observed, 0.0).sum(dim=1, keepdim=True)
+        expected = torch.where(visible, source, 0.0).sum(dim=1, keepdim=True)
+        source = source * torch.where(expected > 0, seen / expected, 0.0)
+    return torch.where(visible, observed, source)

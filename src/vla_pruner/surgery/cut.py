@@ -1,78 +1,26 @@
-"""Hooks that take visual tokens out of a decoder stack before one of its layers.
+"""Hooks that take visual tokens out of a decoder stack before some of its layers.
 
 Everything here works on tensors and can be compiled; `session.py` decides, outside of the compiled
-code, what each pass is.
+code, what each pass is. `plan.py` says where, `arguments.py` how layers are called behind a cut,
+`readings.py` what is read on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.pruning.scores import attention_column_mean, attention_rows
-from vla_pruner.surgery import probe
-from vla_pruner.surgery.layout import Adapter, Layout
-
-Mode = Literal["full", "drop", "mask"]
-"""What happens to tokens that are not kept: nothing, they are removed, or nobody sees them."""
-
-_PER_TOKEN = ("attention_mask", "position_ids", "position_embeddings", "cache_position")
-
-
-@dataclass(eq=False)
-class Prompt:
-    """One prefill: what its decoder pass needs, what it found, and what later steps need of it.
-
-    S is the length of the prefill, M its visual tokens, k those that are kept, n = S - M + k.
-    """
-
-    layout: Layout
-    length: int
-    mode: Mode
-    others: Tensor
-    """[B, S - M] positions of everything but visual tokens, ascending."""
-    last_row: Tensor | None = None
-    """[B, 1] last real row, None: row S - 1 in every sequence."""
-    forecast: Tensor | None = None
-    """[B, M] action score predicted from the episode."""
-    seeds: Tensor | None = None
-    """[B] one number per episode and step."""
-    warming: Tensor | None = None
-    """[B] bool, rows that keep everything in a batch where others do not; None: no such row."""
-    leader: Tensor | None = None
-    """[B] row whose choice each row follows (beams of one episode); None: each its own."""
-    given: Tensor | None = None
-    """[B, k] kept tokens decided earlier; None: this pass decides."""
-
-    semantic: Tensor | None = None
-    """[B, M] prefill score."""
-    kept: Tensor | None = None
-    """[B, k] kept visual tokens, indices in 0..M-1, ascending."""
-    positions: Tensor | None = None
-    """[B, n] positions of the tokens that stay."""
-    columns: Tensor | None = None
-    """[B, k] where in `positions` the kept visual tokens are."""
-    features: Tensor | None = None
-    """[B, M, D] visual tokens entering layer 0, until the choice is made."""
-    observed: Tensor | None = None
-    """[B, M] attention of this pass's action queries, summed over the watched layers."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the layers behind the cut in this pass."""
-
-    def own(self) -> None:
-        """Copy the results: the next replay of a CUDA graph writes over what the last one gave."""
-        for name in ("semantic", "kept", "positions", "columns"):
-            result = getattr(self, name)
-            if result is not None:
-                setattr(self, name, result.clone())
+from vla_pruner.methods.base import Choice, Evidence, Method
+from vla_pruner.surgery import arguments, probe, readings
+from vla_pruner.surgery.arguments import take
+from vla_pruner.surgery.layout import Adapter
+from vla_pruner.surgery.plan import make_plan
+from vla_pruner.surgery.prompt import Prompt, Stage
 
 
 class Cut:
@@ -82,113 +30,140 @@ class Cut:
         self.adapter = adapter
         self.method = method
         self.layers = list(adapter.layers)
-        self.depth = len(self.layers)
-        cuts = method.cuts(self.depth)
-        if len(cuts) > 1:
-            raise NotImplementedError(
-                f"method {method.name!r} cuts before layers {cuts}; one cut is supported."
-            )
-        self.at = cuts[0] if cuts else None
-        self.semantic_layer = self._semantic_layer()
-        self.action_layers = method.history.resolve_layers(self.depth) if method.history else ()
+        self.plan = make_plan(method, adapter)
+        self.compact = method.positions == "compact"
         self.phase: Literal["prefill", "decode"] = "decode"
         self.prompt: Prompt | None = None
         self.static_cache = False
         self.eager = False
-        if self.at is not None:
-            self._check_layers(self.at)
+        self.tuples = False  # Whether layers return tuples.
 
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
-        watched = set(self.action_layers)
-        if self.semantic_layer is not None:
-            watched.add(self.semantic_layer)
+        plan = self.plan
+        watched = {r.spec.layer for r in plan.readings if r.spec.kind == "attention"}
+        projected = {r.spec.layer for r in plan.readings if r.spec.kind == "logits"}
         config = getattr(self._attention(0), "config", None)
         self.eager = getattr(config, "_attn_implementation", None) == "eager"
-        for index in sorted(watched):
+        for index in sorted(watched.union(plan.action_layers)):
             probe.install(self._attention(index), partial(self._observe, index), undo)
-        if self.at is None:
-            return
+        for index in sorted(plan.skipped):
+            self._skip(self.layers[index], undo)
 
         def before(index: int, hook: Any) -> None:
             handle = self.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
 
-        before(0, self._keep_features)
-        before(self.at, self._cut)
-        for index in range(self.at + 1, self.depth):
-            before(index, self._behind_cut)
+        if plan.skipped:
+            undo.callback(self.layers[0].register_forward_hook(self._see_output).remove)
+        if not plan.cuts:
+            return
+        before(0, self._see_input)
+        for index in range(plan.depth):
+            if index >= plan.cuts[0] or index in projected:
+                before(index, partial(self._enter, index))
+        if plan.cuts[0] == 0:
+            fill_up = self.layers[0].register_forward_hook(self._fill_up, with_kwargs=True)
+            undo.callback(fill_up.remove)
         undo.callback(self.layers[-1].register_forward_hook(self._restore_length).remove)
-
-    # ------------------------------------------------------------------ checks
-    def _semantic_layer(self) -> int | None:
-        if self.at is None or self.method.semantic_rows is None:
-            return None
-        return self.method.semantic_layer(self.at)
 
     def _attention(self, index: int) -> nn.Module:
         return self.adapter.attention(self.layers[index])
 
-    def _check_layers(self, at: int) -> None:
-        if at < self.adapter.earliest_cut:
-            raise ValueError(
-                f"`layer={at}`: {type(self.adapter.decoder).__name__} adds image features to its "
-                f"first {self.adapter.earliest_cut} layers; use `layer` >= "
-                f"{self.adapter.earliest_cut}."
+    # ------------------------------------------------------------------ layers that do not run
+    def _skip(self, layer: nn.Module, undo: ExitStack) -> None:
+        original: Callable[..., Any] = layer.forward
+
+        def skipped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.prompt is None:
+                return original(hidden_states, *args, **kwargs)
+            return (hidden_states,) if self.tuples else hidden_states
+
+        if "forward" in vars(layer):
+            undo.callback(setattr, layer, "forward", original)
+        else:
+            undo.callback(delattr, layer, "forward")
+        layer.forward = skipped
+
+    def _see_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After layer 0: what a layer has to return."""
+        self.tuples = isinstance(output, tuple)
+        if isinstance(output, tuple) and len(output) > 1:
+            raise NotImplementedError(
+                f"{type(layer).__name__} returns {len(output)} things, which a skipped layer "
+                "cannot make up; use a method that skips none, or newer transformers."
             )
-        config = getattr(self.adapter.decoder, "config", None)
-        kinds = getattr(config, "layer_types", None)
-        sliding = getattr(config, "sliding_window", None) is not None and getattr(
-            config, "use_sliding_window", True
-        )
-        for index in range(at, self.depth):
-            if isinstance(kinds, list | tuple):
-                limited = kinds[index] != "full_attention"
-            else:
-                window = getattr(self._attention(index), "sliding_window", None)
-                limited = sliding or window is not None
-            if limited:
-                raise NotImplementedError(
-                    f"layer {index} attends within a sliding window or chunk, which removed tokens "
-                    "would shift; tokens can be cut only where all later layers see everything."
-                )
 
     # ------------------------------------------------------------------ hooks on layers
-    def _keep_features(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _see_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Before layer 0 of a prefill: embeddings that methods look at later."""
         prompt = self.prompt
-        if prompt is not None and self.phase == "prefill" and prompt.mode != "full":
-            prompt.features = _take(_hidden(args, kwargs), prompt.layout.visual, dim=1)
-
-    def _cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Before layer K: choose what stays, and work out the arguments of layers >= K."""
-        prompt = self.prompt
-        if prompt is None or prompt.mode == "full":
-            return None
+        if prompt is None or self.phase != "prefill" or prompt.given is not None:
+            return
         hidden = _hidden(args, kwargs)
+        needs_voters = any(r.spec.rows == "voters" for r in self.plan.readings)
+        if prompt.mode == "full" and not needs_voters:
+            return
+        prompt.features = take(hidden, prompt.layout.visual, dim=1)
+        if prompt.places.text_rows is not None:
+            prompt.text = take(hidden, prompt.places.text_rows, dim=1)
+        if needs_voters:
+            assert prompt.text is not None and prompt.places.text_valid is not None
+            valid = prompt.places.text_valid.expand(hidden.shape[0], -1)
+            prompt.voters = self.method.voters(prompt.features, prompt.text, valid)
+
+    def _enter(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Before a layer: cut if it is time to, and give it the arguments of what is left."""
+        prompt = self.prompt
+        if prompt is None:
+            return None
+        number = self.plan.stage(index)
+        hidden = _hidden(args, kwargs)
+        cuts_here = index in self.plan.cuts
         if self.phase == "prefill":
-            self._choose(prompt)
-            if prompt.mode == "drop":
-                _refuse_unknown(kwargs, prompt.length)
-                prompt.overrides = self._shortened(prompt, kwargs)
-                assert prompt.positions is not None
-                hidden = _take(hidden, prompt.positions, dim=1)
-            else:
-                prompt.overrides = {"attention_mask": self._masked(prompt, hidden, kwargs)}
-        elif prompt.mode == "drop":
-            prompt.overrides = self._shifted(prompt, kwargs)
-        else:
-            prompt.overrides = {"attention_mask": self._masked(prompt, hidden, kwargs)}
-        kwargs = {**kwargs, **prompt.overrides}
+            if cuts_here:
+                self._project(index, number - 1, prompt, hidden)
+            if cuts_here and prompt.mode != "full":
+                hidden = self._cut(number, prompt, hidden, kwargs)
+            self._project(index, number, prompt, hidden)
+        if prompt.mode == "full" or number == 0:
+            return None
+        stage = prompt.stages[number]
+        if cuts_here:
+            stage.overrides = self._overrides(number, prompt, hidden, kwargs)
+        overrides = stage.overrides
+        dead_slots = index == 0 and self.phase == "decode" and prompt.mode == "drop"
+        if dead_slots and prompt.length_at(1) < prompt.length:
+            overrides = self._first_layer(stage, prompt, hidden, kwargs)
+        if not overrides and not cuts_here:
+            return None
+        kwargs = {**kwargs, **overrides}
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _behind_cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Before layers > K: the arguments that layer K got."""
-        prompt = self.prompt
-        if prompt is None or prompt.mode == "full" or not prompt.overrides:
-            return None
-        return args, {**kwargs, **prompt.overrides}
+    def _fill_up(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """After layer 0 of a prefill that was cut before it: dead slots in its cache.
+
+        The decoder asks layer 0 how many tokens there were, so that positions continue.
+        """
+        prompt, cache = self.prompt, kwargs.get("past_key_values")
+        if prompt is None or self.phase != "prefill" or prompt.mode != "drop" or cache is None:
+            return
+        n, batch = prompt.length_at(1), _hidden(args, kwargs).shape[0]
+        if n == prompt.length:
+            return
+        held = cache.layers[0]
+        shape = (batch, held.keys.shape[1], prompt.length - n)
+        # Ones: static caches of transformers 4 count slots that hold anything but zeros.
+        keys = held.keys.new_ones(*shape, held.keys.shape[-1])
+        values = held.values.new_ones(*shape, held.values.shape[-1])
+        slots = torch.arange(n, prompt.length, device=keys.device)
+        cache.update(keys, values, 0, {"cache_position": slots})
 
     def _restore_length(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the last layer of a prefill: every token back in its row, zeros where one left."""
@@ -196,118 +171,194 @@ class Cut:
         if prompt is None or self.phase != "prefill" or prompt.mode != "drop":
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        assert prompt.positions is not None
-        index = prompt.positions[..., None].expand(-1, -1, hidden.shape[-1])
+        positions = prompt.stages[-1].positions
+        assert positions is not None
+        index = positions[..., None].expand(-1, -1, hidden.shape[-1])
         full = hidden.new_zeros(hidden.shape[0], prompt.length, hidden.shape[-1])
         full = full.scatter(1, index, hidden)
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
-    # ------------------------------------------------------------------ the choice
-    def _choose(self, prompt: Prompt) -> None:
-        kept = prompt.given
-        if kept is None:
-            assert prompt.features is not None and self.at is not None
-            layout = prompt.layout
-            evidence = Evidence(
-                features=prompt.features,
-                semantic=prompt.semantic,
-                forecast=prompt.forecast,
-                views=layout.views,
-                layer=self.at,
-                valid=layout.visual_valid,
-                seeds=prompt.seeds,
-            )
-            kept = self.method.select(evidence)
-            if prompt.leader is not None:
-                kept = kept.index_select(0, prompt.leader)
-        prompt.kept, prompt.features = kept, None
+    # ------------------------------------------------------------------ a cut
+    def _cut(
+        self, number: int, prompt: Prompt, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Cut for the `number`-th time, counting from 1: hidden states `[B, n, D]` that go on."""
+        before, stage = prompt.stages[number - 1], prompt.stages[number]
         if prompt.mode == "drop":
-            visual = prompt.layout.visual.expand(kept.shape[0], -1).gather(1, kept)
-            others = prompt.others.expand(kept.shape[0], -1)
-            prompt.positions = torch.cat([others, visual], dim=1).sort(dim=1).values
-            prompt.columns = torch.searchsorted(prompt.positions, visual)
+            arguments.refuse_unknown(kwargs, prompt.length)
+        self._choose(number, prompt, hidden)
+        joined = self._merged(before, stage, hidden)
+        assert stage.tokens is not None and stage.columns is not None
+        if prompt.mode == "drop":
+            stay = stage.positions
+            assert stay is not None
+            if before.positions is not None:
+                stay = torch.searchsorted(before.positions, stay)
+            hidden = take(hidden, stay, dim=1)
+        if joined is None:
+            return hidden
+        if prompt.full_rows is not None:
+            alone = take(hidden, stage.columns, dim=1)
+            joined = torch.where(prompt.full_rows[:, None, None], alone, joined)
+        return hidden.scatter(1, stage.columns[..., None].expand_as(joined), joined)
 
-    # ------------------------------------------------------------------ arguments behind the cut
-    def _shortened(self, prompt: Prompt, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Prefill arguments of the n tokens that stay."""
-        positions = prompt.positions
-        assert positions is not None
-        short: dict[str, Any] = {}
-        rotary = kwargs.get("position_embeddings")
-        if rotary is not None:
-            short["position_embeddings"] = tuple(_take_rotary(table, positions) for table in rotary)
-        if kwargs.get("position_ids") is not None:
-            # With rotary tables at hand the ids only mislead: gaps look like packed sequences.
-            short["position_ids"] = (
-                None if rotary is not None else _take(kwargs["position_ids"], positions, dim=-1)
+    def _choose(self, number: int, prompt: Prompt, hidden: Tensor) -> None:
+        """Fill in what is left after this cut."""
+        before, stage = prompt.stages[number - 1], prompt.stages[number]
+        batch, device = hidden.shape[0], hidden.device
+        assert before.tokens is not None
+        tokens = before.tokens.expand(batch, -1)
+        if prompt.given is not None:
+            choice = prompt.given[number - 1]
+        elif tokens.shape[1] == 0:
+            choice = Choice(torch.zeros(batch, 0, dtype=torch.int64, device=device))
+        else:
+            choice = self._ask(number - 1, prompt, tokens, hidden)
+        stage.kept, stage.merge = choice.kept, choice.merge
+        stage.tokens = tokens.gather(1, stage.kept)
+        if self.method.adaptive:
+            stage.views = (stage.tokens.shape[1],)
+        visual = prompt.layout.visual.expand(batch, -1)
+        left = visual.gather(1, stage.tokens)
+        if prompt.mode == "drop":
+            others = prompt.places.others.expand(batch, -1)
+            stage.positions = torch.cat([others, left], dim=1).sort(dim=1).values
+            stage.columns = torch.searchsorted(stage.positions, left)
+        else:
+            stays = torch.zeros_like(visual, dtype=torch.bool).scatter(1, stage.tokens, True)
+            if prompt.full_rows is not None:
+                stays = stays | prompt.full_rows[:, None]
+            everything = torch.ones(batch, prompt.length, dtype=torch.bool, device=device)
+            stage.present = everything.scatter(1, visual, stays)
+            stage.columns = left
+
+    def _ask(self, number: int, prompt: Prompt, tokens: Tensor, hidden: Tensor) -> Choice:
+        """What the method decides at cut `number`, from 0."""
+        batch, stage, layout = tokens.shape[0], prompt.stages[number], prompt.layout
+        assert prompt.features is not None
+
+        def left(whole: Tensor) -> Tensor:
+            return whole if number == 0 else take(whole, tokens, dim=1)
+
+        scores = {}
+        for name, reading in self.plan.asked[number].items():
+            score, at = prompt.scores[reading], self.plan.readings[reading].stage
+            if at < number:
+                score = readings.spread(prompt, prompt.stages[at], score).gather(1, tokens)
+            scores[name] = score
+        text_valid = prompt.places.text_valid
+        evidence = Evidence(
+            features=left(prompt.features),
+            semantic=scores.get("semantic"),
+            forecast=None if prompt.forecast is None else left(prompt.forecast),
+            views=stage.views,
+            layer=self.plan.cuts[number],
+            valid=None if layout.visual_valid is None else left(layout.visual_valid),
+            seeds=prompt.seeds,
+            scores=scores,
+            hidden=readings.visual_tokens(prompt, stage, hidden),
+            tokens=tokens,
+            text=prompt.text,
+            text_valid=None if text_valid is None else text_valid.expand(batch, -1),
+            number=number,
+            keep_count=min(prompt.counts[number], tokens.shape[1]),
+        )
+        chosen = self.method.select(evidence)
+        choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
+        kept, merge = choice.kept, choice.merge
+        right = kept.ndim == 2 and kept.shape[0] == batch
+        if not right or (kept.shape[1] != evidence.keep_count and not self.method.adaptive):
+            raise ValueError(
+                f"method {self.method.name!r} chose {tuple(kept.shape)} at cut {number}; expected "
+                f"[B, k] = ({batch}, {evidence.keep_count})."
             )
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            if mask.ndim == 4 and mask.shape[2] == prompt.length:
-                mask = _take(mask, positions, dim=2)
-            short["attention_mask"] = self._short_columns(mask, prompt)
-        if kwargs.get("cache_position") is not None:
-            short["cache_position"] = kwargs["cache_position"][: positions.shape[1]]
-        return short
+        if merge is not None and merge.shape != (*kept.shape, tokens.shape[1]):
+            raise ValueError(
+                f"method {self.method.name!r} gave merge {tuple(merge.shape)} at cut {number}; "
+                f"expected [B, k, m] = {(*kept.shape, tokens.shape[1])}."
+            )
+        if prompt.leader is not None:
+            kept = kept.index_select(0, prompt.leader)
+            merge = None if merge is None else merge.index_select(0, prompt.leader)
+        return Choice(kept, merge)
 
-    def _shifted(self, prompt: Prompt, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Decode arguments for caches that are shorter than the unpruned ones."""
-        shifted: dict[str, Any] = {}
-        if kwargs.get("attention_mask") is not None:
-            shifted["attention_mask"] = self._short_columns(kwargs["attention_mask"], prompt)
-        if kwargs.get("cache_position") is not None:
-            assert prompt.positions is not None
-            removed = prompt.length - prompt.positions.shape[1]
-            shifted["cache_position"] = kwargs["cache_position"] - removed
-        return shifted
+    def _merged(self, before: Stage, stage: Stage, hidden: Tensor) -> Tensor | None:
+        """Hidden states of the tokens that stay, `[B, k, D]`, where the choice changes them."""
+        if stage.merge is None:
+            return None
+        assert before.columns is not None
+        every = take(hidden, before.columns.expand(hidden.shape[0], -1), dim=1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (stage.merge.float() @ every.float()).to(hidden.dtype)
 
-    def _short_columns(self, mask: Tensor, prompt: Prompt) -> Tensor:
-        """Keys behind the cut: what stayed of the prefill, what came later, unused static slots."""
-        positions = prompt.positions
-        assert positions is not None
-        later = torch.arange(prompt.length, mask.shape[-1], device=mask.device)
-        columns = torch.cat([positions, later.expand(positions.shape[0], -1)], dim=1)
-        mask = _take(mask, columns, dim=-1)
-        if not self.static_cache:
-            return mask
-        forbidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return F.pad(mask, (0, prompt.length - positions.shape[1]), value=forbidden)
+    # ------------------------------------------------------------------ arguments behind a cut
+    def _overrides(
+        self, number: int, prompt: Prompt, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of the layers after `number` cuts, in this pass."""
+        stage, prefill = prompt.stages[number], self.phase == "prefill"
+        positions, static = stage.positions, self.static_cache
+        if positions is not None and prefill:
+            return arguments.shortened(
+                kwargs, positions, prompt.length, static_cache=static, compact=self.compact
+            )
+        removed: Tensor | int
+        if positions is not None:
+            found = arguments.shifted(kwargs, positions, prompt.length, static_cache=static)
+            removed = prompt.length - positions.shape[1]
+        else:
+            assert stage.present is not None
+            found = {"attention_mask": self._masked(number, stage.present, hidden, kwargs)}
+            if self.compact and prefill:
+                return found | arguments.closed_up(kwargs, stage.present)
+            removed = (~stage.present).sum(dim=1, keepdim=True)
+        if self.compact:
+            rotary = self.adapter.decoder.rotary_emb
+            assert isinstance(rotary, nn.Module)
+            found |= arguments.renumbered(rotary, hidden, kwargs, removed)
+        return found
 
-    def _masked(self, prompt: Prompt, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The layer's mask `[B, 1, Q, N]`, with tokens that are not kept hidden from everybody."""
-        assert prompt.kept is not None and self.at is not None
+    def _first_layer(
+        self, stage: Stage, prompt: Prompt, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Decode arguments of layer 0 where tokens were cut before it, see `_fill_up`."""
+        assert stage.positions is not None
         mask = kwargs.get("attention_mask")
         if mask is None:
-            mask = self._implied_mask(hidden, kwargs)
+            mask = self._implied_mask(1, hidden, kwargs)
+        found: dict[str, Any] = {
+            "attention_mask": arguments.with_gap(mask, stage.positions, prompt.length)
+        }
+        names = ("position_embeddings", "position_ids")
+        return found | {name: stage.overrides[name] for name in names if name in stage.overrides}
+
+    def _masked(
+        self, number: int, present: Tensor, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """The layers' mask `[B, 1, Q, N]`, with tokens that are gone hidden from everybody."""
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._implied_mask(number, hidden, kwargs)
         elif mask.ndim != 4:
             raise NotImplementedError(
-                'hiding tokens (mode="mask", or a batch in which some episodes are warming up) '
+                'hiding tokens (mode="mask", or a batch in which some episodes run on all tokens) '
                 'needs attn_implementation="sdpa" or "eager".'
             )
-        visual = prompt.layout.visual.expand(hidden.shape[0], -1)
-        stays = torch.zeros_like(visual, dtype=torch.bool).scatter(1, prompt.kept, True)
-        if prompt.warming is not None:
-            stays = stays | prompt.warming[:, None]
-        seen = torch.ones(
-            hidden.shape[0], mask.shape[-1], dtype=torch.bool, device=hidden.device
-        ).scatter(1, visual, stays)[:, None, None]
-        if mask.dtype == torch.bool:
-            return mask & seen
-        return mask.expand(hidden.shape[0], -1, -1, -1).masked_fill(
-            ~seen, torch.finfo(mask.dtype).min
-        )
+        return arguments.hiding(mask, present)
 
-    def _implied_mask(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    def _implied_mask(self, number: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """What attention does when it gets no mask, as a mask `[1, 1, Q, N]`."""
-        assert self.at is not None
         queries, cache = hidden.shape[1], kwargs.get("past_key_values")
+        index = self.plan.runs_in(number)
+        if index is None:  # No layer will look at it.
+            return torch.ones(1, 1, queries, queries, dtype=torch.bool, device=hidden.device)
         keys = queries
         if cache is not None and self.static_cache:
             keys = _capacity(cache)
         elif cache is not None:
-            keys = queries + cache.get_seq_length(self.at)
+            keys = queries + cache.get_seq_length(index)
         mask = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device)
-        if self._is_causal(self._attention(self.at), None, queries, kwargs):
+        if self._is_causal(self._attention(index), None, queries, kwargs):
             mask = mask.tril(0 if self.static_cache else keys - queries)
         elif self.static_cache:
             mask[:, queries:] = False
@@ -317,6 +368,15 @@ class Cut:
         return mask[None, None]
 
     # ------------------------------------------------------------------ scores
+    def _project(self, index: int, number: int, prompt: Prompt, hidden: Tensor) -> None:
+        """Before a layer: scores from its queries and keys, after `number` cuts."""
+        stage = prompt.stages[0 if prompt.mode == "full" else number]
+        for reading in self.plan.read_in(index, "logits"):
+            if reading.stage == number and reading.number not in prompt.scores:
+                prompt.scores[reading.number] = readings.logits(
+                    reading.spec, self.adapter, self.layers[index], hidden, prompt, stage
+                )
+
     def _observe(
         self,
         index: int,
@@ -330,49 +390,29 @@ class Cut:
         prompt = self.prompt
         if prompt is None:
             return
-        queries = query.shape[2]
+        batch, queries, prefill = query.shape[0], query.shape[2], self.phase == "prefill"
         causal = self._is_causal(attention, mask, queries, kwargs)
-        if mask is None:
-            if self.phase == "prefill":
-                key = key[:, :, :queries]  # A static cache also shows slots not written yet.
-        elif mask.ndim == 2:
-            mask = mask[:, None, None, : key.shape[2]].bool()
-        else:
-            mask = mask[..., : key.shape[2]]
-        scale = kwargs.get("scaling")
-        if scale is None:
-            scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
-        options = {"scale": scale, "mask": mask, "softcap": kwargs.get("softcap")}
-        score = partial(_received, query, key, options=options, causal=causal)
-        batch, layout = query.shape[0], prompt.layout
-        visual = layout.visual.expand(batch, -1)
-        if index == self.semantic_layer and self.phase == "prefill" and prompt.semantic is None:
-            if self.method.semantic_rows == "all":
-                prompt.semantic = score(visual, rows=slice(None), row_weight=layout.valid_rows)
-            else:
-                prompt.semantic = score(visual, rows=prompt.last_row)
-        if index not in self.action_layers:
+        seen = readings.Seen.of(attention, query, key, mask, kwargs, prefill=prefill, causal=causal)
+        stage = prompt.stages[0 if prompt.mode == "full" else self.plan.stage(index)]
+        for reading in self.plan.read_in(index, "attention") if prefill else ():
+            if reading.number not in prompt.scores:
+                rows, weight = readings.votes(reading.spec, prompt, stage, query)
+                columns = stage.columns
+                assert columns is not None
+                prompt.scores[reading.number] = seen.received(
+                    columns.expand(batch, -1), rows, weight, reading.spec.heads
+                )
+        if index not in self.plan.action_layers:
             return
-        pruned = prompt.mode == "drop" and self.at is not None and index >= self.at
-        rows: slice | Tensor | None = slice(None) if queries > 1 else None
-        if self.phase == "prefill":
-            rows = self._action_rows(prompt, pruned)
-        if pruned:
-            assert prompt.columns is not None and prompt.kept is not None
-            seen = score(prompt.columns, rows=rows)
-            seen = seen.new_zeros(batch, visual.shape[1]).scatter(1, prompt.kept, seen)
+        rows = slice(None) if queries > 1 else None
+        if prefill:
+            rows = _action_rows(prompt, stage)
+        if stage.positions is None:
+            observed = seen.received(prompt.layout.visual.expand(batch, -1), rows)
         else:
-            seen = score(visual, rows=rows)
-        prompt.observed = seen if prompt.observed is None else prompt.observed + seen
-
-    def _action_rows(self, prompt: Prompt, pruned: bool) -> slice | Tensor | None:
-        """Rows of the prefill that are action queries; None: the last one."""
-        if prompt.layout.action_rows is not None:
-            return _from_end(prompt.layout.action_rows, prompt.length)
-        if prompt.last_row is None or not pruned:
-            return prompt.last_row
-        assert prompt.positions is not None
-        return torch.searchsorted(prompt.positions, prompt.last_row)
+            assert stage.columns is not None
+            observed = readings.spread(prompt, stage, seen.received(stage.columns, rows))
+        prompt.observed = observed if prompt.observed is None else prompt.observed + observed
 
     def _is_causal(
         self, attention: nn.Module, mask: Tensor | None, queries: int, kwargs: Mapping[str, Any]
@@ -384,53 +424,17 @@ class Cut:
         return bool(getattr(attention, "is_causal", True) if causal is None else causal)
 
 
-# ---------------------------------------------------------------------- tensor helpers
-def _received(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    *,
-    options: dict[str, Any],
-    causal: bool,
-    rows: slice | Tensor | None,
-    row_weight: Tensor | None = None,
-) -> Tensor:
-    """Attention that `columns` get from `rows` (None: the last), mean over heads: `[B, M]` fp32."""
-    if rows is None:
-        # The last row has no future to hide, and one row takes few operations.
-        mask = options["mask"]
-        options = {**options, "mask": None if mask is None else mask[:, :, -1:]}
-        return attention_rows(query[:, :, -1:], key, **options)[:, :, 0].mean(1).gather(1, columns)
-    return attention_column_mean(
-        query, key, columns, **options, causal=causal, rows=rows, row_weight=row_weight
-    )
-
-
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _take(tensor: Tensor, index: Tensor, *, dim: int, batch_dim: int = 0) -> Tensor:
-    """Rows `index` `[B, n]` of a tensor along `dim`; a batch of 1 serves every row of `index`."""
-    dim %= tensor.ndim
-    shape = [1] * tensor.ndim
-    shape[batch_dim], shape[dim] = index.shape
-    target = list(tensor.shape)
-    batch = max(index.shape[0], tensor.shape[batch_dim])
-    target[batch_dim] = batch
-    tensor = tensor.expand(target)
-    target[dim] = index.shape[1]
-    return tensor.gather(dim, index.view(shape).expand(target))
-
-
-def _take_rotary(table: Tensor, positions: Tensor) -> Tensor:
-    """Rows of a cos or sin table `[B, S, D]`, or `[3, B, S, D]` with several position axes."""
-    return _take(table, positions, dim=-2, batch_dim=table.ndim - 3)
-
-
-def _from_end(rows: slice, length: int) -> slice:
-    start, stop, _ = rows.indices(length)
-    return slice(start - length, stop - length if stop < length else None)
+def _action_rows(prompt: Prompt, stage: Stage) -> readings.Voting:
+    """Rows of the prefill that are action queries; None: the last one."""
+    rows = prompt.layout.action_rows
+    if rows is None:
+        return readings.place(stage, prompt.places.last_row)
+    start, stop, _ = rows.indices(prompt.length)
+    return slice(start - prompt.length, stop - prompt.length if stop < prompt.length else None)
 
 
 def _capacity(cache: Any) -> int:
@@ -438,15 +442,3 @@ def _capacity(cache: Any) -> int:
     if hasattr(cache, "get_max_length"):
         return int(cache.get_max_length())
     return int(cache.get_max_cache_shape())
-
-
-def _refuse_unknown(kwargs: Mapping[str, Any], length: int) -> None:
-    """Refuse per-token arguments that a layer would get at the wrong length."""
-    for name, value in kwargs.items():
-        if name in _PER_TOKEN or name == "hidden_states" or not isinstance(value, Tensor):
-            continue
-        if value.ndim >= 2 and value.shape[1] == length:
-            raise NotImplementedError(
-                f"decoder layers get `{name}` {tuple(value.shape)}, one entry per token, and it is "
-                'unknown how to shorten it; use `mode="mask"`, or open an issue with the model.'
-            )

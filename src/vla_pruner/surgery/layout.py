@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,6 +25,8 @@ class Layout:
         action_rows: the prefill's rows that are action queries, as a slice; None for models that
             write the action token by token: the last prefill row and every decode step.
         visual_valid: `[B, M]` bool, False for the tokens of a missing camera.
+        text_rows: `[B, T]` or `[1, T]` int64, positions of the instruction's tokens; None: unknown.
+            Entries that are -1, or padding according to `valid_rows`, are left out.
     """
 
     visual: Tensor
@@ -31,6 +34,7 @@ class Layout:
     valid_rows: Tensor | None = None
     action_rows: slice | None = None
     visual_valid: Tensor | None = None
+    text_rows: Tensor | None = None
 
 
 class Adapter(ABC):
@@ -45,6 +49,9 @@ class Adapter(ABC):
 
     earliest_cut: int = 0
     """First layer before which tokens may be cut: not before the last that gets image features."""
+
+    gives_frames: bool = False
+    """Whether the camera images of a step can be had, for methods that compare them."""
 
     def bind(self, model: nn.Module) -> None:  # noqa: B027 - optional
         """Find `decoder` in `model`. `vp.prune` calls it once, before anything else."""
@@ -70,9 +77,57 @@ class Adapter(ABC):
             None if this pass shows no image: it is left alone.
         """
 
+    def project(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, Hq, n, d]` and keys `[B, Hkv, n, d]` of a layer before rotary positions.
+
+        Args:
+            layer: a decoder layer.
+            hidden: `[B, n, D]`, what it gets.
+
+        Raises:
+            NotImplementedError: a layer that is not built like those of Llama.
+        """
+        attention: Any = self.attention(layer)
+        norm: Any = getattr(layer, "input_layernorm", None)
+        if norm is None or not all(hasattr(attention, n) for n in ("q_proj", "k_proj", "head_dim")):
+            raise NotImplementedError(
+                f"{type(layer).__name__} has no input_layernorm, q_proj and k_proj, so its logits "
+                "cannot be computed; override `Adapter.project`, or use a score of attention."
+            )
+        found = []
+        for name in ("q", "k"):
+            heads = getattr(attention, f"{name}_proj")(norm(hidden))
+            heads = heads.unflatten(-1, (-1, attention.head_dim))
+            per_head_norm = getattr(attention, f"{name}_norm", None)
+            heads = heads if per_head_norm is None else per_head_norm(heads)
+            found.append(heads.transpose(1, 2))
+        return found[0], found[1]
+
     def attach(self, undo: ExitStack) -> None:  # noqa: B027 - optional
         """Listen to other modules if need be; whatever is done is undone by what goes on `undo`."""
 
     def describe(self) -> str:
         """One line for people."""
         return f"{type(self).__name__}: {type(self.decoder).__name__}, {len(self.layers)} layers"
+
+
+def text_behind(
+    visual: Tensor, length: int, *, earliest: int, skip: int = 0, until: int = 0
+) -> Tensor | None:
+    """`Layout.text_rows` where the instruction stands behind the visual tokens.
+
+    Args:
+        visual: `[B|1, M]`, see `Layout`.
+        length: S.
+        earliest: first position of text in any row.
+        skip: positions right behind the visual tokens that are no text (a robot state).
+        until: positions at the end that are no text (action slots).
+
+    Returns:
+        `[B|1, length - until - earliest]` int64, or None if nothing stands there.
+    """
+    end = max(earliest, length - until)
+    rows = torch.arange(earliest, end, device=visual.device)[None]
+    if rows.shape[1] == 0:
+        return None
+    return torch.where(rows > visual[:, -1:] + skip, rows, -1)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-import zlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -15,135 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.methods.base import Method
-from vla_pruner.pruning.selection import top_k
-from vla_pruner.surgery.cut import Cut, Mode, Prompt
+from vla_pruner.surgery.arguments import take
+from vla_pruner.surgery.cut import Cut
+from vla_pruner.surgery.episode import Episodes, Step
 from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.surgery.prompt import Mode, Places, Prompt, Stage
+from vla_pruner.surgery.report import StageReport, StepReport, report
+
+__all__ = ["Session", "StageReport", "StepReport"]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(eq=False)
-class Episode:
-    """What is remembered of one episode."""
-
-    memory: Tensor | None = None
-    """[slots, M] action scores, newest first."""
-    observations: int = 0
-    steps: int = 0
-    """Steps that have started."""
-    step: Step | None = None
-    """The step in progress, whose action score is not complete yet."""
-
-
-@dataclass(eq=False)
-class Step:
-    """One policy step of a batch: a prefill and all decoder passes that follow it."""
-
-    ids: tuple[Hashable, ...]
-    numbers: tuple[int, ...]
-    warming: tuple[bool, ...]
-    prompt: Prompt
-    action_layers: int
-    total: Tensor | None = None
-    """[B, M] sum over watched layers and action rows."""
-    rows: int = 0
-
-    def add(self, observed: Tensor, rows: int) -> None:
-        """Count a pass in: `observed` [B, M] is a mean over `rows` action rows."""
-        part = observed * rows
-        self.total = part if self.total is None else self.total + part
-        self.rows += rows
-
-    def action(self) -> Tensor | None:
-        """Action score [B, M] of the passes so far (Eq. 3-4); None if no action row ran."""
-        if self.total is None:
-            return None
-        return self.total / (self.rows * self.action_layers)
-
-
-@dataclass(frozen=True, eq=False)
-class StepReport:
-    """What the last step did. B rows, M visual tokens, S tokens in the prefill.
-
-    Args:
-        episodes: episode of each row.
-        steps: how many steps of its episode each row had run before.
-        views: visual tokens of each camera.
-        warm_up: `[B]` bool, rows that ran on all tokens because their episode has just started.
-        kept_mask: `[B, M]` bool, visual tokens that layers >= K saw.
-        kept: for each row, for each camera: indices of the kept tokens within that camera's.
-        semantic: `[B, M]` fp32 prefill score, None if the method asks for none.
-        forecast: `[B, M]` fp32 action score that was predicted, None if the method predicts none.
-        action: `[B, M]` fp32 action score observed so far in this step (0 at tokens that were
-            dropped), None if the method watches none.
-        tokens_full, tokens_kept: S, and the tokens that layers >= K computed.
-        visual_full, visual_kept: M, and the visual tokens among `tokens_kept`.
-        per_view: whether every camera had its own budget.
-        visual_valid: `[B, M]` bool, False for the tokens of missing cameras; None: none is missing.
-    """
-
-    episodes: tuple[Hashable, ...]
-    steps: tuple[int, ...]
-    views: tuple[int, ...]
-    warm_up: Tensor
-    kept_mask: Tensor
-    kept: tuple[tuple[Tensor, ...], ...]
-    semantic: Tensor | None
-    forecast: Tensor | None
-    action: Tensor | None
-    tokens_full: int
-    tokens_kept: int
-    visual_full: int
-    visual_kept: int
-    per_view: bool
-    visual_valid: Tensor | None = None
-
-    @property
-    def kept_indices(self) -> Tensor:
-        """`[B, k]` int64 kept visual tokens in 0..M-1, ascending.
-
-        Raises:
-            ValueError: rows keep different numbers of tokens (some of them are warming up).
-        """
-        counts = self.kept_mask.sum(dim=1)
-        if not bool((counts == counts[0]).all()):
-            raise ValueError(
-                f"rows keep {counts.tolist()} tokens, as some episodes are warming up; "
-                "use `kept` or `kept_mask`."
-            )
-        return self.kept_mask.nonzero()[:, 1].view(len(self.kept_mask), -1)
-
-    def reasons(self) -> list[list[str]]:
-        """Why each kept token stayed, row by row, in the order of the kept indices.
-
-        "semantic" or "action": among the k best of that score; "both"; "warm-up": everything
-        stayed; "other": neither score says so (random choice, no pruning).
-        """
-        semantic = self._best(self.semantic)
-        action = self._best(self.forecast)
-        names = (("other", "action"), ("semantic", "both"))
-        result = []
-        for row, kept in enumerate(self.kept_mask):
-            indices = kept.nonzero()[:, 0].tolist()
-            if bool(self.warm_up[row]):
-                result.append(["warm-up"] * len(indices))
-            else:
-                result.append([names[semantic[row][i]][action[row][i]] for i in indices])
-        return result
-
-    def _best(self, score: Tensor | None) -> list[list[bool]]:
-        """Whether each token is among the k best, k being what its row (or camera) kept."""
-        best = torch.zeros_like(self.kept_mask)
-        if score is not None:
-            if self.visual_valid is not None:
-                score = score.masked_fill(~self.visual_valid, float("-inf"))
-            for row, kept in enumerate(self.kept_mask):
-                start = 0
-                for size in self.views if self.per_view else (self.visual_full,):
-                    span = slice(start, start + size)
-                    best[row, start + top_k(score[row, span], int(kept[span].sum()))] = True
-                    start += size
-        return best.tolist()
 
 
 class Session:
@@ -182,7 +62,8 @@ class Session:
         self.adapter = adapter
         self.mode: Literal["drop", "mask"] = mode
         self._cut = Cut(adapter, method)
-        self._episodes: dict[Hashable, Episode] = {}
+        self._plan = self._cut.plan
+        self._episodes = Episodes(method, self._plan)
         self._ids: tuple[Hashable, ...] | None = None
         self._copies = 1
         self._latest: Step | None = None
@@ -192,7 +73,7 @@ class Session:
         self._queries = 0
         self._compiled = False
         self._by_cache: weakref.WeakKeyDictionary[Any, Step | None] = weakref.WeakKeyDictionary()
-        self._derived: tuple[Layout, int, int, Tensor, Tensor | None] | None = None
+        self._known: tuple[Layout, int, int, Places] | None = None
 
         self._undo = ExitStack()
         with self._undo:
@@ -212,11 +93,7 @@ class Session:
     # ------------------------------------------------------------------ for callers
     def reset(self, episodes: Iterable[Hashable] | None = None) -> None:
         """Start new episodes: forget what was seen in these (ids), or in all of them."""
-        if episodes is None:
-            self._episodes.clear()
-        else:
-            for name in episodes:
-                self._episodes.pop(name, None)
+        self._episodes.reset(episodes)
 
     def episodes(self, ids: Sequence[Hashable] | None) -> None:
         """Say which episode each row of the next calls belongs to; None: row i is episode i.
@@ -224,6 +101,27 @@ class Session:
         Rows with the same id (beams) are one episode and keep the same tokens.
         """
         self._ids = None if ids is None else tuple(ids)
+
+    def motion(self, value: float, episode: Hashable | None = None) -> None:
+        """Report how far the robot moved in the last step, to methods that decide by it.
+
+        Args:
+            value: any measure, as long as it is the same in every step of an episode.
+            episode: which episode; None: the one that rows belong to, if it is one.
+
+        Raises:
+            ValueError: a value that is not finite, or `episode` missing where there are several.
+        """
+        if episode is None:
+            latest = () if self._latest is None else self._latest.ids
+            names = dict.fromkeys((self._ids or latest) or (0,))
+            if len(names) > 1:
+                raise ValueError(
+                    f"there are {len(names)} episodes; say which one moved: "
+                    "`session.motion(value, episode)`."
+                )
+            (episode,) = names
+        self._episodes.motion(value, episode)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -240,7 +138,9 @@ class Session:
     @property
     def last(self) -> StepReport | None:
         """What the last step did; None before the first."""
-        return None if self._latest is None else self._report(self._latest)
+        if self._latest is None:
+            return None
+        return report(self._latest, self._plan, per_view=self.method.budget == "view")
 
     def compile(self, **options: Any) -> None:
         """Run the decoder through `torch.compile(fullgraph=True, **options)` until `remove`.
@@ -249,9 +149,15 @@ class Session:
 
         Raises:
             RuntimeError: the session is no longer attached.
+            NotImplementedError: the method's budget depends on what it sees.
         """
         if self.decoder not in _attached:
             raise RuntimeError("the session was removed; make a new one with `vp.prune`.")
+        if self.method.adaptive:
+            raise NotImplementedError(
+                f"method {self.method.name!r} keeps as many tokens as it sees fit, so that every "
+                "step would be compiled anew; run it without `compile`, or give it a fixed budget."
+            )
         compiled = torch.compile(self.decoder.forward, **{"fullgraph": True, **options})
         self._set_attribute(self.decoder, "forward", compiled)
         self._compiled = True
@@ -292,7 +198,7 @@ class Session:
         if length > 1 and _is_empty(cache):
             cut.phase = "prefill"
             layout = self.adapter.layout(inputs, kwargs)
-            step = None if layout is None else self._start(layout, batch, length)
+            step = None if layout is None else self._start(layout, inputs, batch, length)
             if cache is not None:
                 self._remember(cache, step)
         else:
@@ -314,6 +220,8 @@ class Session:
             )
         self._running, self._queries = step, length
         cut.prompt = None if step is None else step.prompt
+        if cut.prompt is not None:
+            cut.prompt.start_pass()
 
     def _after(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -333,14 +241,14 @@ class Session:
             elif cut.phase == "decode":
                 rows = self._queries
             step.add(prompt.observed, rows)
-        if self._compiled and cut.phase == "prefill":
-            prompt.own()
-        prompt.observed, prompt.features, prompt.overrides = None, None, {}
+        prompt.finish_pass(own=self._compiled and cut.phase == "prefill")
 
     # ------------------------------------------------------------------ steps
-    def _start(self, layout: Layout, batch: int, length: int) -> Step:
+    def _start(self, layout: Layout, inputs: Tensor, batch: int, length: int) -> Step:
         """A prefill begins: finish the step before, and find out who prunes."""
-        others, last_row = self._derive(layout, batch, length)
+        places = self._places(layout, batch, length)
+        counts = self._counts(layout)
+        stages = self._stages(layout, places, counts)
         previous = self._open if self._in_step else None
         if previous is not None and len(previous.ids) == batch:
             first = previous.prompt
@@ -348,92 +256,83 @@ class Session:
                 layout,
                 length,
                 first.mode,
-                others,
-                last_row,
+                places,
+                stages,
+                counts,
                 forecast=first.forecast,
-                warming=first.warming,
-                given=first.kept,
-                semantic=first.semantic,
+                full_rows=first.full_rows,
+                given=first.choices,
+                scores=first.scores,
             )
             return previous
 
-        self.method.kept(layout.views)  # Raises if the budget does not fit these cameras.
         ids = self._row_ids(batch)
-        unique = list(dict.fromkeys(ids))
-        for name in unique:
-            self._finish(self._episodes.setdefault(name, Episode()), name)
-        numbers = tuple(self._episodes[name].steps for name in ids)
-        warming = tuple(number < self.method.warmup for number in numbers)
+        full = self._episodes.begin(ids, self._features(layout, inputs))
         mode: Mode = self.mode
-        if self._cut.at is None or all(warming):
+        if not self._plan.cuts or all(full):
             mode = "full"
-        elif any(warming):
+        elif any(full):
             mode = "mask"
-        prompt = Prompt(layout, length, mode, others, last_row)
+        prompt = Prompt(layout, length, mode, places, stages, counts)
         device = layout.visual.device
-        prompt.forecast = self._forecast(ids, layout.visual.shape[1], device)
+        prompt.forecast = self._episodes.forecast(ids, layout.visual.shape[1], device)
         if mode != "full":
-            seeds = [_seed(name, number) for name, number in zip(ids, numbers, strict=True)]
-            prompt.seeds = torch.tensor(seeds, device=device)
-        if mode == "mask" and any(warming):
-            prompt.warming = torch.tensor(warming, device=device)
-        if len(unique) < batch:
+            prompt.seeds = self._episodes.seeds(ids, device)
+        if mode == "mask" and any(full):
+            prompt.full_rows = torch.tensor(full, device=device)
+        if len(set(ids)) < batch:
             prompt.leader = torch.tensor([ids.index(name) for name in ids], device=device)
-        step = Step(ids, numbers, warming, prompt, len(self._cut.action_layers))
-        for name in unique:
-            episode = self._episodes[name]
-            episode.step = step
-            episode.steps += 1
+        numbers = self._episodes.numbers(ids)
+        step = Step(ids, numbers, full, prompt, len(self._plan.action_layers))
+        self._episodes.note(step)
         self._latest = step
         self._open = step if self._in_step else None
         return step
 
-    def _finish(self, episode: Episode, name: Hashable) -> None:
-        """Remember the action score of the episode's step in progress, which is over now."""
-        step, spec = episode.step, self.method.history
-        episode.step = None
-        if step is None or spec is None:
-            return
-        action = step.action()
-        if action is None:
-            return
-        rows = [row for row, other in enumerate(step.ids) if other == name]
-        if len(rows) == 1:
-            observed = action[rows[0] : rows[0] + 1]
-        else:
-            observed = action[rows].mean(dim=0, keepdim=True)
-        if episode.memory is None:
-            episode.memory = observed.new_zeros(spec.slots, observed.shape[1])
-        if episode.memory.shape[1] != observed.shape[1]:
-            raise ValueError(
-                f"episode {name!r} had {episode.memory.shape[1]} visual tokens and now has "
-                f"{observed.shape[1]}; call `session.reset()` when the cameras change."
-            )
-        count = torch.tensor([episode.observations], device=observed.device)
-        memory, _ = spec.update(episode.memory[None], count, observed)
-        episode.memory = memory[0]
-        episode.observations += 1
+    def _counts(self, layout: Layout) -> tuple[int, ...]:
+        """Visual tokens that each cut has to leave.
 
-    def _forecast(
-        self, ids: Sequence[Hashable], visual: int, device: torch.device
-    ) -> Tensor | None:
-        """[B, M] action score that each row's episode predicts."""
-        spec = self.method.history
-        if spec is None:
+        Raises:
+            ValueError: a budget that does not fit these cameras, or a layout that does not say
+                which rows are text to a method that needs it.
+        """
+        if self._plan.needs_text and layout.text_rows is None:
+            raise ValueError(
+                f"method {self.method.name!r} needs to know which tokens are the instruction, and "
+                f"{type(self.adapter).__name__} does not say, or there is none; set "
+                "`Layout.text_rows` in the adapter, or use another method."
+            )
+        cuts = self._plan.cuts
+        if not cuts:
+            return ()
+        counts = tuple(self.method.schedule(layout.views, self._plan.depth))
+        before = (sum(layout.views), *counts)
+        if len(counts) != len(cuts) or any(not 0 <= b <= a for a, b in pairwise(before)):
+            raise ValueError(
+                f"method {self.method.name!r} plans to leave {counts} tokens after its cuts before "
+                f"layers {cuts}; expected one number for each, none larger than the one before or "
+                f"than the {sum(layout.views)} visual tokens."
+            )
+        return counts
+
+    def _stages(self, layout: Layout, places: Places, counts: tuple[int, ...]) -> tuple[Stage, ...]:
+        """Stage 0, and one to be filled in for each cut."""
+        views, stages = layout.views, [Stage(layout.views, places.tokens, layout.visual)]
+        for number, count in enumerate(counts):
+            per_view = self.method.budget == "view" and not self.method.adaptive
+            views = self.method.split(views, count, number) if per_view else (count,)
+            stages.append(Stage(views))
+        return tuple(stages)
+
+    def _features(self, layout: Layout, inputs: Tensor) -> Tensor | None:
+        """[B, M, D] visual embeddings, for methods that want to see how they change."""
+        if not self.method.wants_change:
             return None
-        blank = torch.zeros(spec.slots, visual, device=device)
-        memory, counts = [], []
-        for name in ids:
-            episode = self._episodes[name]
-            known = blank if episode.memory is None else episode.memory
-            if known.shape[1] != visual:
-                raise ValueError(
-                    f"episode {name!r} had {known.shape[1]} visual tokens and now has {visual}; "
-                    "call `session.reset()` when the cameras change."
-                )
-            memory.append(known)
-            counts.append(episode.observations)
-        return spec.forecast(torch.stack(memory), torch.tensor(counts, device=device))
+        if inputs.ndim == 2:
+            visual = inputs.gather(1, layout.visual.expand(inputs.shape[0], -1))
+            embed: Any = self.decoder.get_input_embeddings
+            return embed()(visual)
+        return take(inputs, layout.visual, dim=1)
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
         ids = self._ids
@@ -446,31 +345,13 @@ class Session:
             )
         return ids
 
-    def _derive(self, layout: Layout, batch: int, length: int) -> tuple[Tensor, Tensor | None]:
-        """What follows from a layout: positions that are not visual, and each last real row."""
-        known = self._derived
-        if known is not None and known[0] is layout and known[1:3] == (batch, length):
-            return known[3], known[4]
-        visual = layout.visual
-        if visual.ndim != 2 or visual.shape[0] not in (1, batch):
-            raise ValueError(
-                f"Layout.visual must be [B, M] with B={batch} (or 1); got {tuple(visual.shape)}."
-            )
-        if sum(layout.views) != visual.shape[1]:
-            raise ValueError(
-                f"Layout.views {layout.views} must sum to the {visual.shape[1]} visual tokens."
-            )
-        rows, remaining = visual.shape[0], length - visual.shape[1]
-        place = torch.arange(length, device=visual.device).expand(rows, -1)
-        is_visual = torch.zeros(rows, length, dtype=torch.bool, device=visual.device)
-        is_visual = is_visual.scatter(1, visual, True)
-        others = torch.where(is_visual, place + length, place).sort(dim=1).values[:, :remaining]
-        last_row = None
-        if layout.valid_rows is not None:
-            newest_first = layout.valid_rows.flip(1).to(torch.int8)
-            last_row = length - 1 - newest_first.argmax(dim=1, keepdim=True)
-        self._derived = (layout, batch, length, others, last_row)
-        return others, last_row
+    def _places(self, layout: Layout, batch: int, length: int) -> Places:
+        """What follows from a layout, worked out once for each."""
+        known = self._known
+        if known is None or known[0] is not layout or known[1:3] != (batch, length):
+            known = (layout, batch, length, Places.of(layout, batch, length))
+            self._known = known
+        return known[3]
 
     # ------------------------------------------------------------------ caches
     def _remember(self, cache: Any, step: Step | None) -> None:
@@ -483,14 +364,18 @@ class Session:
             return None
         if not isinstance(cache, tuple) and cache in self._by_cache:
             return self._by_cache[cache]
-        step, at = self._latest, self._cut.at
-        if step is None or at is None or isinstance(cache, tuple):
+        step = self._latest
+        if step is None or not self._plan.cuts or isinstance(cache, tuple):
             return None
-        positions = step.prompt.positions
-        removed = 0 if positions is None else step.prompt.length - positions.shape[1]
-        seen, behind = int(cache.get_seq_length(0)), int(cache.get_seq_length(at))
-        matches = seen >= step.prompt.length and seen - behind == removed
-        return step if matches else None
+        prompt, seen = step.prompt, int(cache.get_seq_length(0))
+        if seen < prompt.length:
+            return None
+        for number in range(len(prompt.stages)):
+            layer = self._plan.runs_in(number)
+            removed = prompt.length - prompt.length_at(number) if layer else 0
+            if layer is not None and seen - int(cache.get_seq_length(layer)) != removed:
+                return None
+        return step
 
     # ------------------------------------------------------------------ the rest
     def _group_generated_rows(self) -> None:
@@ -530,42 +415,8 @@ class Session:
             self._undo.callback(delattr, module, name)
         setattr(module, name, value)
 
-    def _report(self, step: Step) -> StepReport:
-        prompt, views = step.prompt, step.prompt.layout.views
-        batch, visual = len(step.ids), sum(views)
-        device = prompt.layout.visual.device
-        mask = torch.ones(batch, visual, dtype=torch.bool, device=device)
-        warm_up = torch.tensor(step.warming, device=device)
-        if prompt.kept is not None:
-            mask = torch.zeros_like(mask).scatter(1, prompt.kept, True) | warm_up[:, None]
-        kept = tuple(tuple(view.nonzero()[:, 0] for view in row.split(list(views))) for row in mask)
-        positions = prompt.positions
-        remaining = prompt.length if positions is None else positions.shape[1]
-        return StepReport(
-            episodes=step.ids,
-            steps=step.numbers,
-            views=views,
-            warm_up=warm_up,
-            kept_mask=mask,
-            kept=kept,
-            semantic=prompt.semantic,
-            forecast=prompt.forecast,
-            action=step.action(),
-            tokens_full=prompt.length,
-            tokens_kept=remaining,
-            visual_full=visual,
-            visual_kept=visual - (prompt.length - remaining),
-            per_view=self.method.budget == "view",
-            visual_valid=prompt.layout.visual_valid,
-        )
-
 
 def _is_empty(cache: Any) -> bool:
     if cache is None:
         return True
     return len(cache) == 0 if isinstance(cache, tuple) else int(cache.get_seq_length()) == 0
-
-
-def _seed(name: Hashable, number: int) -> int:
-    """A number for one step of one episode, the same in every process."""
-    return zlib.crc32(f"{name!r}/{number}".encode())

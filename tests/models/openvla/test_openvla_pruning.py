@@ -8,6 +8,7 @@ import torch
 from tiny_openvla import make_oft, make_openvla, observation
 
 import vla_pruner as vp
+from ladder import Ladder
 from vla_pruner.models import find_adapter
 from vla_pruner.models.openvla import OpenVLA
 
@@ -16,15 +17,15 @@ FAMILIES = pytest.mark.parametrize("family", ["openvla", "oft-previous", "oft-sl
 BATCHES = pytest.mark.parametrize("sentences", [SENTENCES[:1], SENTENCES], ids=["one", "two"])
 
 
-def make(family: str, attention: str = "sdpa") -> OpenVLA:
+def make(family: str, attention: str = "sdpa", sharp: float = 20) -> OpenVLA:
     if family == "openvla":
         model = make_openvla(attn_implementation=attention)
     else:
         model = make_oft(attn_implementation=attention, read=family.removeprefix("oft-"))
     with torch.no_grad():  # attention far from uniform
         for layer in model.language_model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(20)
-            layer.self_attn.k_proj.weight.mul_(20)
+            layer.self_attn.q_proj.weight.mul_(sharp)
+            layer.self_attn.k_proj.weight.mul_(sharp)
     return model
 
 
@@ -151,6 +152,29 @@ def test_the_adapter_finds_visual_tokens_and_action_rows(family: str, sentences:
         )
 
 
+@FAMILIES
+@BATCHES
+def test_the_adapter_finds_the_instruction(family: str, sentences: list[str]) -> None:
+    model = make(family)
+    adapter, calls = find_adapter(model), []
+    adapter.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    inputs = model.prepare(seen(model, sentences))
+    model.infer(inputs)
+    embeds = calls[0]["inputs_embeds"]
+    layout = adapter.layout(embeds, calls[0])
+    assert layout is not None and layout.text_rows is not None
+    table = model.language_model.get_input_embeddings()
+    for row in range(len(sentences)):
+        words = inputs.input_ids[row]
+        if inputs.attention_mask is not None:
+            words = words[inputs.attention_mask[row] == 1]
+        rows = layout.text_rows[row % len(layout.text_rows)]
+        found = embeds[row, rows[rows >= 0]]
+        assert torch.equal(found, table(words[1:])), "all words behind BOS, nothing else"
+
+
 def test_an_unpadded_layout_is_one_object() -> None:
     model = make("oft-previous")
     adapter = find_adapter(model)
@@ -165,3 +189,28 @@ def test_text_alone_is_left_alone() -> None:
     with vp.prune(model, "fastv", keep=0.25, layer=2) as session:
         assert torch.equal(model.language_model(ids).logits, expected)
         assert session.last is None
+
+
+@FAMILIES
+@BATCHES
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_several_cuts_equal_hiding(family: str, sentences: list[str], attention: str) -> None:
+    """Ranked by what the words look at, with merging, from before the first layer on."""
+    left = (7, 3)
+    options: dict[str, Any] = dict(merging=True, score_layer=0)
+    for at, kind, rows in (((0, 2), "logits", "text"), ((1, 2), "attention", "voters")):
+        method = Ladder(at=at, left=left, spec=(("rows", rows), ("kind", kind)), **options)
+        runs = []
+        for mode in ("drop", "mask"):
+            model = make(family, attention, sharp=5)
+            found = outputs(model)
+            with vp.prune(model, method, mode=mode) as session:  # type: ignore[arg-type]
+                model.predict_actions(seen(model, sentences))
+                assert session.last is not None
+                runs.append((found, session.last))
+        (dropped, first), (hidden, second) = runs
+        for one, other in zip(first.stages, second.stages, strict=True):
+            assert torch.equal(one.kept_mask, other.kept_mask)
+        assert [int(stage.kept_mask[0].sum()) for stage in first.stages] == list(left)
+        for a, b in zip(dropped, hidden, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.surgery.layout import Adapter, Layout, text_behind
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
@@ -25,32 +25,47 @@ class OpenVLAAdapter(Adapter):
         self.decoder = model.language_model.model
         self.views = model.config.views
         config = model.config
-        self.action_rows = config.action_rows if isinstance(config, OpenVLAOFTConfig) else None
-        self._unpadded: dict[torch.device, Layout] = {}
+        self.action_rows: slice | None = None
+        self.robot_state, self.behind_text = 0, 0  # tokens between image and text, and at the end
+        if isinstance(config, OpenVLAOFTConfig):
+            self.action_rows = config.action_rows
+            self.robot_state = int(config.proprio_dim is not None)
+            self.behind_text = config.slots + 1
+        self._unpadded: dict[tuple[torch.device, int], Layout] = {}
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """Layout of embeddings [B, S, D]; None for token ids (a decode step) and short passes."""
-        visual = sum(self.views)
-        if inputs.ndim != 3 or inputs.shape[1] <= visual:
+        length = inputs.shape[1]
+        if inputs.ndim != 3 or length <= sum(self.views):
             return None
         mask = kwargs.get("attention_mask")
         # The model gives positions exactly when the batch is padded.
         if mask is None or kwargs.get("position_ids") is None:
-            if inputs.device not in self._unpadded:
-                self._unpadded[inputs.device] = self._at(torch.ones(1, device=inputs.device))
-            return self._unpadded[inputs.device]
+            known = (inputs.device, length)
+            if known not in self._unpadded:
+                self._unpadded[known] = self._at(torch.ones(1, device=inputs.device), length)
+            return self._unpadded[known]
         # [B, S] as given to the causal decoder, [B, 1, S, S] additive for the bidirectional one.
         valid = mask.bool() if mask.ndim == 2 else mask[:, 0, 0] >= 0
-        return self._at(left_padding(valid) + 1, valid)
+        return self._at(left_padding(valid) + 1, length, valid)
 
-    def _at(self, first: Tensor, valid: Tensor | None = None) -> Layout:
-        """Layout of visual tokens that start at `first` [B]."""
-        offsets = torch.arange(sum(self.views), device=first.device)
+    def _at(self, first: Tensor, length: int, valid: Tensor | None = None) -> Layout:
+        """Layout of visual tokens that start at `first` [B], the longest row right behind BOS."""
+        count = sum(self.views)
+        visual = first.long()[:, None] + torch.arange(count, device=first.device)
+        text = text_behind(
+            visual,
+            length,
+            earliest=1 + count + self.robot_state,
+            skip=self.robot_state,
+            until=self.behind_text,
+        )
         return Layout(
-            visual=first.long()[:, None] + offsets,
+            visual=visual,
             views=self.views,
             valid_rows=valid,
             action_rows=self.action_rows,
+            text_rows=text,
         )
 
 

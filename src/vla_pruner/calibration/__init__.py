@@ -1,0 +1,1 @@
+"""Searches on recorded observations that give calibrated methods their recipes."""

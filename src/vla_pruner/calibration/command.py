@@ -1,0 +1,169 @@
+"""`vla-pruner calibrate`: search a method's recipe on recorded observations."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vla_pruner.calibration.observations import (
+    Observations,
+    read_observations,
+    record_observations,
+)
+from vla_pruner.calibration.search import METHODS, calibrate
+from vla_pruner.evaluation.episode import Control
+from vla_pruner.evaluation.rollouts import Task, progress_bar, reference_task
+from vla_pruner.methods.recipe import Recipe
+from vla_pruner.models.loading import load, locate
+
+FIRST_SEED = 900_000
+"""Training scenes from here on are recorded; the shipped policies did not learn from them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner calibrate`."""
+    parser.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument(
+        "--policy",
+        default="mini-oft",
+        help="a policy that ships with the package (mini-oft, mini-openvla), a folder, or a hub id",
+    )
+    parser.add_argument(
+        "--observations",
+        type=Path,
+        help="folder of .npz files with what the policy sees (format: docs/methods/fitprune.md)",
+    )
+    parser.add_argument(
+        "--episodes",
+        type=int,
+        help="record this many episodes of the reference task first, of training scenes alone; "
+        "into --observations, or beside --out. What was recorded before is not recorded again",
+    )
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="first scene to record")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        help="budget (fitprune, vtw): visual tokens may cost, over all layers, what keeping this "
+        "share of them from one layer on would cost",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=3,
+        help="that layer; 0: --keep is the share of the cost itself",
+    )
+    parser.add_argument("--eta", type=float, help="divergence that vtw accepts, instead of --keep")
+    parser.add_argument(
+        "--out", type=Path, default=Path("recipe.json"), help="where the recipe goes"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record if asked to, search, write the recipe."""
+    return calibrate_command(args)
+
+
+def calibrate_command(
+    args: argparse.Namespace,
+    *,
+    console: Console | None = None,
+    open_task: Callable[[], Task] = reference_task,
+    open_policy: Callable[[str], Any] = load,
+) -> int:
+    """`run` on any task.
+
+    Raises:
+        ValueError: impossible arguments; FileNotFoundError: no observations.
+    """
+    console = console or Console()
+    if args.observations is None and args.episodes is None:
+        raise ValueError(
+            "nothing to calibrate on: give --observations FOLDER, or --episodes 16 to record some."
+        )
+    folder = args.observations or args.out.with_name(f"{args.out.stem}-observations")
+    policy = open_policy(args.policy)
+    if not hasattr(policy, "predict_action"):
+        raise ValueError(
+            f"{args.policy} is no policy: it has no `predict_action`. Calibrate it from Python, "
+            "with vla_pruner.calibration.search.calibrate and inputs of its own."
+        )
+    if args.episodes is not None:
+        _record(args, policy, folder, open_task(), console)
+    seen = read_observations(folder, held_out=_held_out(open_task))
+    recipe = _search(args, policy, seen, console)
+    recipe.save(args.out)
+    console.print(summary(recipe), highlight=False)
+    console.print(f"written to {args.out}", highlight=False)
+    return 0
+
+
+def summary(recipe: Recipe) -> str:
+    """What was found, in one line."""
+    values, count = recipe.values, recipe.observations["count"]
+    start = f"{recipe.method} on {count} observations: "
+    if recipe.method == "fitprune":
+        share = 100 * recipe.settings["share"]
+        return f"{start}{values['left']} visual tokens by layer, {share:.1f} % of their cost"
+    if recipe.method == "vtw":
+        layer = values["layer"]
+        return (
+            f"{start}visual tokens leave before layer {layer} of {recipe.model.layers}; the "
+            f"{recipe.settings['measure']} then differ by {values['divergence'][str(layer)]:.3g}"
+        )
+    ranked = sorted(range(recipe.model.layers), key=lambda i: (values["importance"][i], i))
+    return f"{start}layers from least to most important: {', '.join(map(str, ranked))}"
+
+
+def _held_out(open_task: Callable[[], Task]) -> Sequence[int]:
+    """Scenes kept for evaluation; none where the simulator that has them is not installed."""
+    try:
+        return open_task().seeds
+    except ImportError:
+        return ()
+
+
+def _record(
+    args: argparse.Namespace, policy: Any, folder: Path, task: Task, console: Console
+) -> None:
+    if args.episodes < 1 or args.first_seed < 0:
+        raise ValueError(
+            f"--episodes {args.episodes} --first-seed {args.first_seed}: record at least one "
+            "episode, from a scene that is not negative."
+        )
+    seeds = range(args.first_seed, args.first_seed + args.episodes)
+    if seeds[-1] >= min(task.seeds):
+        raise ValueError(
+            f"scenes {seeds[0]} to {seeds[-1]} are not all training scenes: those from "
+            f"{min(task.seeds)} on are kept for evaluation. Choose a smaller --first-seed."
+        )
+    control = Control.of(policy, task.cameras, folder=Path(locate(args.policy)))
+    with progress_bar(console) as bar:
+        line = bar.add_task("recording", total=len(seeds))
+        record_observations(
+            policy,
+            task.open_scene,
+            folder,
+            seeds,
+            task=task,
+            control=control,
+            on_episode=lambda: bar.advance(line),
+        )
+
+
+def _search(args: argparse.Namespace, policy: Any, seen: Observations, console: Console) -> Recipe:
+    with progress_bar(console) as bar:
+        line = bar.add_task(f"calibrating {args.method}", total=None)
+        return calibrate(
+            args.method,
+            policy,
+            seen,
+            keep=args.keep,
+            layer=args.layer,
+            eta=args.eta,
+            on_start=lambda total: bar.update(line, total=total),
+            tick=lambda: bar.advance(line),
+        )

@@ -1,0 +1,189 @@
+"""Observations to calibrate on: what a policy saw, recorded once, in a folder of small files.
+
+A file is an `.npz` with `images` uint8 `[n, cameras, H, W, 3]`, `instruction` (a string), and, if
+the policy reads it, `proprio` `[n, P]`: n moments of one episode. It may hold `unnorm_key` (a
+string) for policies with several statistics; recorded ones also hold `seed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_pruner.evaluation.episode import Control, Scene
+from vla_pruner.evaluation.rollouts import Task
+
+Observation = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Inputs of `predict_action`, and where they come from.
+
+    Args:
+        items: dicts with `images`, `instruction` and, where there is one, `proprio`.
+        source: for people.
+        seeds: scenes they come from, ascending; empty if unknown.
+    """
+
+    items: tuple[Observation, ...]
+    source: str
+    seeds: tuple[int, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance for a recipe."""
+        return {"count": len(self.items), "source": self.source, "seeds": list(self.seeds)}
+
+
+def read_observations(folder: str | Path, *, held_out: Sequence[int] = ()) -> Observations:
+    """Every observation of a folder, files by name.
+
+    Args:
+        folder: see above.
+        held_out: scenes kept for evaluation; observations of these are refused.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it.
+        ValueError: a file that holds something else, or a held-out scene.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise FileNotFoundError(
+            f"no observations (*.npz) in {str(folder)!r}; record some with --episodes."
+        )
+    items: list[Observation] = []
+    seeds: set[int] = set()
+    for path in paths:
+        found, seed = _read(path)
+        items.extend(found)
+        if seed is not None:
+            if seed in held_out:
+                raise ValueError(
+                    f"{path} comes from scene {seed}, which is kept for evaluation: a method "
+                    "calibrated on it could not be measured fairly."
+                )
+            seeds.add(seed)
+    return Observations(tuple(items), folder.name, tuple(sorted(seeds)))
+
+
+def record_observations(
+    policy: Any,
+    open_scene: Callable[[], Scene],
+    folder: str | Path,
+    seeds: Sequence[int],
+    *,
+    task: Task,
+    control: Control,
+    per_episode: int = 6,
+    on_episode: Callable[[], None] = lambda: None,
+) -> None:
+    """Let an unpruned policy act, and keep some of what it sees in each episode.
+
+    Scenes whose file exists are skipped, so that a recording can be continued; a file appears only
+    when it is complete.
+
+    Args:
+        policy: as for `evaluation.episode.rollout`.
+        open_scene: makes the scene; not called if nothing is missing.
+        folder: where the files go.
+        seeds: scenes; seed s asks for object `s % len(task.objects)`.
+        task: its held-out scenes are refused.
+        control: how the policy is driven.
+        per_episode: moments to keep, evenly spread over the episode's calls.
+        on_episode: called after each episode.
+
+    Raises:
+        ValueError: a held-out scene, or `per_episode` below 1.
+    """
+    if per_episode < 1:
+        raise ValueError(f"`per_episode={per_episode}` must be at least 1.")
+    if kept := [seed for seed in seeds if seed in task.seeds]:
+        raise ValueError(
+            f"scene {kept[0]} is kept for evaluation; calibrate on training scenes instead."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in seeds if not _path(folder, seed).exists()]
+    for _ in range(len(seeds) - len(missing)):
+        on_episode()
+    if not missing:
+        return
+    scene = open_scene()
+    try:
+        for seed in missing:
+            seen = _watch(policy, scene, seed, task, control)
+            _write(_path(folder, seed), seen, seed, per_episode)
+            on_episode()
+    finally:
+        scene.close()
+
+
+def _watch(policy: Any, scene: Scene, seed: int, task: Task, control: Control) -> list[Observation]:
+    """What the policy sees at each of its calls in one episode."""
+    instruction = str(scene.reset(seed, seed % len(task.objects))["instruction"])
+    seen: list[Observation] = []
+    steps, done = 0, False
+    while not done and steps < task.step_limit:
+        images = scene.observe(control.cameras)
+        state = scene.proprio() if control.reads_state else None
+        views = [images[camera] for camera in control.cameras]
+        seen.append({"images": views, "instruction": instruction, "proprio": state})
+        actions = policy.predict_action(views, instruction, proprio=state)
+        for action in np.atleast_2d(actions)[: control.execute]:
+            scene.step(action)
+            steps += 1
+            done = scene.success()
+            if done or steps >= task.step_limit:
+                break
+    return seen
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"scene_{seed:07d}.npz"
+
+
+def _write(path: Path, seen: list[Observation], seed: int, count: int) -> None:
+    moments = np.unique(np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int))
+    chosen = [seen[moment] for moment in moments]
+    arrays = {
+        "images": np.stack([np.stack(one["images"]) for one in chosen]),
+        "instruction": np.array(chosen[0]["instruction"]),
+        "seed": np.array(seed),
+    }
+    if chosen[0]["proprio"] is not None:
+        arrays["proprio"] = np.stack([one["proprio"] for one in chosen])
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    partial.replace(path)
+
+
+def _read(path: Path) -> tuple[list[Observation], int | None]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        images, instruction = arrays["images"], str(arrays["instruction"])
+        proprio = arrays.get("proprio")
+        if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3:
+            raise ValueError(f"images are {images.dtype} {images.shape}")
+        if proprio is not None and len(proprio) != len(images):
+            raise ValueError(f"{len(proprio)} states for {len(images)} moments")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no observations ({error}); expected images uint8 [n, cameras, H, W, 3], "
+            "instruction, and proprio [n, P] for policies that read it."
+        ) from error
+    items: list[Observation] = []
+    for number, views in enumerate(images):
+        item: Observation = {"images": list(views), "instruction": instruction}
+        if proprio is not None:
+            item["proprio"] = proprio[number]
+        if "unnorm_key" in arrays:
+            item["unnorm_key"] = str(arrays["unnorm_key"])
+        items.append(item)
+    return items, int(arrays["seed"]) if "seed" in arrays else None

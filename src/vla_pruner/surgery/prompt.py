@@ -1,0 +1,162 @@
+"""What a prefill holds, and what each cut leaves of it, for the passes that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vla_pruner.methods.base import Choice
+from vla_pruner.surgery.layout import Layout
+
+Mode = Literal["full", "drop", "mask"]
+"""What happens to tokens that are not kept: nothing, they are removed, or nobody sees them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What follows from a layout; a batch of 1 where all rows agree."""
+
+    tokens: Tensor
+    """[1, M] 0..M-1."""
+    others: Tensor
+    """[B, S - M] positions of everything but visual tokens, ascending."""
+    last_row: Tensor | None
+    """[B, 1] last real row, None: row S - 1 in every sequence."""
+    text_rows: Tensor | None
+    """[B, T] positions of text, 0 where there is none."""
+    text_valid: Tensor | None
+    """[B, T] bool, False where there is none."""
+
+    @staticmethod
+    def of(layout: Layout, batch: int, length: int) -> Places:
+        """For a prefill of `batch` rows and `length` tokens.
+
+        Raises:
+            ValueError: a layout that contradicts itself.
+        """
+        visual = layout.visual
+        if visual.ndim != 2 or visual.shape[0] not in (1, batch):
+            raise ValueError(
+                f"Layout.visual must be [B, M] with B={batch} (or 1); got {tuple(visual.shape)}."
+            )
+        if sum(layout.views) != visual.shape[1]:
+            raise ValueError(
+                f"Layout.views {layout.views} must sum to the {visual.shape[1]} visual tokens."
+            )
+        rows, remaining = visual.shape[0], length - visual.shape[1]
+        place = torch.arange(length, device=visual.device).expand(rows, -1)
+        is_visual = torch.zeros(rows, length, dtype=torch.bool, device=visual.device)
+        is_visual = is_visual.scatter(1, visual, True)
+        others = torch.where(is_visual, place + length, place).sort(dim=1).values[:, :remaining]
+        last_row = text_rows = text_valid = None
+        if layout.valid_rows is not None:
+            newest_first = layout.valid_rows.flip(1).to(torch.int8)
+            last_row = length - 1 - newest_first.argmax(dim=1, keepdim=True)
+        if layout.text_rows is not None:
+            text_rows = layout.text_rows.clamp_min(0)
+            text_valid = layout.text_rows >= 0
+            if layout.valid_rows is not None:
+                text_rows = text_rows.expand(batch, -1)
+                real = layout.valid_rows.expand(batch, -1) > 0
+                text_valid = text_valid & real.gather(1, text_rows)
+        tokens = torch.arange(visual.shape[1], device=visual.device)[None]
+        return Places(tokens, others, last_row, text_rows, text_valid)
+
+
+@dataclass(eq=False)
+class Stage:
+    """What the layers between two cuts see: m visual tokens, n tokens in all.
+
+    Stage 0 is the whole prefill. The others are filled in when the prefill reaches their cut.
+    """
+
+    views: tuple[int, ...] = ()
+    """Visual tokens left of each camera, or (m,)."""
+    tokens: Tensor | None = None
+    """[B, m] visual tokens, indices in 0..M-1, ascending."""
+    columns: Tensor | None = None
+    """[B, m] where they are in the sequence that these layers get."""
+    positions: Tensor | None = None
+    """[B, n] positions in the prefill of what these layers get; None: all S of them."""
+    present: Tensor | None = None
+    """[B, S] bool, what nobody hides, where tokens are hidden instead of removed."""
+    kept: Tensor | None = None
+    """[B, m] the choice that led here, among the tokens of the stage before."""
+    merge: Tensor | None = None
+    """[B, m, m'] how hidden states were joined on the way, m' tokens before."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of these layers in this pass."""
+
+    def own(self) -> None:
+        """Copy the results: the next replay of a CUDA graph writes over what the last one gave."""
+        for name in ("tokens", "columns", "positions", "present", "kept", "merge"):
+            result = getattr(self, name)
+            if result is not None:
+                setattr(self, name, result.clone())
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One prefill: what its decoder pass needs, what it found, and what later steps need of it.
+
+    S is the length of the prefill, M its visual tokens.
+    """
+
+    layout: Layout
+    length: int
+    mode: Mode
+    places: Places
+    stages: tuple[Stage, ...]
+    """Before the first cut, and after each."""
+    counts: tuple[int, ...] = ()
+    """Visual tokens to leave at each cut."""
+    forecast: Tensor | None = None
+    """[B, M] action score predicted from the episode."""
+    seeds: Tensor | None = None
+    """[B] one number per episode and step."""
+    full_rows: Tensor | None = None
+    """[B] bool, rows that keep everything in a batch where others do not; None: no such row."""
+    leader: Tensor | None = None
+    """[B] row whose choice each row follows (beams of one episode); None: each its own."""
+    given: tuple[Choice, ...] | None = None
+    """Choices made earlier, one per cut; None: this pass decides."""
+
+    features: Tensor | None = None
+    """[B, M, D] visual tokens entering layer 0, until the last choice is made."""
+    text: Tensor | None = None
+    """[B, T, D] text entering layer 0, as long."""
+    voters: Tensor | None = None
+    """[B, T] weights of the rows of text."""
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    """[B, m] scores by number of reading."""
+    observed: Tensor | None = None
+    """[B, M] attention of this pass's action queries, summed over the watched layers."""
+
+    @property
+    def choices(self) -> tuple[Choice, ...] | None:
+        """What was decided at each cut, once the prefill is through; None if nothing was."""
+        made = [Choice(s.kept, s.merge) for s in self.stages[1:] if s.kept is not None]
+        return tuple(made) if made and len(made) == len(self.stages) - 1 else None
+
+    def length_at(self, stage: int) -> int:
+        """Tokens that the layers after `stage` cuts compute."""
+        positions = self.stages[stage].positions
+        return self.length if positions is None else positions.shape[1]
+
+    def start_pass(self) -> None:
+        """Forget what an interrupted pass left behind."""
+        self.observed = None
+        for stage in self.stages:
+            stage.overrides = {}
+
+    def finish_pass(self, *, own: bool) -> None:
+        """Let go of what only the pass itself needed; `own` copies what stays."""
+        self.start_pass()
+        self.features = self.text = self.voters = None
+        if own:
+            for stage in self.stages[1:]:
+                stage.own()
+            self.scores = {number: score.clone() for number, score in self.scores.items()}

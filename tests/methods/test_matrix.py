@@ -1,0 +1,296 @@
+"""Every registered method on every family: budget, order, undo, batches, pruned equals masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from test_hf_vlm import IMAGE, inputs_for, llava, qwen
+from tiny_openvla import make_oft, make_openvla, observation
+from torch import Tensor, nn
+
+import vla_pruner as vp
+from vla_pruner.methods import Method, build
+from vla_pruner.methods.recipe import Recipe
+from vla_pruner.models import find_adapter
+from vla_pruner.models.recipes import stamp_model
+
+CLOSE = dict(rtol=0, atol=2e-5)
+SENTENCES = ["pick up the can", "lift the milk slowly now"]
+
+# What makes each method prune a stack of four layers at its second step at the latest.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "random": dict(keep=0.25, layer=0),
+    "fastv": dict(keep=0.25, layer=2),
+    "vla-pruner": dict(keep=0.25, layer=2, window=1),
+    "vla-pruner-release": dict(keep=0.25, layer=2, window=1),
+    "sparsevlm": dict(keep=0.4, count="behind", group=2, recycle=0.8),
+    "sparsevlm-release": dict(keep=0.25, layer=2),
+    "divprune": dict(keep=0.25),
+    "holov": dict(keep=0.5, layer=1, crops=3),
+    "vla-adp": dict(keep=0.3, gate="none"),
+    "pact": dict(layer=2, window=1),
+    "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
+    "fitprune": dict(),
+    "vtw": dict(),
+    "fixed": dict(indices=(1, 4, 7)),
+}
+
+
+@dataclass(eq=False)
+class Family:
+    """A model, and how to run it on some of its two scenes at a step."""
+
+    model: nn.Module
+    adapter: Callable[[], Any]
+    run: Callable[[Sequence[int], int], list[Tensor]]
+    visual: int
+
+    @cached_property
+    def untouched(self) -> list[Tensor]:
+        """What both scenes give without pruning."""
+        return self.run((0, 1), 1)
+
+    def layers(self) -> int:
+        return len(self.adapter().layers)
+
+    def method(self, name: str, **changes: Any) -> Method:
+        """A method by its name, with a recipe for this model where it follows one."""
+        options, layers = {**OPTIONS.get(name, {}), **changes}, self.layers()
+        values: dict[str, dict[str, Any]] = {
+            "fitprune": {"left": [self.visual, 9, 9] + [2] * (layers - 3)},
+            "vtw": {"layer": 2},
+            "efficientvla": {"importance": [0.9, 0.8, 0.7, 0.1, 0.5, 0.6][:layers]},
+        }
+        if name in values:
+            stamp = stamp_model(self.model, self.adapter())
+            options["recipe"] = Recipe(method=name, model=stamp, values=values[name])
+        return build(name, **options)
+
+
+def openvla(made: nn.Module) -> Family:
+    with torch.no_grad():  # attention far from uniform
+        for layer in made.language_model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+            layer.self_attn.k_proj.weight.mul_(8)
+    rows = getattr(made.config, "action_rows", slice(-1, None))
+    decoder = made.language_model.model
+
+    def run(scenes: Sequence[int], step: int) -> list[Tensor]:
+        found: list[Tensor] = []
+        handle = decoder.register_forward_hook(
+            lambda module, args, output: found.append(output.last_hidden_state[:, rows])
+        )
+        cameras = made.config.num_images
+        try:
+            made.predict_actions([observation(step + 7 * i, cameras, SENTENCES[i]) for i in scenes])
+        finally:
+            handle.remove()
+        return found
+
+    return Family(made, lambda: find_adapter(made), run, sum(made.config.views))
+
+
+def vlm(made: tuple[nn.Module, list[int], tuple[int, ...]]) -> Family:
+    model, ids, pixels = made
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15, generator=generator)
+    model.eval()
+
+    def run(scenes: Sequence[int], step: int) -> list[Tensor]:
+        inputs = inputs_for(model, ids, pixels, batch=len(scenes))
+        shape = (len(scenes), -1, *inputs["pixel_values"].shape[1:])
+        images = [
+            torch.randn(inputs_for(model, ids, pixels)["pixel_values"].shape, generator=seeded)
+            for seeded in (torch.Generator().manual_seed(10 * step + i) for i in scenes)
+        ]
+        inputs["pixel_values"] = torch.stack(images).reshape(shape).flatten(0, 1)
+        made = model.generate(
+            **inputs,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return list(made.logits)
+
+    return Family(model, lambda: find_adapter(model), run, ids.count(IMAGE))
+
+
+@pytest.fixture(scope="module")
+def families(make, rollout) -> dict[str, Family]:
+    with torch.no_grad():
+        decoder = make()
+        made = {
+            "openvla": openvla(make_openvla()),
+            "oft": openvla(make_oft()),
+            "llava": vlm(llava()),
+            "qwen2-vl": vlm(qwen("2")),
+        }
+    pads = (0, 4)
+
+    def adapter() -> Any:
+        found = vp.models.Decoder("model.layers", visual=slice(1, 21))
+        found.bind(decoder)
+        return found
+
+    def run(scenes: Sequence[int], step: int) -> list[Tensor]:
+        """Left-padded rows; a scene alone comes without its padding."""
+        generator = torch.Generator().manual_seed(step)
+        embeds, tokens = torch.randn(2, 34, 32, generator=generator), torch.arange(6).view(2, 3)
+        mask = torch.ones(2, 34, dtype=torch.long)
+        for row, pad in enumerate(pads):
+            mask[row, :pad] = 0
+        if len(scenes) == 2:
+            logits = rollout(decoder, embeds, mask=mask, tokens=tokens)
+        else:
+            (row,) = scenes
+            alone = embeds[row : row + 1, pads[row] :]
+            logits = rollout(decoder, alone, tokens=tokens[row : row + 1])
+        return [part[:, -1] for part in logits]
+
+    made["decoder"] = Family(decoder, adapter, run, 20)
+    return made
+
+
+@contextmanager
+def pruned(family: Family, method: Method, mode: str = "drop") -> Iterator[Any]:
+    adapter = family.adapter()
+    with vp.prune(family.model, method, adapter=adapter, mode=mode) as session:  # type: ignore
+        yield session
+
+
+def steps(family: Family, session: Any, scenes: Sequence[int]) -> list[Tensor]:
+    """What the scenes give once the method has warmed up."""
+    session.reset()
+    session.episodes(list(scenes))
+    if session.method.history is not None:
+        family.run(scenes, 0)
+    return family.run(scenes, 1)
+
+
+def masks(session: Any) -> list[Tensor]:
+    return [stage.kept_mask for stage in session.last.stages]
+
+
+def close(ones: list[Tensor], others: list[Tensor]) -> None:
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def equal(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def apart(ones: list[Tensor], others: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
+
+
+def check_counts(family: Family, method: Method, report: Any) -> None:
+    """Each stage holds what was planned, of what the one before held; each layer computes that."""
+    views = getattr(getattr(family.model, "config", None), "views", (family.visual,))
+    depth = family.layers()
+    cuts, skipped = method.cuts(depth), method.skipped(depth)
+    assert [stage.layer for stage in report.stages] == list(cuts)
+    planned = method.schedule(tuple(views), depth) if cuts else ()
+    kept = [stage.kept_mask for stage in report.stages]
+    for mask, count in zip(kept, planned, strict=True):
+        found = mask.sum(dim=1).tolist()
+        if method.adaptive:
+            assert found[0] == found[-1] <= count
+        else:
+            assert found == [count] * len(mask)
+    everything = torch.ones(len(report.kept_mask), family.visual, dtype=torch.bool)
+    for before, after in pairwise([everything, *kept]):
+        assert (before | ~after).all(), "a token came back"
+    left = [family.visual, *(int(mask[0].sum()) for mask in kept)]
+    text = report.tokens_full - family.visual
+    assert report.tokens_per_layer == tuple(
+        0 if layer in skipped else text + left[sum(cut <= layer for cut in cuts)]
+        for layer in range(depth)
+    )
+
+
+METHODS = pytest.mark.parametrize("name", list(vp.methods()))
+FAMILIES = pytest.mark.parametrize("on", ["openvla", "oft", "llava", "decoder"])
+
+
+def test_the_matrix_knows_every_method():
+    assert set(OPTIONS) == set(vp.methods())
+
+
+@METHODS
+@FAMILIES
+def test_method_on_family(families, name, on):
+    family = families[on]
+    method, untouched = family.method(name), family.untouched
+    with pruned(family, method) as session:
+        together, kept = steps(family, session, (0, 1)), masks(session)
+        check_counts(family, method, session.last)
+        for row in (0, 1):
+            alone = steps(family, session, (row,))
+            for one, other in zip(masks(session), kept, strict=True):
+                if method.adaptive:  # The rows of a batch share the largest budget.
+                    assert (other[row] | ~one[0]).all()
+                else:
+                    assert torch.equal(one[0], other[row])
+            if not method.adaptive:
+                close([part[0] for part in alone], [part[row] for part in together])
+    assert equal(family.run((0, 1), 1), untouched), "something was left behind"
+    if name == "none":
+        assert equal(together, untouched)
+        return
+    assert apart(together, untouched) > 1e-3
+    with pruned(family, method, "mask") as session:
+        close(steps(family, session, (0, 1)), together)
+        assert equal(masks(session), kept)
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("fitprune", "vtw", "fixed")])
+@FAMILIES
+def test_keeping_everything_is_exact(families, name, on):
+    family = families[on]
+    changes = {"efficientvla": {"skip": 0}, "pact": {"levels": ()}}.get(name, {})
+    with pruned(family, family.method(name, keep=1.0, **changes)) as session:
+        assert equal(steps(family, session, (0, 1)), family.untouched)
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "divprune", "holov", "vla-adp"])
+@pytest.mark.parametrize("on", ["oft", "decoder"])
+def test_the_other_position_convention(families, name, on):
+    """It changes what the model says, not what is kept at the first cut."""
+    family, found, kept = families[on], [], []
+    usual = family.method(name).positions
+    for positions in (usual, "keep" if usual == "compact" else "compact"):
+        method = family.method(name, positions=positions)
+        with pruned(family, method) as session:
+            found.append(steps(family, session, (0, 1)))
+            kept.append(masks(session)[0])
+    with pruned(family, method, "mask") as session:
+        close(steps(family, session, (0, 1)), found[1])
+    assert torch.equal(*kept)
+    assert apart(*found) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "divprune", "vla-adp"])
+def test_a_model_with_several_position_axes_keeps_its_positions(families, name):
+    family = families["qwen2-vl"]
+    with pytest.raises(NotImplementedError, match='Use positions="keep"'):
+        vp.prune(family.model, family.method(name))
+    method = family.method(name, positions="keep")
+    with pruned(family, method) as session:
+        dropped = steps(family, session, (0, 1))
+        check_counts(family, method, session.last)
+    with pruned(family, method, "mask") as session:
+        close(steps(family, session, (0, 1)), dropped)
