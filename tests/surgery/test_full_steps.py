@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ladder import VISUAL, Ladder, M
 from torch.nn.functional import cosine_similarity
 
 import vla_pruner as vp
+from ladder import VISUAL, Ladder, M
 from vla_pruner.methods import Choice, StepContext
 
 
