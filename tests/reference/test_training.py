@@ -227,6 +227,21 @@ def test_training_continues_from_an_exported_policy(trained, data, tmp_path):
     np.testing.assert_array_equal(trainer.proprio_bounds[1], statistics["proprio"]["q99"])
 
 
+def test_a_checkpoint_of_the_same_stage_hands_on_its_normalisation(trained, folder, tmp_path):
+    other = tmp_path / "demonstrations"
+    other.mkdir()
+    write_episode(other, 9)
+    data = Demonstrations(other, pixels=140)
+    data.refresh()
+    path = trained / "mini-openvla.pt"
+    saved = torch.load(path, weights_only=True)["bounds"]
+    same = Trainer(Settings(stage="mini-openvla", steps=2), data, tmp_path, start=path)
+    np.testing.assert_array_equal(same.action_bounds[0], saved[0].numpy())
+    np.testing.assert_array_equal(same.proprio_bounds[1], saved[3].numpy())
+    next_stage = Trainer(Settings(stage="mini-oft", steps=2), data, tmp_path, start=path)
+    assert (next_stage.proprio_bounds[1] != saved[3].numpy()).any()
+
+
 def test_a_policy_of_another_stage_is_refused_as_a_start(trained, data, tmp_path):
     export(trained / "mini-openvla.pt", tmp_path)
     settings = Settings(stage="mini-oft", steps=2, batch=2)

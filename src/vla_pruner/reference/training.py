@@ -440,6 +440,9 @@ class Trainer:
         self.average = state["average"]
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.rng = np.random.default_rng([self.settings.seed, self.step])
+        self._take_bounds(state)
+
+    def _take_bounds(self, state: dict[str, Any]) -> None:
         bounds = [x.cpu().numpy() for x in state["bounds"]]
         self.action_bounds, self.proprio_bounds = (bounds[0], bounds[1]), (bounds[2], bounds[3])
 
@@ -462,7 +465,10 @@ class Trainer:
         self.action_bounds, self.proprio_bounds = bounds
 
     def load_weights(self, path: Path) -> None:
-        """Start from the averaged weights of the previous stage, as far as names agree."""
+        """Start from the averaged weights of a checkpoint, as far as names agree.
+
+        One of the same stage also hands on its normalisation.
+        """
         if not path.exists():
             raise FileNotFoundError(
                 f"Stage `{self.settings.stage}` starts from {path.name}, which is not in "
@@ -475,6 +481,8 @@ class Trainer:
         self.model.load_state_dict(model, strict=False)
         helpers = {name: averaged[name] for name in state["helpers"]}
         self.helpers.load_state_dict(helpers, strict=False)
+        if state["settings"]["stage"] == self.settings.stage:
+            self._take_bounds(state)
 
 
 def export(checkpoint: Path, folder: Path) -> None:
