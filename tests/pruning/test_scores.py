@@ -219,6 +219,17 @@ def test_one_set_of_columns_serves_the_whole_batch():
     assert torch.equal(shared, each)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_views_of_token_major_tensors_score_the_same(causal):
+    query, key = torch.randn(2, 30, 4, 8).transpose(1, 2), torch.randn(2, 30, 2, 8).transpose(1, 2)
+    columns = torch.arange(5, 20)[None]
+    viewed = attention_column_mean(query, key, columns, scale=0.35, causal=causal)
+    copied = attention_column_mean(
+        query.contiguous(), key.contiguous(), columns, scale=0.35, causal=causal
+    )
+    assert torch.equal(viewed, copied)
+
+
 def test_half_precision_input_is_scored_in_full_precision():
     query, key = torch.randn(1, 2, 40, 16).bfloat16(), torch.randn(1, 2, 40, 16).bfloat16()
     columns = torch.arange(40)[None]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vla_pruner.pruning.selection import (
+    _cosines,
     _search_on_device,
     combine_then_filter,
     max_min_filter,
@@ -105,6 +106,43 @@ def test_max_min_filter_is_algorithm_1_on_random_features(seed, size, dim, first
     assert max_min_filter(features, k, first=first).tolist() == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data(), exact_features(), st.integers(1030, 2200), FIRST)
+def test_ties_of_long_features_go_to_the_lowest_index(data, features, dim, first):
+    size, used = features.shape
+    long = torch.zeros(size, dim)
+    place = torch.linspace(0, dim - 1, used).long()  # Over all pieces that a feature is cut into.
+    long[:, place] = features
+    k = data.draw(st.integers(1, size))
+    expected = algorithm_1(cosine_distance(features), list(range(size)), k, first)
+    assert max_min_filter(long, k, first=first).tolist() == expected
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.integers(1, 40),
+    dim=st.integers(1030, 2200),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    first=FIRST,
+    data=st.data(),
+)
+def test_max_min_filter_is_algorithm_1_on_long_features(seed, size, dim, dtype, first, data):
+    features = random_features(seed, size, dim).to(dtype)
+    k = data.draw(st.integers(1, size))
+    expected = algorithm_1(cosine_distance(features), list(range(size)), k, first)
+    assert max_min_filter(features, k, first=first).tolist() == expected
+
+
+@pytest.mark.parametrize("dim", [16, 1024, 1500, 4096])
+def test_cosines_are_symmetric_and_as_exact_as_fp32_allows(dim):
+    features = random_features(0, 150, dim) + 2 * random_features(1, 1, dim)
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    got = _cosines(features, features.norm(dim=1, keepdim=True))
+    assert torch.equal(got, got.T)
+    torch.testing.assert_close(got.double(), unit @ unit.T, atol=1e-6, rtol=0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data(), exact_features(), FIRST)
 def test_the_search_for_other_devices_picks_the_same(data, features, first):
@@ -181,6 +219,12 @@ def test_lengths_of_features_do_not_matter():
     features = random_features(0, 30, 16)
     scaled = features * 2.0 ** torch.randint(-6, 7, (30, 1))
     assert torch.equal(max_min_filter(features, 12), max_min_filter(scaled, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_floating_dtype_is_compared_in_fp32(dtype):
+    features = random_features(0, 30, 16).to(dtype)
+    assert torch.equal(max_min_filter(features, 12), max_min_filter(features.float(), 12))
 
 
 def test_a_feature_of_length_zero_is_far_from_everything():

@@ -45,9 +45,8 @@ def attention_rows(
     last_visible = torch.arange(keys - rows, keys, device=key.device) if causal else None
     shown = max(0, keys - rows + 1) if causal else keys
     with torch.autocast(query.device.type, enabled=False):
-        probabilities, sees = _probabilities(
-            query, key, scale, mask, last_visible, always_visible=shown, softcap=softcap
-        )
+        bias, sees = _visibility(mask, last_visible, shown, keys)
+        probabilities = _probabilities(query, key, scale, bias, softcap)
     return probabilities if sees is None else probabilities * sees
 
 
@@ -92,6 +91,7 @@ def attention_column_mean(
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
+    key = key.contiguous()  # Models hand over a view of [B, N, H, D], slow to multiply by head.
     number = _row_numbers(rows, total, query.device)
     count = number.shape[-1]
     if count == 0:
@@ -113,27 +113,23 @@ def attention_column_mean(
                 last_visible = number[..., start:stop] + (keys - total)
             if visible == 0:
                 continue
-            block_query = _pick(query, at, 2)
+            block_query = _pick(query, at, 2).contiguous()
             block_mask = None if mask is None else mask[..., :visible]
             if block_mask is not None and block_mask.shape[2] != 1:
                 block_mask = _pick(block_mask, at, 2)
+            bias, sees = _visibility(block_mask, last_visible, always_visible, visible)
             for low in range(0, kv_heads, head_step):
                 high = min(low + head_step, kv_heads)
                 own = slice(low * group, high * group)
-                head_mask = block_mask
-                if block_mask is not None and block_mask.shape[1] != 1:
-                    head_mask = block_mask[:, own]
-                probabilities, sees = _probabilities(
+                probabilities = _probabilities(
                     block_query[:, own],
                     key[:, low:high, :visible],
                     scale,
-                    head_mask,
-                    last_visible,
-                    always_visible=always_visible,
-                    softcap=softcap,
+                    _of_heads(bias, own),
+                    softcap,
                 )
                 own_weight = None if weight is None else weight[:, start:stop]
-                received[:, :visible] += _tally(probabilities, own_weight, sees)
+                received[:, :visible] += _tally(probabilities, own_weight, _of_heads(sees, own))
     if weight is None:
         mean = received / (count * heads)
     else:
@@ -143,25 +139,11 @@ def attention_column_mean(
 
 
 def _probabilities(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    last_visible: Tensor | None,
-    *,
-    always_visible: int,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax rows, and which of them see anything at all.
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Softmax rows `[B, Hq, R, N]` fp32 of `query` `[B, Hq, R, D]` and `key` `[B, Hkv, N, D]`.
 
-    Args:
-        query, key, scale, mask, softcap: see `attention_rows`.
-        last_visible: `[R]` or `[B, R]`, the last key that a causal mask shows to each row.
-        always_visible: that mask hides none of the first `always_visible` keys from any row.
-
-    Returns:
-        `[B, Hq, R, N]` fp32, and bool `[B|1, 1|Hq, R|1, 1]`, None where every row sees a key. What
-        stands in a row that sees none means nothing.
+    `bias` `[B|1, 1|Hq, R|1, <= N]` is added to the logits of the last keys.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -170,30 +152,54 @@ def _probabilities(
     logits = logits.float().mul_(scale)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        logits[..., keys - bias.shape[-1] :] += bias
+    return torch.softmax(logits, dim=-1)
+
+
+def _visibility(
+    mask: Tensor | None, last_visible: Tensor | None, always_visible: int, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What to add to logits so that nobody sees what is hidden, and which rows see anything at all.
+
+    Args:
+        mask: see `attention_rows`.
+        last_visible: `[R]` or `[B, R]`, the last key that a causal mask shows to each row.
+        always_visible: that mask hides none of the first `always_visible` keys from any row.
+        keys: their number N.
+
+    Returns:
+        `[B|1, 1|Hq, R|1, <= N]` fp32 for the last keys, None for nothing, and bool
+        `[B|1, 1|Hq, R|1, 1]`, None where every row sees a key. What stands in the probabilities of
+        a row that sees none means nothing.
+    """
     future = None
     if last_visible is not None:
-        future = torch.arange(always_visible, keys, device=key.device) > last_visible[..., None]
-        future = future if future.ndim == 2 else future[:, None]
-    sees = None
-    if mask is not None:
-        hidden = ~mask if mask.dtype == torch.bool else _is_hidden(mask)
-        if future is not None:
-            hidden = hidden | torch.nn.functional.pad(future, (always_visible, 0))
-        bias = hidden.float().mul_(_HIDDEN)
-        if mask.dtype != torch.bool:
-            bias = bias.add_(mask.float().clamp_min(_HIDDEN))
-        logits = logits.add_(bias)
-        sees = ~hidden.all(dim=-1, keepdim=True)
-    elif future is not None:
-        logits[..., always_visible:] += future.float().mul_(_HIDDEN)
-        if always_visible == 0:
-            sees = ~future.all(dim=-1, keepdim=True)
-    return torch.softmax(logits, dim=-1), sees
+        device = last_visible.device
+        future = torch.arange(always_visible, keys, device=device) > last_visible[..., None]
+        future = future[None, None] if future.ndim == 2 else future[:, None]
+    if mask is None:
+        if future is None:
+            return None, None
+        sees = ~future.all(dim=-1, keepdim=True) if always_visible == 0 else None
+        return future.float().mul_(_HIDDEN), sees
+    hidden = ~mask if mask.dtype == torch.bool else _is_hidden(mask)
+    if future is not None:
+        hidden = hidden | torch.nn.functional.pad(future, (always_visible, 0))
+    bias = hidden.float().mul_(_HIDDEN)
+    if mask.dtype != torch.bool:
+        bias = bias.add_(mask.float().clamp_min(_HIDDEN))
+    return bias, ~hidden.all(dim=-1, keepdim=True)
 
 
 def _is_hidden(mask: Tensor) -> Tensor:
     """Where an additive mask forbids attending: -inf, or the smallest number that libraries use."""
     return mask <= torch.finfo(mask.dtype).min / 2
+
+
+def _of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
+    """What a tensor `[B, 1|H, ...]` says of some heads."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
 
 def _tally(probabilities: Tensor, weight: Tensor | None, sees: Tensor | None) -> Tensor:

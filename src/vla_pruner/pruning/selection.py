@@ -10,8 +10,11 @@ from torch import Tensor
 
 First = Literal["second-nearest", "nearest"]
 
-# Rows of the Gram matrix computed at once on the CPU, where only its upper half is needed.
+# Columns of the Gram matrix computed at once on the CPU, where only its lower half is needed.
 _PANEL = 64
+
+# Entries of two features multiplied and added up at once by oneDNN.
+_PIECE = 1024
 
 
 @torch.no_grad()
@@ -175,18 +178,24 @@ def _search_on_cpu(features: Tensor, candidates: Tensor, k: int, nearest: bool) 
     fraction of PyTorch's at this size.
     """
     index = candidates.nonzero().squeeze(1)
-    if k > len(index):
-        raise ValueError(_TOO_FEW.format(k=k, count=len(index)))
-    unit = features.index_select(0, index).float()
-    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    count = len(index)
+    if k > count:
+        raise ValueError(_TOO_FEW.format(k=k, count=count))
+    if count < len(features):
+        features = features.index_select(0, index)
+    features = features.float()
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     if not torch.isfinite(length).all():
         raise ValueError(_NOT_FINITE)
-    unit = unit / length.clamp_min(1e-12)
-    distance = _gram(unit).neg_().add_(1.0)
-    distance.fill_diagonal_(float("inf"))
-    score = distance.amin(dim=1) if nearest else _second_smallest(distance)
-    rows = distance.numpy()
-    best = np.full(len(index), np.inf, dtype=np.float32)
+    rows = _cosines(features, length.clamp_min_(1e-12)).neg_().add_(1.0).numpy()
+    np.fill_diagonal(rows, np.inf)
+    score = rows.min(axis=1)
+    if not nearest and count > 1:  # The second smallest: set the smallest aside for a moment.
+        smallest = np.arange(count), rows.argmin(axis=1)
+        rows[smallest] = np.inf
+        second = rows.min(axis=1)
+        rows[smallest], score = score, second
+    best = np.full(count, np.inf, dtype=np.float32)
     pick = int(score.argmax())
     picks = [pick]
     for _ in range(k - 1):
@@ -204,16 +213,35 @@ def _second_smallest(distance: Tensor) -> Tensor:
     return distance.topk(2, dim=-1, largest=False).values[..., 1]
 
 
-def _gram(features: Tensor) -> Tensor:
-    """`features @ features.T` of fp32 [n, d], by panels of its upper half."""
-    size = features.shape[0]
-    gram = features.new_empty(size, size)
-    for start in range(0, size, _PANEL):
-        stop = min(start + _PANEL, size)
-        panel = features[start:stop] @ features[start:].T
-        gram[start:stop, start:] = panel
-        gram[stop:, start:stop] = panel[:, stop - start :].T
-    return gram
+def _cosines(features: Tensor, length: Tensor) -> Tensor:
+    """Cosines `[n, n]` between fp32 features [n, d] of known length [n, 1], on the CPU.
+
+    Long features go to oneDNN: `torch.matmul` leaves fp32 to MKL, which takes twice as long on
+    processors of another make. oneDNN adds up all products of a row one after the other, so it gets
+    them in pieces, which keeps the rounding error near MKL's.
+    """
+    size, dim = features.shape
+    product = _matmul
+    if dim > _PIECE and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        product = _onednn
+    cosines = length.new_zeros(size, size)
+    panels = [slice(start, start + _PANEL) for start in range(0, size, _PANEL)]
+    for piece in features.split(_PIECE if product is _onednn else dim, dim=1):
+        unit = piece / length
+        for panel in panels:
+            cosines[panel.start :, panel] += product(unit[panel.start :], unit[panel])
+    for panel in panels:
+        cosines[panel, panel.stop :] = cosines[panel.stop :, panel].T
+    return cosines
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right.T
+
+
+def _onednn(left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], None)
+    return product
 
 
 def _candidate_mask(candidates: Tensor | None, features: Tensor) -> Tensor:
