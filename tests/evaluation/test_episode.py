@@ -149,6 +149,12 @@ def test_a_camera_that_the_scene_lacks_is_named(policy, tmp_path):
         ("none", "none", None, "all tokens"),
         ("vla-pruner@0.125", "vla-pruner", 0.125, "vla-pruner, 12.5 %"),
         ("fastv@64", "fastv", 64, "fastv, 64 tokens"),
+        (
+            "vla-pruner@0.25:window=1:first=nearest",
+            "vla-pruner",
+            0.25,
+            "vla-pruner, 25 %, window 1, first nearest",
+        ),
     ],
 )
 def test_conditions_are_written_as_they_are_read(text, method, keep, label):
@@ -160,6 +166,27 @@ def test_conditions_are_written_as_they_are_read(text, method, keep, label):
 @pytest.mark.parametrize("text", ["vla-pruner", "none@0.5", "vla-pruner@half", "vla-pruner@1.5"])
 def test_conditions_that_make_no_sense_are_refused(text):
     with pytest.raises(ValueError, match=r"0\.25|\(0, 1\]"):
+        Condition.parse(text)
+
+
+def test_options_reach_the_method():
+    condition = Condition.parse("random@4:seed=7:budget=view")
+    policy = tiny_policy()
+    with condition.attach(policy) as session:
+        assert (session.method.seed, session.method.budget) == (7, "view")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fastv@0.5:window=1", "no option 'window'"),
+        ("vla-pruner@0.5:window", "name=value"),
+        ("vla-pruner@0.5:window=two", "window"),
+        ("none@:window=1", "unknown|no option"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         Condition.parse(text)
 
 

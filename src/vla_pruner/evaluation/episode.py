@@ -114,10 +114,12 @@ class Condition:
     Args:
         method: name of a pruning method; "none" leaves the model untouched.
         keep: fraction of the visual tokens in (0, 1], or their number; None with "none".
+        options: further options of the method, as names and values.
     """
 
     method: str = ALL_TOKENS
     keep: float | int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.method == ALL_TOKENS) != (self.keep is None):
@@ -125,16 +127,19 @@ class Condition:
                 f"condition {self.name!r}: write 'none', or a method with what it keeps, such as "
                 "'vla-pruner@0.25'"
             )
-        build(self.method, keep=self.keep)
+        build(self.method, keep=self.keep, **dict(self.options))
 
     @classmethod
     def parse(cls, text: str) -> Condition:
         """The condition called "none", "vla-pruner@0.25" (a fraction) or "fastv@64" (a number).
 
+        Options of the method follow after colons: "vla-pruner@0.25:window=1:first=nearest".
+
         Raises:
-            ValueError: anything else, an unknown method, or an impossible budget.
+            ValueError: anything else, an unknown method or option, or an impossible budget.
         """
-        method, _, keep = text.strip().partition("@")
+        method, _, rest = text.strip().partition("@")
+        keep, *options = rest.split(":")
         try:
             value = None if not keep else int(keep) if keep.isdecimal() else float(keep)
         except ValueError:
@@ -142,12 +147,18 @@ class Condition:
                 f"condition {text!r}: after '@' comes a fraction such as 0.25 or a number of "
                 "visual tokens such as 64"
             ) from None
-        return cls(method, value)
+        pairs = [option.partition("=") for option in options]
+        if not all(name and sign and said for name, sign, said in pairs):
+            raise ValueError(
+                f"condition {text!r}: options come after a colon as name=value, such as ':window=1'"
+            )
+        return cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
 
     @property
     def name(self) -> str:
         """The condition as `parse` reads it."""
-        return self.method if self.keep is None else f"{self.method}@{self.keep}"
+        options = "".join(f":{name}={value}" for name, value in self.options)
+        return self.method if self.keep is None else f"{self.method}@{self.keep}{options}"
 
     @property
     def label(self) -> str:
@@ -155,11 +166,22 @@ class Condition:
         if self.keep is None:
             return "all tokens"
         amount = f"{100 * self.keep:g} %" if isinstance(self.keep, float) else f"{self.keep} tokens"
-        return f"{self.method}, {amount}"
+        options = "".join(f", {name} {value}" for name, value in self.options)
+        return f"{self.method}, {amount}{options}"
 
     def attach(self, policy: nn.Module) -> Session | None:
         """The session that brings the condition about; None leaves the model untouched."""
-        return None if self.keep is None else prune(policy, self.method, keep=self.keep)
+        if self.keep is None:
+            return None
+        return prune(policy, self.method, keep=self.keep, **dict(self.options))
+
+
+def _read(text: str) -> Any:
+    """A number, true or false where the text is one, the text otherwise."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 @dataclass

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument(
         "--conditions",
         default="none,vla-pruner@0.5,vla-pruner@0.25",
-        help="comma-separated, such as none,vla-pruner@0.25,fastv@64",
+        help="comma-separated, such as none,vla-pruner@0.25,vla-pruner@0.25:window=1,fastv@64",
     )
     evaluate.add_argument("--episodes", type=int, default=100, help="scenes per condition")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
