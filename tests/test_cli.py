@@ -65,7 +65,9 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
         assert f"{name} {command.summary}" in shown
 
 
-@pytest.mark.parametrize("name", ["methods", "models", "bench", "calibrate", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "name", ["methods", "models", "bench", "calibrate", "doctor", "demo", "analyze"]
+)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])

@@ -129,6 +129,13 @@ COMMANDS = {
         "pruned with vp.models.Decoder: see docs/adding-a-model.md.",
         lambda: (_add_name, _models),
     ),
+    "analyze": Command(
+        "draw what a policy looks at, and what each method would have kept of it",
+        "Runs episodes on all visual tokens, shows the same images to each method, and writes a "
+        "page with overlaps of attention, errors of its forecasts, agreement of the methods, and "
+        "films of what they keep; the numbers also as CSV.",
+        _module("vla_pruner.analysis.command"),
+    ),
     "bench": Command(
         "measure time, memory and FLOPs of pruned models against the full one, side by side",
         "Runs the full model and each pruned one in turn, again and again, in one process, and "

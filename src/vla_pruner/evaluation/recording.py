@@ -30,8 +30,7 @@ class Recorder:
 
     def __init__(self, policy: Any, cameras: tuple[str, ...]) -> None:
         self._cameras = cameras
-        cropped = getattr(getattr(policy, "config", None), "center_crop", False)
-        self._side = CROP_AREA**0.5 if cropped else 1.0
+        self._side = visible_side(policy)
         self._frames: dict[str, list[Image.Image]] = {camera: [] for camera in cameras}
         self._grids: list[int] = []
         self._calls: list[dict[str, Any]] = []
@@ -39,7 +38,7 @@ class Recorder:
     def frame(self, images: dict[str, np.ndarray]) -> None:
         """Keep one image uint8 `[H, W, 3]` of each camera."""
         for camera in self._cameras:
-            self._frames[camera].append(_crop(images[camera], self._side))
+            self._frames[camera].append(crop(images[camera], self._side))
 
     def call(self, step: int, report: StepReport) -> None:
         """Keep what a call at `step` did with its visual tokens (the batch's first row).
@@ -81,7 +80,13 @@ class Recorder:
         }
 
 
-def _crop(image: np.ndarray, side: float) -> Image.Image:
+def visible_side(policy: Any) -> float:
+    """The share of an image's height and width that the policy sees."""
+    cropped = getattr(getattr(policy, "config", None), "center_crop", False)
+    return CROP_AREA**0.5 if cropped else 1.0
+
+
+def crop(image: np.ndarray, side: float) -> Image.Image:
     """The middle of an image, `side` of its height and width, made square."""
     height, width = image.shape[:2]
     left, top = (1 - side) / 2 * width, (1 - side) / 2 * height

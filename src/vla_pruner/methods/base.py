@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -151,9 +152,13 @@ class HistorySpec:
             "zero" (the paper), "carry": what was remembered before, "decay": that times `fade`,
             "impute": an estimate from this step's prefill score (see `pruning.history.uncensor`).
         fade: factor of "decay" per step, in [0, 1].
+        adapt: how much visual change shortens a window, at least 0. With c the mean over the visual
+            tokens of 1 - cosine between this and the last step's projected embeddings, the i-th
+            newest observation weighs `gamma ** i * exp(-adapt * c * (i - 1))`. Needs
+            `Method.wants_change`.
 
     Raises:
-        ValueError: an option outside these ranges.
+        ValueError: an option outside these ranges, or `adapt` with a moving average.
     """
 
     kind: Literal["window", "ema"] = "window"
@@ -164,6 +169,7 @@ class HistorySpec:
     layers: Literal["latter-half", "middle"] | tuple[int, ...] = "latter-half"
     censored: Censored = "zero"
     fade: float = 0.8
+    adapt: float = 0.0
 
     def __post_init__(self) -> None:
         require_choice("history", self.kind, ("window", "ema"))
@@ -171,6 +177,13 @@ class HistorySpec:
         require_int("window", self.window, 1)
         if not 0.0 <= self.fade <= 1.0:
             raise ValueError(f"`fade={self.fade}` must lie in [0, 1].")
+        if not 0.0 <= self.adapt < math.inf:
+            raise ValueError(f"`adapt={self.adapt}` must be a finite number of at least 0.")
+        if self.adapt and self.kind != "window":
+            raise ValueError(
+                f"`adapt={self.adapt}` shortens a window, and a moving average has none; use "
+                'smoothing="window", or adapt=0.'
+            )
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"`gamma={self.gamma}` must lie in [0, 1].")
         if not 0.0 < self.alpha <= 1.0:
@@ -249,13 +262,26 @@ class HistorySpec:
             forecast = torch.where(cut, observed, forecast)
         return forecast[:, None].to(history.dtype), count + 1
 
-    def forecast(self, history: Tensor, count: Tensor) -> Tensor:
-        """Action score `[B, M]` fp32 expected at the next step; 0 before the first observation."""
+    def forecast(self, history: Tensor, count: Tensor, change: Tensor | None = None) -> Tensor:
+        """Action score expected at the next step.
+
+        Args:
+            history: `[B, slots, M]`.
+            count: `[B]` int64, observations so far in each row's episode.
+            change: `[B]`, mean visual change since the last step, for `adapt`; None: none.
+
+        Returns:
+            `[B, M]` fp32; 0 before the first observation.
+        """
         if self.kind == "ema":
             started = (count > 0).to(history.device)[:, None]
             return torch.where(started, history[:, 0].float(), 0.0)
         return decaying_window(
-            history, count, gamma=self.gamma, newest_heaviest=self.newest_heaviest
+            history,
+            count,
+            gamma=self.gamma,
+            newest_heaviest=self.newest_heaviest,
+            haste=None if change is None or not self.adapt else self.adapt * change,
         )
 
 

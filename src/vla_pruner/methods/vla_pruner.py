@@ -7,8 +7,17 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import HistorySpec, Method, SemanticRows, require_choice, require_int
-from vla_pruner.pruning.selection import combine_then_filter
+from vla_pruner.methods.base import (
+    HistorySpec,
+    Method,
+    SemanticRows,
+    StepContext,
+    require_choice,
+    require_int,
+)
+from vla_pruner.pruning.coverage import shares
+from vla_pruner.pruning.history import Censored, discrepancy
+from vla_pruner.pruning.selection import combine_then_filter, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +29,19 @@ class VLAPruner(Method):
     pooled, and a greedy max-min search keeps the k least redundant of the pool. The first `window`
     steps of an episode run on all tokens.
 
+    The defaults are the paper's. Cut tokens get no action attention, so that the forecast then only
+    names what was kept in the last `window` steps; `censored`, `refresh` and `bypass` are remedies.
+    With `adapt` the window depends on the scene (the paper's Remark 1 and section C ask for it; the
+    formulas are ours):
+
+        c        = mean over visual tokens of 1 - cosine(E^t_m, E^{t-1}_m), projected embeddings
+        S_hat    = sum_{i=1..w} gamma^i exp(-adapt c (i - 1)) S_act^{t-i}
+        d        = 1 - |top_q(S_hat^{t-1}) and top_q(S_act^{t-1})| / q,  q = ceil(n / 4),
+                   both over the n tokens that the action queries of step t-1 could see
+        full     = t < w,  or refresh - 1 pruned steps since the last full one,  or d >= bypass
+
+    Full steps are counted in a session's reports as what they cost.
+
     Args:
         window: past steps that the forecast looks back on, and steps that run unpruned.
         gamma: decay rate of the window, in [0, 1].
@@ -28,6 +50,19 @@ class VLAPruner(Method):
         action_layers: layers whose action attention is averaged: "latter-half" or indices.
         first: first token of the search: "second-nearest" (the paper) or "nearest".
         score_layer: layer of the semantic score; None: the last one before the cut.
+        censored: what is remembered of cut tokens, see `HistorySpec`: "zero" (the paper), "carry",
+            "decay" or "impute".
+        fade: factor of "decay" per step, in [0, 1].
+        refresh: every so many steps one runs on all tokens, at least 2; None: never.
+        bypass: a step runs on all tokens if the last one's discrepancy d was at least this, in
+            (0, 1]; None: never. Unrelated scores have a d of about 3/4.
+        adapt: how much visual change shortens the window, at least 0; for "window" alone.
+        levels: "both", or ablations: "prefill", the k best tokens of the semantic score, or
+            "action", those of the forecast. The first `window` steps run on all tokens in either.
+        fusion: ablation: weight of the semantic score in [0, 1]; the k best tokens by
+            `fusion * S_vl / sum(S_vl) + (1 - fusion) * S_hat / sum(S_hat)` stay, and nothing else
+            is filtered. Sums are over the tokens among which is chosen (a camera's if the budget is
+            per view). None: pool and filter.
 
     Reference: "VLA-Pruner: Temporal-Aware Dual-Level Visual Token Pruning for Efficient
     Vision-Language-Action Inference", arXiv 2511.16449v2.
@@ -45,8 +80,16 @@ class VLAPruner(Method):
     action_layers: Literal["latter-half"] | tuple[int, ...] = "latter-half"
     first: Literal["second-nearest", "nearest"] = "second-nearest"
     score_layer: int | None = None
+    censored: Censored = "zero"
+    fade: float = 0.8
+    refresh: int | None = None
+    bypass: float | None = None
+    adapt: float = 0.0
+    levels: Literal["both", "prefill", "action"] = "both"
+    fusion: float | None = None
 
     def __post_init__(self) -> None:
+        require_choice("levels", self.levels, ("both", "prefill", "action"))
         super().__post_init__()
         if not isinstance(self.action_layers, str):
             object.__setattr__(self, "action_layers", tuple(self.action_layers))
@@ -58,28 +101,68 @@ class VLAPruner(Method):
                     f"`score_layer={self.score_layer}` runs after tokens are cut before layer "
                     f"{self.layer}; use at most {self.layer - 1}."
                 )
-        _ = self.history
+        _ = self._memory()
+        if self.refresh is not None:
+            require_int("refresh", self.refresh, 2)
+        if self.bypass is not None and not 0.0 < self.bypass <= 1.0:
+            raise ValueError(f"`bypass={self.bypass}` must lie in (0, 1].")
+        if self.fusion is not None and not 0.0 <= self.fusion <= 1.0:
+            raise ValueError(f"`fusion={self.fusion}` must lie in [0, 1].")
+        if self.fusion is not None and self.levels != "both":
+            raise ValueError(
+                f'`fusion={self.fusion}` weighs two scores and `levels="{self.levels}"` has one; '
+                "leave one of them out."
+            )
+        remedies = {"censored": self.censored != "zero", "bypass": self.bypass is not None}
+        for option, used in {**remedies, "adapt": self.adapt > 0}.items():
+            if used and self.levels == "prefill":
+                raise ValueError(
+                    f"`{option}={getattr(self, option)!r}` is about action scores, which "
+                    '`levels="prefill"` does without; leave one of them out.'
+                )
 
     @property
     def semantic_rows(self) -> SemanticRows | None:
-        """Every prefill query votes."""
-        return "all"
+        """Every prefill query votes, if anything asks for the semantic score."""
+        return None if self.levels == "action" and self.censored != "impute" else "all"
 
     @property
     def history(self) -> HistorySpec | None:
         """The decaying window, or the moving average."""
+        return None if self.levels == "prefill" else self._memory()
+
+    def _memory(self) -> HistorySpec:
         return HistorySpec(
             kind=self.smoothing,
             window=self.window,
             gamma=self.gamma,
             alpha=self.alpha,
             layers=self.action_layers,
+            censored=self.censored,
+            fade=self.fade,
+            adapt=self.adapt,
         )
 
     @property
     def warmup(self) -> int:
         """As many steps as the window looks back on."""
         return self.window
+
+    @property
+    def wants_change(self) -> bool:
+        """Whether the window depends on it."""
+        return self.adapt > 0
+
+    def full_step(self, context: StepContext) -> bool:
+        """Warm-up, a refresh that is due, or a last forecast that was wrong."""
+        if context.step < self.warmup:
+            return True
+        if self.refresh is not None and context.since_full >= self.refresh - 1:
+            return True
+        forecast, observed, kept = context.forecast, context.observed, context.kept
+        if self.bypass is None or forecast is None or observed is None or kept is None:
+            return False
+        return discrepancy(forecast, observed, kept) >= self.bypass
 
     def semantic_layer(self, cut: int) -> int:
         """`score_layer`, or the last layer before the cut."""
@@ -95,6 +178,17 @@ class VLAPruner(Method):
         valid: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """Algorithm 2: `[B, k]`, ascending."""
+        """Algorithm 2, or the ablation that `levels` or `fusion` names: `[B, k]`, ascending."""
+        if self.levels == "action":
+            assert forecast is not None
+            return top_k(forecast, k, valid=valid)
         assert semantic is not None
-        return combine_then_filter(features, semantic, forecast, k, first=self.first, valid=valid)
+        if self.levels == "prefill":
+            return top_k(semantic, k, valid=valid)
+        if self.fusion is None:
+            return combine_then_filter(
+                features, semantic, forecast, k, first=self.first, valid=valid
+            )
+        assert forecast is not None
+        mixed = self.fusion * shares(semantic, valid) + (1 - self.fusion) * shares(forecast, valid)
+        return top_k(mixed, k, valid=valid)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from vla_pruner.pruning.selection import top_k
 
 Censored = Literal["zero", "carry", "decay", "impute"]
 """What to remember of tokens that no action query could see."""
 
 
 def decaying_window(
-    history: Tensor, count: Tensor, *, gamma: float, newest_heaviest: bool = True
+    history: Tensor,
+    count: Tensor,
+    *,
+    gamma: float,
+    newest_heaviest: bool = True,
+    haste: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the last w observations, `sum_i gamma^i S^(t-i)` (Eq. 7).
 
@@ -23,6 +31,8 @@ def decaying_window(
         newest_heaviest: True as in the paper, i-th newest entry weighs `gamma ** i`. False as in
             the public release: the oldest of the `count` entries weighs 1, the newest
             `gamma ** (count - 1)`.
+        haste: `[B]`, at least 0: the weight of the i-th newest entry is also multiplied by
+            `exp(-haste (i - 1))`, which shortens the window; None: 0.
 
     Returns:
         `[B, M]` fp32; 0 where nothing was observed. The scale means nothing: scores are ranked.
@@ -32,6 +42,8 @@ def decaying_window(
     count = count.to(history.device)[:, None]
     power = age.expand(count.shape[0], window) if newest_heaviest else count - age
     weight = torch.full_like(power, gamma, dtype=torch.float32).pow(power.clamp(min=0))
+    if haste is not None:
+        weight = weight * torch.exp(-haste.float().to(history.device)[:, None] * (age - 1))
     real = (age <= count)[..., None]
     return torch.where(real, history.float() * weight[..., None], 0.0).sum(dim=1)
 
@@ -104,3 +116,30 @@ def uncensor(
         expected = torch.where(visible, source, 0.0).sum(dim=1, keepdim=True)
         source = source * torch.where(expected > 0, seen / expected, 0.0)
     return torch.where(visible, observed, source)
+
+
+def discrepancy(forecast: Tensor, observed: Tensor, visible: Tensor) -> float:
+    """How far the best tokens of a forecast are from the best of what was then observed.
+
+    Only the n tokens that the action queries could see are compared, as nothing was observed of the
+    others: 1 - |top q of `forecast` and of `observed`| / q, with q = ceil(n / 4). Unrelated scores
+    give about 3/4.
+
+    Args:
+        forecast: `[M]`, the action score predicted for a step.
+        observed: `[M]`, the action score of that step.
+        visible: `[M]` bool.
+
+    Returns:
+        A number in [0, 1]; 0 where nothing was visible, or nothing was predicted of what was.
+
+    Raises:
+        ValueError: NaN among the scores of visible tokens.
+    """
+    seen = visible.to(observed.device)
+    predicted, shown = forecast.to(observed.device)[seen], observed[seen]
+    if not bool(predicted.count_nonzero()):
+        return 0.0
+    count = math.ceil(len(shown) / 4)
+    both = torch.isin(top_k(predicted, count), top_k(shown, count))
+    return 1.0 - int(both.sum()) / count

@@ -73,6 +73,8 @@ class Episode:
     """[M] of the last step, see `StepContext`."""
     features: Tensor | None = None
     """[M, D] projected visual tokens of the last step, if the method wants to see change."""
+    change: Tensor | None = None
+    """[M] of the step that starts, see `StepContext`."""
 
 
 class Episodes:
@@ -114,9 +116,8 @@ class Episodes:
                 continue
             episode = self._known.setdefault(name, Episode())
             self._finish(episode, name)
-            change = None
             if features is not None:
-                change, episode.features = _change(episode.features, features[row])
+                episode.change, episode.features = _change(episode.features, features[row])
             context = StepContext(
                 step=episode.steps,
                 since_full=episode.since_full,
@@ -124,7 +125,7 @@ class Episodes:
                 forecast=episode.forecast,
                 observed=episode.observed,
                 kept=episode.kept,
-                change=change,
+                change=episode.change,
             )
             answers[name] = bool(self.method.full_step(context))
         return tuple(answers[name] for name in ids)
@@ -147,7 +148,7 @@ class Episodes:
         if spec is None:
             return None
         blank = torch.zeros(spec.slots, visual, device=device)
-        memory, counts = [], []
+        memory, counts, changes = [], [], []
         for name in ids:
             episode = self._known[name]
             known = blank if episode.memory is None else episode.memory
@@ -155,7 +156,12 @@ class Episodes:
                 raise _cameras_changed(name, known.shape[1], visual)
             memory.append(known)
             counts.append(episode.observations)
-        return spec.forecast(torch.stack(memory), torch.tensor(counts, device=device))
+            change = episode.change
+            changes.append(blank.new_zeros(()) if change is None else change.mean().to(device))
+        count = torch.tensor(counts, device=device)
+        if not spec.adapt:
+            return spec.forecast(torch.stack(memory), count)
+        return spec.forecast(torch.stack(memory), count, torch.stack(changes))
 
     def seeds(self, ids: Sequence[Hashable], device: torch.device) -> Tensor:
         """[B] a number for each row's step, the same in every process."""

@@ -1,0 +1,266 @@
+"""`vla-pruner analyze`: what a policy looks at, and what each method would keep of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vla_pruner.analysis.page import write_page
+from vla_pruner.analysis.record import Trace, Way, trace
+from vla_pruner.analysis.tables import (
+    agreement_rows,
+    forecast_rows,
+    overlap_rows,
+    step_rows,
+    to_csv,
+)
+from vla_pruner.bench.environment import stamp
+from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
+from vla_pruner.evaluation.oracle import Oracle
+from vla_pruner.evaluation.rollouts import Setup, Task, progress_bar, reference_task
+from vla_pruner.evaluation.summary import write_text
+from vla_pruner.methods import build
+from vla_pruner.models.loading import load
+
+SETUP = "setup.json"
+TRACES = "traces"
+ORACLE = "oracle"
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner analyze`."""
+    parser.add_argument(
+        "--policy",
+        default="mini-oft",
+        help="a policy that ships with the package (mini-oft, mini-openvla), or a folder",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["vla-pruner", "fastv"],
+        help="shown the same images as the full policy; see `vla-pruner methods`",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=["0.25"],
+        help="how many visual tokens stay: fractions such as 0.25, or numbers such as 50",
+    )
+    parser.add_argument(
+        "--layer", type=int, default=3, help="K: tokens are cut before it, scores read before that"
+    )
+    parser.add_argument("--episodes", type=int, default=4, help="scenes")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="number of the first scene, among the held-out ones"
+    )
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also search the best patches of every call: thousands of forward passes each",
+    )
+    parser.add_argument("--out", type=Path, default=Path("analysis"), help="folder for the page")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the episodes that are in --out already"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the episodes, write the page and the CSV files; also what Ctrl-C leaves of them."""
+    return analyze(args, reference_task())
+
+
+def analyze(args: argparse.Namespace, task: Task, console: Console | None = None) -> int:
+    """`run` on any task.
+
+    Raises:
+        ValueError: impossible arguments, or a folder that this must not write to.
+    """
+    console = console or Console()
+    methods, keeps = _words(args.methods), _words(args.keep)
+    named = ways(methods, keeps, layer=args.layer, oracle=args.oracle)
+    budgets = [_keep(word) for word in keeps]
+    seeds = task.held_out(args.episodes, args.seed)
+    prepare_folder(args.out, resume=args.resume)
+    with console.status(f"loading {args.policy} and the simulator"):
+        policy, scene = load(args.policy), task.open_scene()
+    interrupted = False
+    try:
+        setup = Setup.of(args.policy, policy, task)
+        about = {**setup.as_dict(), "layer": args.layer, "replays": list(named)}
+        _same_setup(args.out / SETUP, about)
+        traces = _stored(args.out, seeds)
+        with progress_bar(console) as bar:
+            line = bar.add_task("episodes", total=len(seeds), completed=len(traces))
+            for seed in seeds:
+                if seed in traces:
+                    continue
+                target = seed % len(setup.objects)
+                traces[seed] = trace(
+                    policy, scene, seed, target, setup=setup, layer=args.layer, ways=named
+                )
+                traces[seed].save(_file(args.out, seed))
+                bar.advance(line)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        scene.close()
+    finished = [traces[seed] for seed in seeds if seed in traces]
+    write_report(args.out, finished, budgets, setup, command=command_of(args), planned=len(seeds))
+    if interrupted:
+        console.print(
+            f"Interrupted after {len(finished)} of {len(seeds)} episodes. "
+            f"Continue with: {command_of(args)} --resume",
+            highlight=False,
+        )
+    page = (args.out / "index.html").resolve().as_uri()
+    console.print(f"Analysis: {page}", highlight=False, soft_wrap=True)
+    return INTERRUPTED if interrupted else 0
+
+
+def ways(
+    methods: Sequence[str], keeps: Sequence[str], *, layer: int, oracle: bool
+) -> dict[str, Way]:
+    """What is replayed, by name: each method at each budget, and VLA-Pruner's kinds of memory.
+
+    Raises:
+        ValueError: an unknown method, an impossible budget or layer, or one that is named twice.
+    """
+    if not methods or not keeps:
+        raise ValueError("name at least one method and one amount to keep")
+    if ALL_TOKENS in methods:
+        raise ValueError(f"--methods {ALL_TOKENS}: the full policy is always there; leave it out")
+    names = [Condition.parse(f"{m}@{keep}").name for keep, m in product(keeps, methods)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"need different methods and amounts, got {', '.join(names)}")
+    result: dict[str, Way] = {}
+    for keep in map(_keep, keeps):
+        for method in methods:
+            result[f"{method}@{keep}"] = build(method, keep=keep, layer=layer)
+        if "vla-pruner" in methods:
+            for rule in ("carry", "decay", "impute"):
+                way = build("vla-pruner", keep=keep, layer=layer, censored=rule)
+                result[f"vla-pruner ({rule})@{keep}"] = way
+        if oracle:
+            result[f"{ORACLE}@{keep}"] = Oracle(keep=keep, layer=layer)
+    return result
+
+
+def prepare_folder(out: Path, *, resume: bool) -> None:
+    """Make room for a new analysis, or make sure that there is one to continue.
+
+    An earlier analysis is set aside as `NAME.previous`.
+
+    Raises:
+        ValueError: `out` is a file, holds something else, or there is nothing to resume.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if resume:
+        if not (out / SETUP).exists():
+            raise ValueError(f"--resume: there is nothing to continue in {out}; leave it out")
+        return
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / SETUP).exists():
+        raise ValueError(f"--out {out} holds something that is no analysis; name another folder")
+    previous = out.with_name(out.name + ".previous")
+    if previous.exists():
+        if not (previous / SETUP).exists():
+            raise ValueError(f"{previous} is in the way; remove it or name another folder")
+        shutil.rmtree(previous)
+    out.rename(previous)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What to type to get the same analysis."""
+    words = ["vla-pruner", "analyze", "--policy", str(args.policy), "--methods", *args.methods]
+    words += ["--keep", *args.keep, "--layer", str(args.layer), "--episodes", str(args.episodes)]
+    words += ["--seed", str(args.seed), *(["--oracle"] if args.oracle else [])]
+    return shlex.join([*words, "--out", str(args.out)])
+
+
+def write_report(
+    out: Path,
+    traces: Sequence[Trace],
+    keeps: Sequence[float | int],
+    setup: Setup,
+    *,
+    command: str,
+    planned: int,
+) -> None:
+    """Write `index.html`, and `steps`, `overlaps`, `forecasts` and `agreement` as CSV."""
+    steps = step_rows(traces, keeps)
+    tables = {
+        "steps": steps,
+        "overlaps": overlap_rows(steps),
+        "forecasts": forecast_rows(traces, keeps),
+        "agreement": agreement_rows(traces, keeps),
+    }
+    for name, rows in tables.items():
+        write_text(out / f"{name}.csv", to_csv(rows))
+    environment = {name: value for name, value in stamp().items() if value is not None}
+    facts = {
+        "policy": f"{setup.policy}, weights {setup.weights}",
+        "scenes": ", ".join(str(one.seed) for one in traces) or "none",
+        "solved on all tokens": f"{sum(one.success for one in traces)} of {len(traces)}",
+        **environment,
+    }
+    cameras = setup.control.cameras
+    write_page(
+        out / "index.html",
+        traces,
+        tables,
+        cameras=cameras,
+        facts=facts,
+        command=command,
+        planned=planned,
+    )
+
+
+def _words(words: Sequence[str]) -> list[str]:
+    return [part for word in words for part in word.split(",") if part]
+
+
+def _keep(word: str) -> float | int:
+    keep = Condition.parse(f"fastv@{word}").keep
+    assert keep is not None
+    return keep
+
+
+def _file(out: Path, seed: int) -> Path:
+    return out / TRACES / f"{seed}.npz"
+
+
+def _stored(out: Path, seeds: Sequence[int]) -> dict[int, Trace]:
+    return {seed: Trace.load(_file(out, seed)) for seed in seeds if _file(out, seed).exists()}
+
+
+def _same_setup(path: Path, about: dict[str, Any]) -> None:
+    """Note how the episodes are run, or check that it is how they were.
+
+    Raises:
+        ValueError: another setup than before.
+    """
+    about = json.loads(json.dumps(about))
+    if not path.exists():
+        write_text(path, json.dumps(about, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
+    if found != about:
+        names = [name for name in about if found.get(name) != about[name]]
+        raise ValueError(
+            f"{path.parent} holds episodes of another {', '.join(names) or 'version'}; continue "
+            "with the same one, or choose another folder with --out"
+        )
