@@ -112,3 +112,11 @@ def test_nothing_may_be_left():
 def test_scores_that_do_not_exist_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ScoreSpec(**options)
+
+
+def test_a_method_that_cannot_choose_is_refused():
+    class Undecided(Method):
+        name = "undecided"
+
+    with pytest.raises(TypeError, match="Undecided has to define `choose` or `select`"):
+        Undecided()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,6 @@ class _Watch(Method):
         self.sink(evidence.layer, evidence.scores)
         batch, size = evidence.features.shape[:2]
         return torch.arange(size, device=evidence.features.device).expand(batch, size)
-
-    def choose(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError
 
 
 def received_attention(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -286,7 +285,7 @@ class HistorySpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method:
     """A pruning method: a few options, and `choose`.
 
     One that cuts once and ranks tokens overrides `choose`, and `semantic_rows` if it needs a score.
@@ -316,6 +315,8 @@ class Method(ABC):
     budget: Literal["global", "view"] = "global"
 
     def __post_init__(self) -> None:
+        if type(self).choose is Method.choose and type(self).select is Method.select:
+            raise TypeError(f"{type(self).__name__} has to define `choose` or `select`.")
         check_keep(self.keep)
         require_int("layer", self.layer, 1 if self.semantic_rows is not None else 0)
         require_choice("budget", self.budget, ("global", "view"))
@@ -390,7 +391,7 @@ class Method(ABC):
         """Whether this step of an episode runs on all tokens; default: the first `warmup` do."""
         return context.step < self.warmup
 
-    def check(self, config: Any, num_layers: int) -> None:  # noqa: B027 - optional
+    def check(self, config: Any, num_layers: int) -> None:
         """Refuse a model that the method was not made for, when it is attached.
 
         Args:
@@ -479,7 +480,6 @@ class Method(ABC):
             start += size
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
 
-    @abstractmethod
     def choose(
         self,
         features: Tensor,
@@ -492,6 +492,8 @@ class Method(ABC):
     ) -> Tensor:
         """Choose k of n tokens: those of one view, or of all views under a global budget.
 
+        `select` calls it; a method that overrides `select` need not define it.
+
         Args:
             features: `[B, n, D]`.
             semantic, forecast: `[B, n]` fp32; None where the method does not ask for them.
@@ -502,6 +504,7 @@ class Method(ABC):
         Returns:
             `[B, k]` int64, ascending.
         """
+        raise NotImplementedError(f"method {self.name!r} chooses by `select`, not by `choose`.")
 
     def _choose_within(self, evidence: Evidence, view: slice, size: int, k: int) -> Tensor:
         features = evidence.features[:, view]

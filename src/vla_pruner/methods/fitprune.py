@@ -128,16 +128,3 @@ class FitPrune(CalibratedMethod):
         if k == 0:
             return torch.empty(batch, 0, dtype=torch.int64, device=score.device)
         return top_k(score, k, valid=evidence.valid)
-
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """Never asked: `select` has two scores to look at."""
-        raise NotImplementedError

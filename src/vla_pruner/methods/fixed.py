@@ -80,19 +80,6 @@ class Fixed(Method):
         chosen = torch.tensor(self.sets, dtype=torch.int64, device=device)
         return chosen.expand(batch, -1)
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """Never asked: `select` knows the answer."""
-        raise NotImplementedError
-
 
 def _as_sets(indices: Sequence[int] | Sequence[Sequence[int]]) -> Sets:
     if isinstance(indices, (str, bytes)) or not isinstance(indices, Sequence):

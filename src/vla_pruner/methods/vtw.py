@@ -86,16 +86,3 @@ class VTW(CalibratedMethod):
         self._check(evidence)
         features = evidence.features
         return torch.empty(features.shape[0], 0, dtype=torch.int64, device=features.device)
-
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """Never asked: `select` leaves nothing to choose from."""
-        raise NotImplementedError
