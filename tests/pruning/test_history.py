@@ -103,9 +103,13 @@ def test_tokens_that_were_cut_are_remembered_as_the_rule_says(kind, censored, st
         visible = [m for m in range(5) if kept[0, m]]
         attention = sum(float(seen[0, m]) for m in visible)
         expected = sum(float(semantic[0, m]) for m in visible)
-        for m in range(5):
-            last = remembered[m][-1] if remembered[m] else 0.0
-            value = float(seen[0, m])
+        lasts = [values[-1] if values else 0.0 for values in remembered]
+        known = sum(lasts[m] for m in visible)
+        scale = 1.0
+        if censored in ("carry", "decay") and len(visible) < 5 and attention and known:
+            scale = known / attention
+        for m, last in enumerate(lasts):
+            value = float(seen[0, m]) * scale
             straight = False
             if m not in visible and censored != "zero":
                 if censored == "impute":
@@ -139,6 +143,18 @@ def test_imputed_scores_hold_as_much_as_was_seen():
         uncensor(seen, visible, "impute")
     with pytest.raises(ValueError, match="needs what was remembered"):
         uncensor(seen, visible, "carry")
+
+
+def test_what_a_cut_leaves_to_the_others_does_not_make_them_dearer():
+    """Attention that is the same but for a cut token is remembered as if nothing had been cut."""
+    exact = torch.tensor([[0.4, 0.1, 0.3, 0.2]])
+    visible = torch.tensor([[True, True, False, True]])
+    without = torch.where(visible, exact, 0.0)
+    seen = without / without.sum()
+    assert float(seen[0, 3]) > 0.2
+    torch.testing.assert_close(uncensor(seen, visible, "carry", remembered=exact), exact)
+    faded = uncensor(seen, visible, "decay", remembered=exact, fade=0.5)
+    torch.testing.assert_close(faded, torch.tensor([[0.4, 0.1, 0.15, 0.2]]))
 
 
 def test_without_a_cut_every_rule_is_the_papers():

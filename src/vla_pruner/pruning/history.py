@@ -90,13 +90,15 @@ def uncensor(
         rule: "zero": leave the zeros; "carry": the remembered score; "decay": that times `fade`;
             "impute": `c * semantic`, with c per row so that over the visible tokens `c * semantic`
             and `observed` have the same sum: tokens are taken to lose as much from prefill to
-            action as the visible ones do on average.
+            action as the visible ones do on average. A cut leaves its tokens' share of the softmax
+            to the others; for "carry" and "decay" a row with cut tokens is therefore multiplied so
+            that the visible ones have the sum that was remembered of them.
         remembered: `[B, M]`, what was remembered last, for "carry" and "decay".
         semantic: `[B, M]`, the prefill score of this step, for "impute".
         fade: factor of "decay", in [0, 1].
 
     Returns:
-        `[B, M]` fp32, equal to `observed` at visible tokens.
+        `[B, M]` fp32; at visible tokens `observed`, or in proportion to it.
 
     Raises:
         ValueError: a rule without what it needs.
@@ -109,12 +111,14 @@ def uncensor(
         what = "the prefill score" if rule == "impute" else "what was remembered"
         raise ValueError(f"censored={rule!r} needs {what} of each token; the method gives none.")
     source = source.float()
-    if rule == "decay":
-        source = source * fade
-    elif rule == "impute":
-        seen = torch.where(visible, observed, 0.0).sum(dim=1, keepdim=True)
-        expected = torch.where(visible, source, 0.0).sum(dim=1, keepdim=True)
+    seen = torch.where(visible, observed, 0.0).sum(dim=1, keepdim=True)
+    expected = torch.where(visible, source, 0.0).sum(dim=1, keepdim=True)
+    if rule == "impute":
         source = source * torch.where(expected > 0, seen / expected, 0.0)
+    else:
+        comparable = ~visible.all(dim=1, keepdim=True) & (seen > 0) & (expected > 0)
+        observed = observed * torch.where(comparable, expected / seen, 1.0)
+        source = source * fade if rule == "decay" else source
     return torch.where(visible, observed, source)
 
 
