@@ -13,7 +13,7 @@ from vla_pruner.pruning.history import decaying_window, ema_update, push, uncens
 @given(
     window=st.integers(1, 5),
     steps=st.integers(0, 8),
-    gamma=st.floats(0.0, 1.0),
+    gamma=st.floats(0.0, 1.0, exclude_min=True),
     seed=st.integers(0, 1000),
 )
 def test_the_window_is_equation_7(window, steps, gamma, seed):
@@ -26,6 +26,13 @@ def test_the_window_is_equation_7(window, steps, gamma, seed):
     for i in range(1, min(steps, window) + 1):
         expected += gamma**i * observed[steps - i]
     torch.testing.assert_close(got, expected)
+
+
+def test_without_decay_rate_the_newest_observation_decides():
+    history = torch.rand(2, 3, 4)
+    got = decaying_window(history, torch.tensor([3, 1]), gamma=0.0)
+    assert torch.equal(got, history[:, 0])
+    assert torch.equal(decaying_window(history, torch.tensor([0, 0]), gamma=0.0), torch.zeros(2, 4))
 
 
 def test_the_releases_weights_run_the_other_way():

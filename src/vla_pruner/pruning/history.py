@@ -24,6 +24,9 @@ def decaying_window(
 ) -> Tensor:
     """Weighted sum of the last w observations, `sum_i gamma^i S^(t-i)` (Eq. 7).
 
+    With gamma = 0 it is the newest observation: what the ranks tend to as gamma does (Fig. 10 has a
+    column for 0; the sum itself would be 0 everywhere).
+
     Args:
         history: `[B, w, M]`, newest first.
         count: `[B]`, how many entries of each row are real; the others are ignored, NaN or not.
@@ -41,6 +44,8 @@ def decaying_window(
     age = torch.arange(1, window + 1, device=history.device)
     count = count.to(history.device)[:, None]
     power = age.expand(count.shape[0], window) if newest_heaviest else count - age
+    if gamma == 0 and newest_heaviest:
+        power = power - 1  # 0 ** 0 is 1
     weight = torch.full_like(power, gamma, dtype=torch.float32).pow(power.clamp(min=0))
     if haste is not None:
         weight = weight * torch.exp(-haste.float().to(history.device)[:, None] * (age - 1))
