@@ -131,3 +131,15 @@ def test_impossible_requests_are_refused(policy: str, analysis: Path, tmp_path: 
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no analysis"):
         run(policy, tmp_path / "other")
+
+
+def test_methods_are_compared_with_the_oracle(policy: str, tmp_path: Path) -> None:
+    words = ["--episodes", "1", "--methods", "fastv", "--oracle", "--stride", "4"]
+    assert run(policy, tmp_path / "page", *words)[0] == 0
+    best = Trace.load(tmp_path / "page" / "traces" / "100.npz").replays["oracle@0.25"]
+    assert (best.kept.sum(axis=1) == 8).all()
+    (row,) = rows(tmp_path / "page", "agreement")
+    assert {row["a"], row["b"]} == {"fastv", "oracle"}
+    assert 0 <= float(row["mean"]) < 1
+    with pytest.raises(ValueError, match="another stride"):
+        run(policy, tmp_path / "page", *words[:-1], "2", "--resume")
