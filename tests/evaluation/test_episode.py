@@ -72,6 +72,17 @@ def test_calls_are_counted_by_the_formula_and_warm_up_is_marked(policy, session)
     assert all(call.latency_ms > 0 for call in calls)
 
 
+def test_a_gated_method_learns_how_far_the_hand_moved(policy):
+    """A call carries two steps out, of 0.01 m along each axis."""
+    with vp.prune(policy, "vla-adp", keep=0.5) as session:
+        told, motion = [], session.motion
+        session.motion = lambda value, episode: (told.append(value), motion(value, episode))
+        episode = run(policy, UNSOLVED, session=session)
+    assert told == pytest.approx([0.02 * 3**0.5] * len(told), rel=1e-5)
+    assert len(told) == len(episode.calls)
+    assert [call.warm_up for call in episode.calls][:3] == [True] * 3  # Three values decide.
+
+
 def test_the_baseline_is_timed_without_any_hook(policy):
     hooks = []
     original, decoder = policy.predict_action, policy.language_model.model

@@ -32,7 +32,7 @@ class Scene(Protocol):
         """Images uint8 `[H, W, 3]` by camera."""
 
     def proprio(self) -> np.ndarray:
-        """State of the robot, float32 `[P]`."""
+        """State of the robot, float32 `[P]`; the first three are its hand's position (m)."""
 
     def step(self, action: np.ndarray) -> None:
         """Apply one action `[dim]`."""
@@ -265,7 +265,8 @@ def rollout(
     """Let a policy act from the initial state of `seed` until it succeeds or the limit is reached.
 
     Without a session the model is timed untouched: not even a hook is attached. Its tokens are
-    counted in one extra, untimed call.
+    counted in one extra, untimed call. A method that decides by motion is told how far the hand got
+    between two calls.
 
     Args:
         policy: a `torch.nn.Module` whose `predict_action(images, instruction, proprio=None)` gives
@@ -279,6 +280,7 @@ def rollout(
         record: also keep images, kept tokens and scores.
     """
     instruction = str(scene.reset(seed, target)["instruction"])
+    reports_motion = session is not None and "motion" in session.method.needs
     if session is not None:
         session.reset()
         session.episodes([seed])
@@ -300,6 +302,7 @@ def rollout(
         calls.append(_describe_call(steps, latency_ms, report, meter))
         if recorder is not None:
             recorder.call(steps, report)
+        before = scene.proprio()[:3] if reports_motion else None
         for number, action in enumerate(np.atleast_2d(actions)[: control.execute]):
             if number > 0 and recorder is not None:
                 recorder.frame(scene.observe(control.cameras))
@@ -308,6 +311,8 @@ def rollout(
             done = scene.success()
             if done or steps >= step_limit:
                 break
+        if before is not None and session is not None:
+            session.motion(float(np.linalg.norm(scene.proprio()[:3] - before)), seed)
     recording = None
     if recorder is not None:
         recorder.frame(scene.observe(control.cameras))
