@@ -143,3 +143,16 @@ def test_methods_are_compared_with_the_oracle(policy: str, tmp_path: Path) -> No
     assert 0 <= float(row["mean"]) < 1
     with pytest.raises(ValueError, match="another stride"):
         run(policy, tmp_path / "page", *words[:-1], "2", "--resume")
+
+
+def test_agreement_is_drawn_as_a_square(analysis: Path) -> None:
+    text = (analysis / "index.html").read_text("utf-8")
+    square = re.search(r"<table class='square'>(.*?)</table>", text).group(1)
+    names = re.findall(r"<th scope='row'>(.*?)</th>", square)
+    assert names == re.findall(r"<th scope='col'>([^<]+)</th>", square)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", square)
+    assert len(cells) == len(names) ** 2
+    for row in rows(analysis, "agreement"):
+        a, b = names.index(row["a"]), names.index(row["b"])
+        expected = f"{float(row['mean']):.2f}"
+        assert cells[a * len(names) + b] == cells[b * len(names) + a] == expected

@@ -26,7 +26,8 @@ _STYLE = (
     "img{max-width:100%;display:block;margin:.4rem 0}.legend span{margin-right:1rem}"
     ".legend i{display:inline-block;width:.8rem;height:.2rem;margin-right:.3rem;"
     "vertical-align:middle}.scroll{overflow-x:auto}.notice{background:#fdf0d5;padding:.6rem}"
-    "pre{white-space:pre-wrap}dt{font-weight:600}"
+    "pre{white-space:pre-wrap}dt{font-weight:600}.square{font-size:.75rem}"
+    ".square td{text-align:center}"
     "@media(prefers-color-scheme:dark){body{color:#dfe6ee;background:#12181f}"
     ".notice{background:#4a3710}}"
 )
@@ -145,9 +146,27 @@ def _agreement(rows: Rows) -> list[str]:
         "<h2>Agreement of the methods</h2>",
         "<p>Jaccard index of the sets that two methods keep of the same images: 1, the same; 0, "
         "nothing in common; two random sets of a share p of the patches have about p / (2 - p). "
-        "Only calls that both prune.</p>",
-        _table(("keep", "a", "b", "mean", "lowest", "highest", "calls"), rows),
+        "Only calls that both prune; agreement.csv also has the lowest and highest episode.</p>",
+        *(_matrix(keep, rows) for keep in dict.fromkeys(row["keep"] for row in rows)),
     ]
+
+
+def _matrix(keep: Any, rows: Rows) -> str:
+    """Means of one budget as a square, shaded by their size; the diagonal is left empty."""
+    means = {(row["a"], row["b"]): row["mean"] for row in rows if row["keep"] == keep}
+    means |= {(b, a): mean for (a, b), mean in means.items()}
+    names = list(dict.fromkeys(name for name, _ in means))
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in ("", *names))
+    lines = []
+    for name in names:
+        cells = [f"<th scope='row'>{escape(name)}</th>"]
+        for other in names:
+            mean = means.get((name, other))
+            shade = f" style='background:rgb(56 132 255/{mean:.2f})'" if mean is not None else ""
+            cells.append(f"<td{shade}>{'' if mean is None else f'{mean:.2f}'}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table class='square'><tr>{head}</tr>{''.join(lines)}</table>"
+    return f"<h3>keep {keep}</h3><div class='scroll'>{table}</div>"
 
 
 def _pictures(traces: Sequence[Trace], cameras: Sequence[str]) -> list[str]:
