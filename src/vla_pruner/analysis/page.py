@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def _pictures(traces: Sequence[Trace], cameras: Sequence[str]) -> list[str]:
     """Strips of the first scene, then films, scene by scene, while there is room."""
     parts, left = ["<h2>Step by step</h2>"], PICTURE_BYTES
     for number, trace in enumerate(traces):
-        names = list(trace.replays)
+        names = _shown(trace.replays)
         panels = ["camera", "prefill score", "action score", *names]
         for camera, title in enumerate(cameras):
             made = [film(trace, camera, names)]
@@ -191,6 +191,12 @@ def _pictures(traces: Sequence[Trace], cameras: Sequence[str]) -> list[str]:
                 f"<p>From left to right: {escape(', '.join(panels))}.</p>{pictures}"
             )
     return parts
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    """The replays to draw: of the first budget, and of VLA-Pruner without the kinds of memory."""
+    plain = [name for name in names if "(" not in name]
+    return [name for name in plain if name.endswith("@" + plain[0].partition("@")[2])]
 
 
 def _table(columns: Sequence[str], rows: Rows) -> str:
