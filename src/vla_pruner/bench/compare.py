@@ -177,8 +177,9 @@ def compare(
     if compile_decoder:  # all variants compile the same function, each with its own modules
         torch._dynamo.config.recompile_limit = 16 * (1 + len(methods))
     variants = {FULL: _Variant(FULL, workload, None, device)}
+    depth = workload.policy.language_model.config.num_hidden_layers
     for method in methods:
-        name = f"{method.name} {method.keep}" if method.cuts(method.layer + 1) else method.name
+        name = f"{method.name} {method.keep}" if method.cuts(depth) else method.name
         variants[name] = _Variant(name, workload, method, device)
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)

@@ -114,6 +114,11 @@ class VLACache(Method):
         """Camera images, and the rows of the instruction."""
         return ("frame", "text")
 
+    @property
+    def warmup(self) -> int:
+        """The first step has nothing to recall."""
+        return 1
+
     def cuts(self, num_layers: int) -> tuple[int, ...]:
         """`layers`, or the source's at the same relative depth.
 

@@ -167,7 +167,9 @@ class Memories:
                 valid=layout.visual_valid,
             )
         )
-        knows = torch.tensor([memory is not None for memory in memories], device=reuse.counts.device)
+        knows = torch.tensor(
+            [memory is not None for memory in memories], device=reuse.counts.device
+        )
         return Recalled(tuple(memories), Reuse(reuse.order, reuse.counts * knows[:, None]))
 
     def close(self, ids: Sequence[Hashable], record: Record) -> None:

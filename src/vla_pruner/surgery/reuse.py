@@ -150,7 +150,9 @@ class _Store:
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Cache.update`."""
         key, value = self._exchange(key, value)
-        return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+        return (
+            (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
