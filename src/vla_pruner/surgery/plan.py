@@ -130,10 +130,10 @@ def _check_needs(method: Method, adapter: Adapter) -> None:
     if "frame" in method.needs and not adapter.gives_frames:
         raise ValueError(
             f"method {method.name!r} compares the images of two steps patch by patch, and "
-            f"{type(adapter).__name__} does not say that its visual tokens are patches of one image "
-            "per camera. If they are, name their places: adapter=vp.models.Decoder(layers=..., "
-            "visual=...), and call `session.frame(images)` before each call of the model; or use "
-            "another method."
+            f"{type(adapter).__name__} does not say that its visual tokens are patches of one "
+            "image per camera. If they are, name their places: "
+            "adapter=vp.models.Decoder(layers=..., visual=...), and call `session.frame(images)` "
+            "before each call of the model; or use another method."
         )
 
 

@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,14 @@ from vla_pruner.surgery.memory import Memories
 from vla_pruner.surgery.prompt import Mode, Places, Prompt, Stage
 from vla_pruner.surgery.report import StageReport, StepReport, report
 from vla_pruner.surgery.reuse import Reusing, fill_in
+from vla_pruner.surgery.undo import Attached
 
 __all__ = ["Session", "StageReport", "StepReport"]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class Session:
+class Session(Attached):
     """A pruning method attached to a model; made by `vp.prune`, used as a context manager or not.
 
     Every call of the model is a step of an episode. An episode lasts until `reset`. In a batch,
@@ -195,20 +195,11 @@ class Session:
 
     def remove(self) -> None:
         """Detach: the model is what it was before. Does nothing the second time."""
-        self._undo.close()
+        super().remove()
         self._by_cache.clear()
-        self._cut.prompt = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
+        self._cut.prompt = self._frames = None
+        if self._memories is not None:
+            self._memories.reset()
 
     def __repr__(self) -> str:
         state = "attached" if self.decoder in _attached else "removed"
