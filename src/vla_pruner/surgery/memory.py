@@ -109,7 +109,12 @@ class Memories:
                 self._known.pop(name, None)
 
     def open(
-        self, frames: Tensor | None, layout: Layout, batch: int, length: int, kwargs: Mapping
+        self,
+        frames: Tensor | None,
+        layout: Layout,
+        batch: int,
+        length: int,
+        kwargs: Mapping[str, Any],
     ) -> Record:
         """The record of a prefill of `batch` rows and `length` tokens that begins.
 
@@ -178,7 +183,7 @@ class Memories:
             if name not in ids[:row]:
                 self._known[name] = record.row(row)
 
-    def _or(self, memory: Memory | None, record: Record) -> tuple[Any, Any, Any]:
+    def _or(self, memory: Memory | None, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Patches, relevance and entropy of a row; zeros for one that recalls nothing."""
         if memory is not None:
             return memory.patches, memory.relevance, memory.entropy

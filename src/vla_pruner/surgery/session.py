@@ -17,7 +17,7 @@ from vla_pruner.surgery.arguments import take
 from vla_pruner.surgery.cut import Cut
 from vla_pruner.surgery.episode import Episodes, Step
 from vla_pruner.surgery.layout import Adapter, Layout
-from vla_pruner.surgery.memory import Memories
+from vla_pruner.surgery.memory import Memories, Recalled, Record
 from vla_pruner.surgery.prompt import Mode, Places, Prompt, Stage
 from vla_pruner.surgery.report import StageReport, StepReport, report
 from vla_pruner.surgery.reuse import Reusing, fill_in
@@ -299,12 +299,14 @@ class Session(Attached):
 
         ids = self._row_ids(batch)
         full = self._episodes.begin(ids, self._features(layout, inputs))
-        record = recalled = None
+        record: Record | None = None
+        recalled: Recalled | None = None
         if self._memories is not None:
             record = self._memories.open(frames, layout, batch, length, kwargs)
             recalled = self._memories.recall(ids, record, layout, [not row for row in full])
-            known = (None,) * batch if recalled is None else recalled.memories
-            full = tuple(memory is None for memory in known)
+            full = (True,) * batch
+            if recalled is not None:
+                full = tuple(memory is None for memory in recalled.memories)
         mode: Mode = self.mode
         if not self._plan.cuts or all(full):
             mode = "full"
