@@ -157,3 +157,12 @@ def test_bench_on_a_gpu_eager_and_compiled(oft_folder: Path, tmp_path: Path) -> 
         values = json.loads(out.read_text())
         assert values["environment"]["gpu"]
         assert all(row["memory_mb"] > 0 for row in values["rows"])
+
+
+def test_a_method_with_several_cuts_and_keys_of_the_last_step(openvla_folder: Path) -> None:
+    """The same image at every step: what is reused costs no projection, but every key is seen."""
+    job = workload(openvla_folder)
+    row = compare(job, [build("vla-cache", keep=0.5)], repeats=1).rows[1]
+    assert row.name == "vla-cache 0.5" and row.visual < job.visual
+    least = pruned_prefill_flops(job.tokens, job.visual, row.visual, cut_layer=1, **SIZES)
+    assert least < row.flops < prefill_flops(job.tokens, **SIZES)

@@ -127,13 +127,11 @@ def test_every_step_of_the_history_weighs_the_same():
     torch.testing.assert_close(spec.forecast(history, count), expected)
 
 
-def test_choose_takes_the_largest_of_both():
+def test_the_largest_of_both_stay():
     given_evidence = evidence(4, 20)
     p = given_evidence.semantic / given_evidence.semantic.sum()
     a = given_evidence.forecast / given_evidence.forecast.sum()
-    kept = build("pact").choose(
-        given_evidence.features, given_evidence.semantic, given_evidence.forecast, 6
-    )
+    kept = build("pact", keep=6, levels=()).select(given_evidence)
     assert set(kept[0].tolist()) == set(torch.maximum(p, a)[0].topk(6).indices.tolist())
 
 

@@ -177,8 +177,9 @@ def compare(
     if compile_decoder:  # all variants compile the same function, each with its own modules
         torch._dynamo.config.recompile_limit = 16 * (1 + len(methods))
     variants = {FULL: _Variant(FULL, workload, None, device)}
+    depth = workload.policy.language_model.config.num_hidden_layers
     for method in methods:
-        name = f"{method.name} {method.keep}" if method.cuts(method.layer + 1) else method.name
+        name = f"{method.name} {method.keep}" if method.cuts(depth) else method.name
         variants[name] = _Variant(name, workload, method, device)
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)
@@ -216,12 +217,14 @@ def _row(variant: _Variant, full: _Variant) -> Row:
     workload, text = variant.workload, variant.workload.policy.language_model.config
     tokens, visual, layers = workload.tokens, workload.visual, text.num_hidden_layers
     kept, per_layer = visual, (tokens,) * layers
+    keys = per_layer
     if variant.session is not None and variant.session.last is not None:
         kept = variant.session.last.visual_kept
         per_layer = variant.session.last.tokens_per_layer
+        keys = variant.session.last.keys_per_layer
     hidden, ffn = text.hidden_size, text.intermediate_size
     unpruned = prefill_flops(tokens, layers=layers, hidden=hidden, ffn=ffn)
-    flops = layered_prefill_flops(per_layer, hidden=hidden, ffn=ffn)
+    flops = layered_prefill_flops(per_layer, keys_per_layer=keys, hidden=hidden, ffn=ffn)
     bound = unpruned / flops
     speedup = _paired(full.prefill_ms, variant.prefill_ms)
     prefill = Spread.of(variant.prefill_ms)

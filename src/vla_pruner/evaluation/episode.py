@@ -347,7 +347,8 @@ def _describe_call(step: int, latency_ms: float, report: StepReport, session: Se
     sizes = {"hidden": config.hidden_size, "ffn": config.intermediate_size}
     tokens, visual, kept = report.tokens_full, report.visual_full, report.visual_kept
     full_macs = prefill_flops(tokens, layers=config.num_hidden_layers, **sizes)
-    macs = layered_prefill_flops(report.tokens_per_layer, **sizes)
+    keys = report.keys_per_layer
+    macs = layered_prefill_flops(report.tokens_per_layer, keys_per_layer=keys, **sizes)
     return Call(
         step=step,
         latency_ms=latency_ms,

@@ -24,8 +24,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from vla_pruner.models.openvla import OpenVLAOFT
 from vla_pruner.pruning.budget import Budget
 from vla_pruner.surgery.layout import Layout
 from vla_pruner.surgery.session import Session, StepReport
+from vla_pruner.surgery.undo import Attached
 
 Direction = Literal["forward", "backward"]
 Measure = Literal["actions", "logits"]
@@ -149,10 +149,10 @@ class Oracle:
         return Found(kept, divergence, bench.measure, tuple(trace), evaluated)
 
 
-class Bench:
+class Bench(Attached):
     """One observation, ready to be asked what any set of visual tokens would have done.
 
-    Until `close`, the layers before the cut do not run: they give what they gave.
+    Until `remove`, the layers before the cut do not run: they give what they gave.
 
     Args:
         model: a policy without a session.
@@ -208,21 +208,6 @@ class Bench:
         full, pruned = self._full.log_softmax(dim=-1), found.log_softmax(dim=-1)
         return (full.exp() * (full - pruned)).sum(dim=-1).flatten(1).mean(dim=1).tolist()
 
-    def close(self) -> None:
-        """Let the layers run again."""
-        self._undo.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @torch.no_grad()
     def _forward(self, batch: int) -> Tensor:
         """Final hidden states `[batch, R, D]` of the action rows."""
@@ -255,7 +240,7 @@ class Bench:
             layer.forward = passes_on
 
 
-class OracleSession:
+class OracleSession(Attached):
     """A policy each of whose calls is searched first: what `rollout` takes for a session.
 
     Args:
@@ -315,21 +300,6 @@ class OracleSession:
 
     def episodes(self, ids: Sequence[Hashable] | None) -> None:
         """Nothing is remembered of episodes."""
-
-    def remove(self) -> None:
-        """Give the policy its own `predict_action` back."""
-        self._undo.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 class _Known(Adapter):

@@ -27,8 +27,10 @@ from vla_pruner.methods.holov import HoloV
 from vla_pruner.methods.none import NoPruning
 from vla_pruner.methods.pact import PACT
 from vla_pruner.methods.random import Random
+from vla_pruner.methods.recall import Recall, Reuse
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
+from vla_pruner.methods.vla_cache import VLACache
 from vla_pruner.methods.vla_pruner import VLAPruner
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
 from vla_pruner.methods.vtw import VTW
@@ -38,6 +40,8 @@ __all__ = [
     "Evidence",
     "HistorySpec",
     "Method",
+    "Recall",
+    "Reuse",
     "ScoreSpec",
     "StepContext",
     "build",
@@ -55,6 +59,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
     SparseVLMRelease,
     DivPrune,
     HoloV,
+    VLACache,
     VLAADP,
     PACT,
     EfficientVLA,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.methods.recall import Recall, Reuse
 from vla_pruner.pruning.budget import Budget, check_keep
 from vla_pruner.pruning.history import Censored, decaying_window, ema_update, push, uncensor
 
@@ -315,8 +316,8 @@ class Method:
     budget: Literal["global", "view"] = "global"
 
     def __post_init__(self) -> None:
-        if type(self).choose is Method.choose and type(self).select is Method.select:
-            raise TypeError(f"{type(self).__name__} has to define `choose` or `select`.")
+        if all(getattr(type(self), n) is getattr(Method, n) for n in ("choose", "select", "reuse")):
+            raise TypeError(f"{type(self).__name__} has to define `choose`, `select` or `reuse`.")
         check_keep(self.keep)
         require_int("layer", self.layer, 1 if self.semantic_rows is not None else 0)
         require_choice("budget", self.budget, ("global", "view"))
@@ -347,7 +348,8 @@ class Method:
     @property
     def needs(self) -> tuple[str, ...]:
         """What a model or its caller must give: "text" (which rows hold the instruction), "motion"
-        (`session.motion`), "frame" (camera images). A model that cannot is refused."""
+        (`session.motion`), "frame" (camera images, from the model or `session.frame`). A model that
+        cannot is refused."""
         return ()
 
     @property
@@ -414,6 +416,15 @@ class Method:
                 f"use at most {num_layers - 1}."
             )
         return (self.layer,)
+
+    def recalled_layer(self, num_layers: int) -> int | None:
+        """For methods that define `reuse`: the layer whose text attention the next step recalls.
+
+        None, the default: tokens that are cut are gone for all later layers. With a layer, they
+        leave the hidden states alone: their keys and values of the episode's last step stay visible
+        to all. `reuse` then decides instead of `select`, and an episode's first step is full.
+        """
+        return None
 
     # What it decides.
 
@@ -505,6 +516,10 @@ class Method:
             `[B, k]` int64, ascending.
         """
         raise NotImplementedError(f"method {self.name!r} chooses by `select`, not by `choose`.")
+
+    def reuse(self, recall: Recall) -> Reuse:
+        """Tokens whose keys and values of the last step are used again; see `recalled_layer`."""
+        raise NotImplementedError(f"method {self.name!r} reuses nothing.")
 
     def _choose_within(self, evidence: Evidence, view: slice, size: int, k: int) -> Tensor:
         features = evidence.features[:, view]

@@ -110,19 +110,6 @@ class PACT(Method):
         level = covering_level(p, a, counts, theta)
         return top_k(torch.maximum(p, a), counts[int(level.max())], valid=evidence.valid)
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """The k tokens with the largest of both scores: `[B, k]`, ascending."""
-        return top_k(torch.maximum(*self._scores(semantic, forecast, valid)), k, valid=valid)
-
     def _scores(
         self, semantic: Tensor | None, forecast: Tensor | None, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,15 @@ class Decoder(Adapter):
             prefill's rows (counting from the end is safest).
         views: visual tokens of each camera; None: one camera.
 
+    Methods that compare camera images get them from `session.frame`, and take the visual tokens of
+    a camera for the patches of its image, row by row.
+
     Raises:
         TypeError, ValueError: `visual`, `views` or `action_rows` does not make sense, or the model
             has no such `layers`.
     """
+
+    gives_frames = True
 
     def __init__(
         self,

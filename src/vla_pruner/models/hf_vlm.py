@@ -37,6 +37,8 @@ class ImageTokenVLM(Adapter):
         self.image_token_id = int(found)
         deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
         self.earliest_cut = len(deep or ())
+        # Where images are shown in tiles, a token is no patch of the whole image.
+        self.gives_frames = not hasattr(config, "scale_factor")
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
 

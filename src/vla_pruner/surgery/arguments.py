@@ -55,6 +55,35 @@ def shifted(
     return shifted
 
 
+def queried(
+    kwargs: Mapping[str, Any], positions: Tensor, length: int, mask: Tensor
+) -> dict[str, Any]:
+    """Prefill arguments of n tokens that are computed and still see the keys of all `length`.
+
+    Args:
+        kwargs: what the layers get.
+        positions: P.
+        length: of the prefill.
+        mask: `[B|1, 1|H, length|1, N]`.
+    """
+    if mask.ndim != 4:
+        raise NotImplementedError(
+            "using keys of the last step again needs a mask that says what each query sees; got "
+            f'{tuple(mask.shape)}. Load the model with attn_implementation="sdpa" or "eager".'
+        )
+    if mask.shape[2] == length:
+        mask = take(mask, positions, dim=2)
+    found: dict[str, Any] = {"attention_mask": mask}
+    rotary = kwargs.get("position_embeddings")
+    if rotary is not None:
+        found["position_embeddings"] = tuple(take_rotary(table, positions) for table in rotary)
+    if kwargs.get("position_ids") is not None:
+        # As in `shortened`: with rotary tables at hand, ids with gaps only mislead.
+        ids = kwargs["position_ids"]
+        found["position_ids"] = None if rotary is not None else take(ids, positions, dim=-1)
+    return found
+
+
 def with_gap(mask: Tensor, positions: Tensor, length: int) -> Tensor:
     """Decode mask of a cache that holds n tokens, then dead slots up to `length`, then the rest."""
     n = positions.shape[1]

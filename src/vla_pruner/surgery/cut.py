@@ -100,7 +100,7 @@ class Cut:
         prompt = self.prompt
         if prompt is None or self.phase != "prefill" or prompt.given is not None:
             return
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_states(args, kwargs)
         needs_voters = any(r.spec.rows == "voters" for r in self.plan.readings)
         if prompt.mode == "full" and not needs_voters:
             return
@@ -120,7 +120,7 @@ class Cut:
         if prompt is None:
             return None
         number = self.plan.stage(index)
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_states(args, kwargs)
         cuts_here = index in self.plan.cuts
         if self.phase == "prefill":
             if cuts_here:
@@ -154,7 +154,7 @@ class Cut:
         prompt, cache = self.prompt, kwargs.get("past_key_values")
         if prompt is None or self.phase != "prefill" or prompt.mode != "drop" or cache is None:
             return
-        n, batch = prompt.length_at(1), _hidden(args, kwargs).shape[0]
+        n, batch = prompt.length_at(1), hidden_states(args, kwargs).shape[0]
         if n == prompt.length:
             return
         held = cache.layers[0]
@@ -346,9 +346,15 @@ class Cut:
             )
         return arguments.hiding(mask, present)
 
-    def _implied_mask(self, number: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """What attention does when it gets no mask, as a mask `[1, 1, Q, N]`."""
-        queries, cache = hidden.shape[1], kwargs.get("past_key_values")
+    def _implied_mask(
+        self, number: int, hidden: Tensor, kwargs: Mapping[str, Any], queries: int | None = None
+    ) -> Tensor:
+        """What attention does when it gets no mask, as a mask `[1, 1, Q, N]`.
+
+        Q is the length of `hidden`, or `queries`.
+        """
+        queries = hidden.shape[1] if queries is None else queries
+        cache = kwargs.get("past_key_values")
         index = self.plan.runs_in(number)
         if index is None:  # No layer will look at it.
             return torch.ones(1, 1, queries, queries, dtype=torch.bool, device=hidden.device)
@@ -424,7 +430,8 @@ class Cut:
         return bool(getattr(attention, "is_causal", True) if causal is None else causal)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, [B, n, D]."""
     return args[0] if args else kwargs["hidden_states"]
 
 

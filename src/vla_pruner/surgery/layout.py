@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -51,7 +51,8 @@ class Adapter(ABC):
     """First layer before which tokens may be cut: not before the last that gets image features."""
 
     gives_frames: bool = False
-    """Whether the camera images of a step can be had, for methods that compare them."""
+    """Whether the camera images of two steps can be compared, token by token: the visual tokens of
+    a camera are the patches of its image, row by row. See `send_frames`."""
 
     def bind(self, model: nn.Module) -> None:  # noqa: B027 - optional
         """Find `decoder` in `model`. `vp.prune` calls it once, before anything else."""
@@ -105,6 +106,13 @@ class Adapter(ABC):
 
     def attach(self, undo: ExitStack) -> None:  # noqa: B027 - optional
         """Listen to other modules if need be; whatever is done is undone by what goes on `undo`."""
+
+    def send_frames(self, take: Callable[[Tensor], None], undo: ExitStack) -> None:  # noqa: B027
+        """Call `take` with the camera images of each call, before the decoder runs.
+
+        `[B, cameras, 3, H, W]`, raw colours from 0 up, as the vision tower sees them. The default
+        does nothing: the caller then hands them over with `session.frame(images)`.
+        """
 
     def describe(self) -> str:
         """One line for people."""

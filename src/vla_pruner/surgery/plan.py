@@ -43,6 +43,7 @@ class Plan:
         asked: for each cut, the reading behind each name that the method uses.
         action_layers: layers whose action attention is watched.
         needs_text: whether the layout has to say which rows are text.
+        recalls: whether tokens that are cut keep the keys and values of the last step.
     """
 
     depth: int
@@ -52,6 +53,7 @@ class Plan:
     asked: tuple[Mapping[str, int], ...]
     action_layers: tuple[int, ...]
     needs_text: bool
+    recalls: bool
 
     def stage(self, layer: int) -> int:
         """Cuts that have happened when `layer` runs."""
@@ -114,6 +116,7 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
         asked=tuple(asked),
         action_layers=_action_layers(history, depth, skipped),
         needs_text=text or "text" in method.needs,
+        recalls=method.recalled_layer(depth) is not None,
     )
 
 
@@ -126,8 +129,11 @@ def _check_needs(method: Method, adapter: Adapter) -> None:
             )
     if "frame" in method.needs and not adapter.gives_frames:
         raise ValueError(
-            f"method {method.name!r} compares camera images, which {type(adapter).__name__} does "
-            "not see; use a model whose adapter sets `gives_frames`, or another method."
+            f"method {method.name!r} compares the images of two steps patch by patch, and "
+            f"{type(adapter).__name__} does not say that its visual tokens are patches of one "
+            "image per camera. If they are, name their places: "
+            "adapter=vp.models.Decoder(layers=..., visual=...), and call `session.frame(images)` "
+            "before each call of the model; or use another method."
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vla_pruner.methods.base import Choice
 from vla_pruner.surgery.layout import Layout
+from vla_pruner.surgery.memory import Recalled, Record
 
 Mode = Literal["full", "drop", "mask"]
 """What happens to tokens that are not kept: nothing, they are removed, or nobody sees them."""
@@ -87,6 +88,8 @@ class Stage:
     """[B, m] the choice that led here, among the tokens of the stage before."""
     merge: Tensor | None = None
     """[B, m, m'] how hidden states were joined on the way, m' tokens before."""
+    reused: Tensor | None = None
+    """[B, M] bool, tokens whose keys and values are those of the last step in these layers."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of these layers in this pass."""
 
@@ -124,6 +127,10 @@ class Prompt:
     given: tuple[Choice, ...] | None = None
     """Choices made earlier, one per cut; None: this pass decides."""
 
+    record: Record | None = None
+    """What the next step will know of this one, while it is collected."""
+    recalled: Recalled | None = None
+    """What this step uses of the last one; None: nothing."""
     features: Tensor | None = None
     """[B, M, D] visual tokens entering layer 0, until the last choice is made."""
     text: Tensor | None = None

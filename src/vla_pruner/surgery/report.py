@@ -11,6 +11,7 @@ from torch import Tensor
 from vla_pruner.pruning.selection import top_k
 from vla_pruner.surgery.episode import Step
 from vla_pruner.surgery.plan import Plan
+from vla_pruner.surgery.prompt import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,12 @@ class StepReport:
         visual_valid: `[B, M]` bool, False for the tokens of missing cameras; None: none is missing.
         tokens_per_layer: tokens of the sequence that each decoder layer computed; 0: skipped.
         stages: what each cut left; empty where nothing was cut.
+        keys_per_layer: keys that each layer's attention saw; more than it computed where keys of
+            the last step are used again.
+        reused: `[B, T]` int64, visual tokens whose keys and values of the last step were used in
+            each layer; None where the method reuses none.
+
+    Where keys are used again, a token that is "kept" is one that was computed in this step.
     """
 
     episodes: tuple[Hashable, ...]
@@ -68,6 +75,8 @@ class StepReport:
     visual_valid: Tensor | None = None
     tokens_per_layer: tuple[int, ...] = ()
     stages: tuple[StageReport, ...] = ()
+    keys_per_layer: tuple[int, ...] = ()
+    reused: Tensor | None = None
 
     @property
     def kept_indices(self) -> Tensor:
@@ -128,10 +137,14 @@ def report(step: Step, plan: Plan, *, per_view: bool) -> StepReport:
     for layer, stage in zip(plan.cuts, prompt.stages[1:], strict=False):
         if prompt.mode != "full" and stage.tokens is not None:
             mask = torch.zeros_like(mask).scatter(1, stage.tokens, True) | warm_up[:, None]
+            mask = mask if stage.reused is None else ~stage.reused
             stages.append(StageReport(layer, mask))
     kept = tuple(tuple(view.nonzero()[:, 0] for view in row.split(list(views))) for row in mask)
     lengths = [prompt.length_at(number) for number in range(len(prompt.stages))]
     semantic = plan.asked[0].get("semantic") if plan.asked else None
+    computed = tuple(
+        0 if layer in plan.skipped else lengths[plan.stage(layer)] for layer in range(plan.depth)
+    )
     return StepReport(
         episodes=step.ids,
         steps=step.numbers,
@@ -148,9 +161,15 @@ def report(step: Step, plan: Plan, *, per_view: bool) -> StepReport:
         visual_kept=visual - (prompt.length - lengths[-1]),
         per_view=per_view,
         visual_valid=prompt.layout.visual_valid,
-        tokens_per_layer=tuple(
-            0 if layer in plan.skipped else lengths[plan.stage(layer)]
-            for layer in range(plan.depth)
-        ),
+        tokens_per_layer=computed,
         stages=tuple(stages),
+        keys_per_layer=(prompt.length,) * plan.depth if plan.recalls else computed,
+        reused=_reused(prompt, plan, batch) if plan.recalls else None,
     )
+
+
+def _reused(prompt: Prompt, plan: Plan, batch: int) -> Tensor:
+    """`[B, T]` tokens of each row that are recalled in each layer."""
+    nothing = torch.zeros(batch, dtype=torch.int64, device=prompt.layout.visual.device)
+    counts = [nothing if s.reused is None else s.reused.sum(dim=1) for s in prompt.stages]
+    return torch.stack([counts[plan.stage(layer)] for layer in range(plan.depth)], dim=1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,18 @@ from vla_pruner.surgery.arguments import take
 from vla_pruner.surgery.cut import Cut
 from vla_pruner.surgery.episode import Episodes, Step
 from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.surgery.memory import Memories, Recalled, Record
 from vla_pruner.surgery.prompt import Mode, Places, Prompt, Stage
 from vla_pruner.surgery.report import StageReport, StepReport, report
+from vla_pruner.surgery.reuse import Reusing, fill_in
+from vla_pruner.surgery.undo import Attached
 
 __all__ = ["Session", "StageReport", "StepReport"]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class Session:
+class Session(Attached):
     """A pruning method attached to a model; made by `vp.prune`, used as a context manager or not.
 
     Every call of the model is a step of an episode. An episode lasts until `reset`. In a batch,
@@ -61,9 +63,12 @@ class Session:
         self.method = method
         self.adapter = adapter
         self.mode: Literal["drop", "mask"] = mode
-        self._cut = Cut(adapter, method)
+        recalls = method.recalled_layer(len(adapter.layers)) is not None
+        self._cut = Reusing(adapter, method) if recalls else Cut(adapter, method)
         self._plan = self._cut.plan
         self._episodes = Episodes(method, self._plan)
+        self._memories = Memories(method, self._plan) if recalls else None
+        self._frames: Tensor | None = None
         self._ids: tuple[Hashable, ...] | None = None
         self._copies = 1
         self._latest: Step | None = None
@@ -80,6 +85,8 @@ class Session:
             self._undo.callback(_attached.discard, self.decoder)
             _attached.add(self.decoder)
             adapter.attach(self._undo)
+            if "frame" in method.needs:
+                adapter.send_frames(self.frame, self._undo)
             self._cut.attach(self._undo)
             self._undo.callback(
                 self.decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove
@@ -93,7 +100,10 @@ class Session:
     # ------------------------------------------------------------------ for callers
     def reset(self, episodes: Iterable[Hashable] | None = None) -> None:
         """Start new episodes: forget what was seen in these (ids), or in all of them."""
-        self._episodes.reset(episodes)
+        names = None if episodes is None else tuple(episodes)
+        self._episodes.reset(names)
+        if self._memories is not None:
+            self._memories.reset(names)
 
     def episodes(self, ids: Sequence[Hashable] | None) -> None:
         """Say which episode each row of the next calls belongs to; None: row i is episode i.
@@ -122,6 +132,27 @@ class Session:
                 )
             (episode,) = names
         self._episodes.motion(value, episode)
+
+    def frame(self, images: Tensor) -> None:
+        """Hand over the camera images of the next call, to methods that compare them.
+
+        Models whose adapter sends them itself (OpenVLA, OpenVLA-OFT) do not need it.
+
+        Args:
+            images: `[B, cameras, 3, H, W]`, or `[B, 3, H, W]` of one camera: raw colours from 0 up,
+                not normalised, after the policy's own crop and resize.
+
+        Raises:
+            ValueError: another shape, or a value that is not finite.
+        """
+        if images.ndim == 4:
+            images = images[:, None]
+        if images.ndim != 5 or images.shape[2] != 3 or not bool(images.isfinite().all()):
+            raise ValueError(
+                "`images` must be [B, cameras, 3, H, W] or [B, 3, H, W] and finite; got "
+                f"{tuple(images.shape)}."
+            )
+        self._frames = images
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -164,20 +195,11 @@ class Session:
 
     def remove(self) -> None:
         """Detach: the model is what it was before. Does nothing the second time."""
-        self._undo.close()
+        super().remove()
         self._by_cache.clear()
-        self._cut.prompt = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
+        self._cut.prompt = self._frames = None
+        if self._memories is not None:
+            self._memories.reset()
 
     def __repr__(self) -> str:
         state = "attached" if self.decoder in _attached else "removed"
@@ -198,7 +220,7 @@ class Session:
         if length > 1 and _is_empty(cache):
             cut.phase = "prefill"
             layout = self.adapter.layout(inputs, kwargs)
-            step = None if layout is None else self._start(layout, inputs, batch, length)
+            step = None if layout is None else self._start(layout, inputs, kwargs)
             if cache is not None:
                 self._remember(cache, step)
         else:
@@ -241,11 +263,18 @@ class Session:
             elif cut.phase == "decode":
                 rows = self._queries
             step.add(prompt.observed, rows)
+        if self._memories is not None and prompt.record is not None:
+            self._memories.close(step.ids, prompt.record)
+            prompt.record = None
+            if not self._in_step:
+                prompt.recalled = None
         prompt.finish_pass(own=self._compiled and cut.phase == "prefill")
 
     # ------------------------------------------------------------------ steps
-    def _start(self, layout: Layout, inputs: Tensor, batch: int, length: int) -> Step:
+    def _start(self, layout: Layout, inputs: Tensor, kwargs: Mapping[str, Any]) -> Step:
         """A prefill begins: finish the step before, and find out who prunes."""
+        batch, length = inputs.shape[:2]
+        frames, self._frames = self._frames, None
         places = self._places(layout, batch, length)
         counts = self._counts(layout)
         stages = self._stages(layout, places, counts)
@@ -264,14 +293,24 @@ class Session:
                 given=first.choices,
                 scores=first.scores,
             )
+            if first.recalled is not None:
+                fill_in(previous.prompt, first.recalled, batch, drop=first.mode == "drop")
             return previous
 
         ids = self._row_ids(batch)
         full = self._episodes.begin(ids, self._features(layout, inputs))
+        record: Record | None = None
+        recalled: Recalled | None = None
+        if self._memories is not None:
+            record = self._memories.open(frames, layout, batch, length, kwargs)
+            recalled = self._memories.recall(ids, record, layout, [not row for row in full])
+            full = (True,) * batch
+            if recalled is not None:
+                full = tuple(memory is None for memory in recalled.memories)
         mode: Mode = self.mode
         if not self._plan.cuts or all(full):
             mode = "full"
-        elif any(full):
+        elif any(full) and recalled is None:
             mode = "mask"
         prompt = Prompt(layout, length, mode, places, stages, counts)
         device = layout.visual.device
@@ -280,6 +319,9 @@ class Session:
             prompt.seeds = self._episodes.seeds(ids, device)
         if mode == "mask" and any(full):
             prompt.full_rows = torch.tensor(full, device=device)
+        prompt.record = record
+        if recalled is not None:
+            fill_in(prompt, recalled, batch, drop=mode == "drop")
         if len(set(ids)) < batch:
             prompt.leader = torch.tensor([ids.index(name) for name in ids], device=device)
         numbers = self._episodes.numbers(ids)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_pruner.surgery.layout import Adapter, Layout, text_behind
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
+from .processing import colours
 
 
 class OpenVLAAdapter(Adapter):
@@ -21,7 +23,10 @@ class OpenVLAAdapter(Adapter):
     rows that feed the head.
     """
 
+    gives_frames = True
+
     def __init__(self, model: OpenVLA) -> None:
+        self.model = model
         self.decoder = model.language_model.model
         self.views = model.config.views
         config = model.config
@@ -32,6 +37,19 @@ class OpenVLAAdapter(Adapter):
             self.robot_state = int(config.proprio_dim is not None)
             self.behind_text = config.slots + 1
         self._unpadded: dict[tuple[torch.device, int], Layout] = {}
+
+    def send_frames(self, take: Callable[[Tensor], None], undo: ExitStack) -> None:
+        """The images that enter the vision towers, in colours 0..255, as the first tower gets them.
+
+        Exact up to rounding in fp32; in bf16 colours are off by one or two.
+        """
+        backbone, tower = self.model.vision_backbone, self.model.config.towers[0]
+
+        def send(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            pixels = args[0] if args else kwargs["pixel_values"]
+            take(colours(pixels, tower))
+
+        undo.callback(backbone.register_forward_pre_hook(send, with_kwargs=True).remove)
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """Layout of embeddings [B, S, D]; None for token ids (a decode step) and short passes."""

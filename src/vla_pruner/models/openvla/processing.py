@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import OpenVLAConfig, OpenVLAOFTConfig
+from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 CROP_AREA = 0.9
@@ -138,6 +138,17 @@ def normalise_pixels(images: Tensor, config: OpenVLAConfig) -> Tensor:
         std = torch.tensor(tower.std, device=x.device).view(3, 1, 1)
         per_tower.append((x - mean) / std)
     return torch.cat(per_tower, dim=2).flatten(1, 2)
+
+
+def colours(pixel_values: Tensor, tower: TowerConfig) -> Tensor:
+    """Undo `normalise_pixels`: [B, 6 * cameras, H, W] to fp32 [B, cameras, 3, H, W] in 0..255.
+
+    `tower` is the first of the two, whose channels are read.
+    """
+    pixels = pixel_values.detach().float().unflatten(1, (-1, 6))[:, :, :3]
+    mean = torch.tensor(tower.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(tower.std, device=pixels.device).view(3, 1, 1)
+    return ((pixels * std + mean) * 255).round().clamp(0, 255)
 
 
 # ---------------------------------------------------------------------- prompt
