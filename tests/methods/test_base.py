@@ -118,5 +118,5 @@ def test_a_method_that_cannot_choose_is_refused():
     class Undecided(Method):
         name = "undecided"
 
-    with pytest.raises(TypeError, match="Undecided has to define `choose` or `select`"):
+    with pytest.raises(TypeError, match="Undecided has to define `choose`, `select` or `reuse`"):
         Undecided()
