@@ -50,7 +50,8 @@ if complete "$root/assets"; then
 else
     new=$root/assets.part
     if [ -n "${LIBERO_ASSETS:-}" ]; then rm -rf "$new"; take_assets; else fetch_assets; fi
-    complete "$new" || die "$new lacks folders such as scenes or textures; these are not LIBERO's assets"
+    complete "$new" || { rm -rf "$new"
+        die "no LIBERO assets: folders such as scenes or textures are missing in ${LIBERO_ASSETS:-the download}"; }
     rm -rf "$root/assets"
     mv "$new" "$root/assets"
 fi

@@ -139,7 +139,7 @@ def test_jpeg_changes_pixels_a_little_and_only_on_request() -> None:
     image = np.random.default_rng(0).integers(120, 136, (64, 64, 3), dtype=np.uint8)
     stored = through_jpeg(image)
     assert stored.shape == image.shape
-    assert 0 < np.abs(stored.astype(int) - image).max() < 16
+    assert 0 < np.abs(stored.astype(int) - image).mean() < 8
     sent = message(1) | {"images": {"agentview": image}}
     assert np.array_equal(translator("libero").observation(sent)["images"][0], image)
     seen = translator("libero", jpeg=True).observation(sent)["images"][0]

@@ -1,4 +1,4 @@
-"""`vla-pruner serve` and the arguments of the server: what fits is served, the rest is explained."""
+"""`vla-pruner serve` and the arguments of the server: what fits is served, the rest refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def test_other_policies_write_the_gripper_as_rlds_and_run_whole_chunks(oft: Any)
     assert server.chunk_size == 4
 
 
+def test_a_configuration_of_vla_eval_makes_the_server(tmp_path: Path) -> None:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "args: {policy: mini-oft, method: vla-pruner, keep: 64, benchmark: pickplace, "
+        "options: {window: 2}, gripper: robosuite, max_batch_size: 4}"
+    )
+    parser = ArgumentParser()  # as `vla_eval.model_servers.serve.run_server` makes it
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(PolicyServer, nested_key="args", fail_untyped=False)
+    server = PolicyServer(**parser.parse_args(["--config", str(file)]).args.as_dict())
+    server.served.close()
+    method = server.served.session.method
+    assert (method.keep, method.window, server.max_batch_size) == (64, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -43,6 +60,7 @@ def test_other_policies_write_the_gripper_as_rlds_and_run_whole_chunks(oft: Any)
         ({"gripper": "up"}, "gripper='up' is unknown; use rlds or robosuite"),
         ({"keep": 2.0}, "keep"),
         ({"method": "fastvv"}, "did you mean 'fastv'"),
+        ({"method": "vla-adp"}, "clients do not report.*gate=none"),
     ],
 )
 def test_what_cannot_be_served_is_refused(

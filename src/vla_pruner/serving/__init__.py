@@ -1,1 +1,1 @@
-"""Policy servers: a policy with a pruning method, for evaluation harnesses that ask over a socket."""
+"""Policy servers: a pruned policy for evaluation harnesses that ask over a socket."""

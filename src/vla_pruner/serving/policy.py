@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vla_pruner.methods import build
 from vla_pruner.models.prune import prune
 
 
@@ -45,20 +46,27 @@ class ServedPolicy:
         Args:
             policy: has `predict_actions(observations, unnorm_key=, center_crop=)`, as the ports in
                 `vla_pruner.models` have.
-            method, options: as for `vla_pruner.prune`, `keep` and `layer` among them.
+            method, options: name of a method and its options, `keep` and `layer` among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
 
         Raises:
-            ValueError: the policy cannot act on a batch of observations, or `prune` refuses.
+            ValueError: the policy cannot act on a batch of observations, the method needs what no
+                client reports, or `prune` refuses.
         """
         if not callable(getattr(policy, "predict_actions", None)):
             raise ValueError(
                 f"a {type(policy).__name__} has no `predict_actions(observations)`; only policies "
                 "that give actions can be served"
             )
+        chosen = build(method, **options)
+        if "motion" in chosen.needs:
+            raise ValueError(
+                f"method {method!r} decides by the robot's motion, which clients do not report; use "
+                "another method, or the option of this one that does without (vla-adp: gate=none)"
+            )
         self.policy: Any = policy
-        self.session = prune(policy, method, **options)
+        self.session = prune(policy, chosen)
         self._options = {"unnorm_key": unnorm_key, "center_crop": center_crop}
 
     def start(self, label: str) -> EpisodeKey:

@@ -41,7 +41,7 @@ class PolicyServer(PredictModelServer):
         self,
         policy: Any = "mini-oft",
         method: str = "vla-pruner",
-        keep: float | int | None = None,
+        keep: int | float | None = None,
         benchmark: str = "libero",
         options: dict[str, Any] | None = None,
         unnorm_key: str | None = None,
@@ -115,7 +115,9 @@ class PolicyServer(PredictModelServer):
             center_crop=center_crop,
             **(options or {}),
         )
-        self.description = f"{name} for {benchmark}, {self.served.session.method!r}"
+        self.description = f"{name} for {benchmark}, method {method}"
+        if keep is not None:
+            self.description += f", keep {keep}"
         self._episodes: dict[str, EpisodeKey] = {}
         self._latest: dict[str, str] = {}
 
