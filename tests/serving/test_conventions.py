@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pruner[serve]'")
+pytest.importorskip("scipy", reason="scipy comes with the simulator: pip install 'vla-pruner[sim]'")
 
 from scipy.spatial.transform import Rotation
 from vla_eval.benchmarks.libero import LIBEROBenchmark

@@ -30,7 +30,7 @@ class PickPlaceBenchmark(StepBenchmark):
     """robosuite's PickPlace with four groceries, of which the instruction names one.
 
     Non-obvious behaviors:
-        - Episode e of object k is held-out scene 4 e + k, the same as in `vla-pruner eval`; no
+        - Episode e of object k is held-out scene number 4 e + k of the reference task; no
           policy was trained on it. There are 250 episodes of each object.
         - Everything in an episode follows from that number.
         - An episode ends with success, or without it after 60 steps of 0.2 s.
