@@ -62,8 +62,8 @@ class ServedPolicy:
         chosen = build(method, **options)
         if "motion" in chosen.needs:
             raise ValueError(
-                f"method {method!r} decides by the robot's motion, which clients do not report; use "
-                "another method, or the option of this one that does without (vla-adp: gate=none)"
+                f"method {method!r} decides by the robot's motion, which clients do not report; "
+                "use another method, or an option that does without (vla-adp: gate=none)"
             )
         self.policy: Any = policy
         self.session = prune(policy, chosen)
