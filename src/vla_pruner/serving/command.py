@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vla_pruner.serving.server import PolicyServer
 
 PROTOCOLS = ("vla-eval",)
-GRIPPERS = ("rlds", "robosuite")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gripper",
-        choices=GRIPPERS,
         help="how the policy writes it: rlds (0 close, 1 open) or robosuite (+1 close, -1 open); "
         "by default robosuite for policies that ship with the package, otherwise rlds",
     )
