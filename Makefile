@@ -4,6 +4,7 @@
 #   PYTHON=python3.11    the interpreter it is made from (3.11 or newer)
 #   PY=python3           use this interpreter as it is, and install nothing
 #   ARGS="--episodes 4"  passed on to `vla-pruner demo` or `vla-pruner bench`
+#   LIBERO_ASSETS=FILE   meshes and textures for `make libero`, where they cannot be downloaded
 #   OUT=bench-results    where `make bench` and `make gpu` put their tables
 
 VENV ?= .venv
@@ -11,6 +12,7 @@ PY ?= $(VENV)/bin/python
 OUT ?= bench-results
 ARGS ?=
 export PYTHON
+export LIBERO_ASSETS
 export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 ifeq ($(PY),$(VENV)/bin/python)
@@ -21,7 +23,7 @@ endif
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 18
@@ -43,6 +45,9 @@ format: $(DEV)  ## let ruff rewrite the sources
 
 bench: $(SIM)  ## full model against pruned ones, side by side, on this CPU
 	$(PY) -m vla_pruner bench --out $(OUT)/cpu.json --out $(OUT)/cpu.md $(ARGS)
+
+libero: $(SIM)  ## LIBERO in the same environment; LIBERO_ASSETS=FOLDER_OR_ARCHIVE where there is no hub
+	INSTALL=$(if $(SIM),1,0) scripts/libero.sh $(PY)
 
 gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \

@@ -28,6 +28,7 @@ EXTRA_OF = {
     "imageio": "sim",
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
+    "vla_eval": "serve",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -157,6 +158,13 @@ COMMANDS = {
         "reaches the language model, another attention kernel when pruned, visual tokens at "
         "other positions than expected. Exit code 1 if something is wrong.",
         _module("vla_pruner.bench.doctor"),
+    ),
+    "serve": Command(
+        "answer an evaluation harness with a pruned policy: LIBERO, SIMPLER, PickPlace",
+        "Loads a policy, attaches a pruning method, and answers the clients of vla-eval "
+        "(vla-evaluation-harness) over a WebSocket until Ctrl-C. Every episode has its own "
+        "history, also where several clients share a pass of the model. See docs/serving.md.",
+        _module("vla_pruner.serving.command"),
     ),
 }
 

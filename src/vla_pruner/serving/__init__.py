@@ -1,0 +1,1 @@
+"""Policy servers: a pruned policy for evaluation harnesses that ask over a socket."""

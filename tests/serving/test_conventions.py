@@ -1,0 +1,249 @@
+"""What benchmarks send becomes what policies read, and back; what does not fit is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pruner[serve]'")
+pytest.importorskip("scipy", reason="scipy comes with the simulator: pip install 'vla-pruner[sim]'")
+
+from scipy.spatial.transform import Rotation
+from vla_eval.benchmarks.libero import LIBEROBenchmark
+from vla_eval.benchmarks.simpler import SimplerEnvBenchmark
+from vla_eval.specs import DimSpec, check_specs
+from wire import act, ask, client, message
+
+from vla_pruner.serving.conventions import CONVENTIONS, Translator, through_jpeg
+from vla_pruner.serving.pickplace import PickPlaceBenchmark
+
+SIMPLER_INSTRUCTIONS = {
+    "google_robot_move_near_v0": "move coke can near apple",
+    "google_robot_pick_coke_can": "pick coke can",
+    "google_robot_open_drawer": "open top drawer",
+    "google_robot_close_drawer": "close middle drawer",
+}
+
+
+def translator(name: str, cameras: int = 1, state_dim: int | None = None, **more: Any) -> Any:
+    return Translator(CONVENTIONS[name], cameras, state_dim, more.pop("gripper", "rlds"), **more)
+
+
+def simpler_message(task: str, seed: int = 0) -> dict[str, Any]:
+    """As vla-eval's SIMPLER class makes it for the Google robot: one 640 x 512 camera."""
+    image = np.random.default_rng(seed).integers(0, 256, (512, 640, 3), dtype=np.uint8)
+    return {
+        "images": {"primary": image},
+        "task_description": SIMPLER_INSTRUCTIONS[task],
+        "task_name": task,
+    }
+
+
+# -- declared ------------------------------------------------------------------------------------
+
+
+def mismatches(spoken: Translator, benchmark: Any) -> list[str]:
+    def travelled(spec: dict[str, DimSpec]) -> dict[str, DimSpec]:
+        return {name: DimSpec.from_dict(entry.to_dict()) for name, entry in spec.items()}
+
+    return check_specs(
+        travelled(spoken.action_spec()),
+        benchmark.get_action_spec(),
+        travelled(spoken.observation_spec()),
+        benchmark.get_observation_spec(),
+    )
+
+
+@pytest.mark.parametrize(("cameras", "state_dim"), [(1, None), (2, None), (2, 8)])
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("libero", LIBEROBenchmark), ("pickplace", PickPlaceBenchmark)]
+)
+def test_the_benchmark_sends_what_the_server_asks_for(
+    name: str, benchmark: Any, cameras: int, state_dim: int | None
+) -> None:
+    spoken = translator(name, cameras, state_dim)
+    assert mismatches(spoken, benchmark(**spoken.observation_params())) == []
+    if cameras > 1:
+        assert any("wrist" in found for found in mismatches(spoken, benchmark()))
+
+
+@pytest.mark.parametrize("name", ["simpler-google", "simpler-widowx"])
+def test_simpler_agrees_with_the_server(name: str) -> None:
+    spoken = translator(name)
+    benchmark = SimplerEnvBenchmark("google_robot_pick_coke_can", **spoken.observation_params())
+    assert mismatches(spoken, benchmark) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "cameras", "state_dim", "said"),
+    [
+        ("libero", 3, None, "sees 3 cameras; libero shows 2: agentview, wrist"),
+        ("simpler-google", 2, None, "sees 2 cameras; simpler-google shows 1"),
+        ("simpler-google", 1, 8, "simpler-google sends none"),
+        ("libero", 1, 14, "state of 14 numbers; libero sends 8"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(
+    name: str, cameras: int, state_dim: int | None, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        translator(name, cameras, state_dim)
+
+
+# -- observations --------------------------------------------------------------------------------
+
+
+def test_cameras_come_in_the_order_of_the_policy() -> None:
+    sent = message(3)
+    sent["images"] = dict(reversed(sent["images"].items()))
+    seen = translator("libero", 2, 8).observation(sent)
+    assert np.array_equal(seen["images"][0], sent["images"]["agentview"])
+    assert np.array_equal(seen["images"][1], sent["images"]["wrist"])
+    assert np.array_equal(seen["proprio"], sent["states"])
+    assert "proprio" not in translator("libero", 2).observation(sent)
+
+
+def broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    sent = message(1)
+    change(sent)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda sent: sent.pop("images"), "must map camera names to images; got NoneType"),
+        (lambda sent: sent["images"].pop("wrist"), "no image of wrist.*send_wrist_image=True"),
+        (lambda sent: sent.pop("states"), "no 'states'; run the benchmark with send_state=True"),
+        (lambda sent: sent.update(states=np.zeros(7)), r"shape \(7,\); expected \(8,\)"),
+        (lambda sent: sent.update(states=np.full(8, np.nan)), "not finite"),
+        (lambda sent: sent.update(task_description=" "), "must be a sentence"),
+        (
+            lambda sent: sent["images"].update(wrist=np.zeros((48, 48, 3))),
+            "'wrist' must be uint8; got float64",
+        ),
+        (
+            lambda sent: sent["images"].update(wrist=np.zeros((3, 48, 48), np.uint8)),
+            r"'wrist' has shape \(3, 48, 48\); expected \(height, width, 3\)",
+        ),
+    ],
+)
+def test_a_message_that_does_not_fit_is_refused(change: Callable, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        translator("libero", 2, 8).observation(broken(change))
+
+
+def test_jpeg_changes_pixels_a_little_and_only_on_request() -> None:
+    image = np.random.default_rng(0).integers(120, 136, (64, 64, 3), dtype=np.uint8)
+    stored = through_jpeg(image)
+    assert stored.shape == image.shape
+    assert 0 < np.abs(stored.astype(int) - image).mean() < 8
+    sent = message(1) | {"images": {"agentview": image}}
+    assert np.array_equal(translator("libero").observation(sent)["images"][0], image)
+    seen = translator("libero", jpeg=True).observation(sent)["images"][0]
+    assert np.array_equal(seen, stored)
+
+
+# -- actions -------------------------------------------------------------------------------------
+
+
+def gripper(name: str, written: str, values: list[float]) -> list[float]:
+    actions = np.zeros((len(values), 7))
+    actions[:, 6] = values
+    return translator(name, gripper=written).actions(actions)[:, 6].tolist()
+
+
+def test_the_gripper_is_sent_as_the_benchmark_reads_it() -> None:
+    assert gripper("libero", "rlds", [0.0, 1.0]) == [1.0, -1.0]
+    assert gripper("libero", "robosuite", [1.0, -1.0]) == [1.0, -1.0]
+    assert gripper("pickplace", "robosuite", [1.0, -1.0]) == [1.0, -1.0]
+    assert gripper("simpler-google", "rlds", [0.0, 1.0]) == [0.0, 1.0]
+    assert gripper("simpler-widowx", "robosuite", [1.0, -1.0]) == [0.0, 1.0]
+
+
+def test_simpler_gets_axis_angle_and_the_others_what_the_policy_wrote() -> None:
+    action = np.array([0.1, 0.2, 0.3, 0.4, -0.5, 0.6, 1.0])
+    turned = translator("simpler-google").actions(action)[3:6]
+    wanted = Rotation.from_euler("xyz", action[3:6]).as_rotvec()
+    assert np.allclose(turned, wanted, atol=1e-6)
+    assert not np.allclose(turned, action[3:6], atol=1e-2)
+    assert np.allclose(translator("libero").actions(action)[:6], action[:6])
+
+
+def test_actions_of_another_robot_are_refused() -> None:
+    with pytest.raises(ValueError, match="actions of 14 values; libero takes 7"):
+        translator("libero").actions(np.zeros((4, 14)))
+
+
+# -- SIMPLER over the wire -----------------------------------------------------------------------
+
+
+class Arm:
+    """Stands in for the simulator behind SIMPLER's class: keeps the actions that reach it."""
+
+    def __init__(self) -> None:
+        self.actions: list[np.ndarray] = []
+
+    def step(self, action: np.ndarray) -> tuple[Any, ...]:
+        self.actions.append(action)
+        return None, 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("task", SIMPLER_INSTRUCTIONS)
+def test_simpler_messages_are_answered_with_actions_that_its_class_carries_out(
+    open_server: Callable, openvla: Any, task: str
+) -> None:
+    server = open_server(openvla, benchmark="simpler-google", chunk_size=None)
+    benchmark = SimplerEnvBenchmark(task, **server.get_observation_params())
+    benchmark._env, benchmark._recorder = Arm(), _NoRecorder()
+    sent = [simpler_message(task, seed) for seed in range(5)]
+
+    async def talk(url: str) -> list[np.ndarray]:
+        async with client(url, task) as connection:
+            return [(await connection.act(seen))["actions"] for seen in sent]
+
+    answers = ask(server, talk)
+    for answer in answers:
+        benchmark.step({"actions": answer})
+    session = server.served.session
+    session.reset()
+    session.episodes(None)
+    for seen, answer, done in zip(sent, answers, benchmark._env.actions, strict=True):
+        wanted = openvla.predict_action(
+            seen["images"]["primary"], seen["task_description"], unnorm_key="pick_place"
+        )
+        turn = Rotation.from_euler("xyz", wanted[3:6]).as_rotvec()
+        assert np.allclose(answer, [*wanted[:3], *turn, wanted[6]], atol=1e-5)
+        assert np.allclose(done[:6], answer[:6])
+
+
+class _NoRecorder:
+    def record_video(self, frame: Any) -> None: ...
+
+    def record_step(self, **fields: Any) -> None: ...
+
+
+def test_the_sticky_gripper_closes_when_the_policy_says_close() -> None:
+    benchmark = SimplerEnvBenchmark("google_robot_pick_coke_can", gripper_mode="sticky")
+    benchmark._env, benchmark._recorder = Arm(), _NoRecorder()
+    spoken = translator("simpler-google")
+    for said in (0.0, 1.0):  # RLDS: close, open
+        benchmark._sticky_action_is_on = False
+        benchmark.step({"actions": spoken.actions(np.array([0, 0, 0, 0, 0, 0, said]))})
+    assert [done[6] for done in benchmark._env.actions] == [1.0, -1.0]
+
+
+def test_libero_messages_of_one_camera_reach_a_policy_of_one_camera(
+    open_server: Callable, openvla: Any
+) -> None:
+    server = open_server(openvla)
+    assert "send_wrist_image" not in server.get_observation_params()
+
+    async def talk(url: str) -> list[np.ndarray]:
+        async with client(url) as connection:
+            return await act(connection, [1])
+
+    assert ask(server, talk)[0].shape == (7,)
