@@ -23,7 +23,7 @@ def bowl(radius, handle=False):
     points = np.concatenate([np.c_[ring, np.full(48, height)] for height in heights])
     if handle:
         points = np.concatenate([points, [[x, 0.0, 0.05] for x in radius + np.arange(1, 5) / 100]])
-    return points + [0.1, -0.2, 0.9]
+    return points + np.array([0.1, -0.2, 0.9])
 
 
 @pytest.mark.parametrize("yaw_deg", [-60, 0, 25, 85])

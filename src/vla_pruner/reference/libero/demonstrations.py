@@ -25,6 +25,9 @@ from .suites import FRAME_STRIDE, STEP_LIMITS, TASKS, check_task
 if TYPE_CHECKING:  # importing this module needs no simulator
     from .scene import LiberoScene
 
+STEPS_AFTER_SUCCESS = 20
+"""LIBERO counts a held thing as placed; a policy should also learn to let go."""
+
 _BLOCK = 5
 """Episodes of one task in a row: a worker builds its scene once for them."""
 _NOISE_STREAM = 7919
@@ -64,7 +67,7 @@ def record_episode(
 ) -> dict[str, np.ndarray] | None:
     """Run the expert once; the arrays of the episode, or None if it did not succeed.
 
-    A frame is taken every `stride` steps; see `load_episode` of the sibling module for how the
+    It goes on with its plan for up to 20 steps after the success. A frame is taken every `stride` steps; see `load_episode` of the sibling module for how the
     arrays are read. T steps, F frames:
 
     Returns
@@ -89,12 +92,14 @@ def record_episode(
     frames: list[dict[str, np.ndarray]] = []
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     steps: list[dict[str, np.ndarray]] = []
+    remaining = STEPS_AFTER_SUCCESS
+    succeeded = False
     for action in expert.actions():
         if len(steps) % stride == 0:
             for camera, image in scene.observe().items():
                 images[camera].append(image)
             frames.append(_describe_frame(scene, expert.arm.focus(), action))
-        executed, perturbed = push(action)
+        executed, perturbed = (action, False) if succeeded else push(action)
         steps.append(
             {
                 "action": action.astype(np.float32),
@@ -103,9 +108,11 @@ def record_episode(
             }
         )
         scene.step(executed)
-        if scene.success():
+        succeeded = succeeded or scene.success()
+        remaining -= succeeded
+        if remaining == 0:
             break
-        if len(steps) >= STEP_LIMITS[scene.suite]:
+        if not succeeded and len(steps) >= STEP_LIMITS[scene.suite]:
             return None
     if not scene.success():
         return None
