@@ -373,7 +373,7 @@ def _import_libero() -> tuple[Any, Any, Any]:
             from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
         raise ImportError(
-            f"LIBERO could not be imported ({error}). Install it as `docs/libero.md` says."
+            f"LIBERO could not be imported ({error}). `docs/libero.md` names what to install."
         ) from error
     except EOFError as error:
         raise FileNotFoundError(
