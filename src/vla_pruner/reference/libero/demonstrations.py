@@ -67,8 +67,8 @@ def record_episode(
 ) -> dict[str, np.ndarray] | None:
     """Run the expert once; the arrays of the episode, or None if it did not succeed.
 
-    It goes on with its plan for up to 20 steps after the success. A frame is taken every `stride` steps; see `load_episode` of the sibling module for how the
-    arrays are read. T steps, F frames:
+    It goes on with its plan for up to 20 steps after the success. A frame is taken every `stride`
+    steps; `load_episode` of `reference/demonstrations.py` reads the arrays. T steps, F frames:
 
     Returns
     -------

@@ -23,8 +23,7 @@ _PULL_TO_OPEN_M = 0.2
 class Expert:
     """Solves the task of `scene` from wherever it stands; privileged, never a policy.
 
-    `seed` draws the grasps of second attempts. Three tasks of LIBERO-10 are beyond it, see
-    `docs/libero.md`.
+    `seed` draws the grasps of second attempts. `docs/libero.md` says which tasks are beyond it.
     """
 
     def __init__(self, scene: LiberoScene, seed: int = 0) -> None:
