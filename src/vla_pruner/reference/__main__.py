@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .libero.suites import FRAME_STRIDE, SUITES, TASKS
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -16,7 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     demos = commands.add_parser("demos", help="record demonstrations of the scripted expert")
     demos.add_argument("--out", type=Path, required=True, help="folder for the episodes")
-    demos.add_argument("--episodes", type=int, default=2500)
+    demos.add_argument(
+        "--suite", choices=SUITES, help="a suite of LIBERO, instead of the pick-and-place task"
+    )
+    demos.add_argument("--tasks", type=_numbers, help="with --suite: such as 0,3; default: all ten")
+    demos.add_argument("--stride", type=int, help="with --suite: steps from image to image (4)")
+    demos.add_argument(
+        "--episodes", type=int, help="default: 2500; with --suite 50, of each of its tasks"
+    )
     demos.add_argument("--seed0", type=int, default=0, help="seed of the first episode")
     demos.add_argument("--workers", type=int, default=2, help="processes")
     demos.add_argument(
@@ -24,8 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demos.set_defaults(run=_demos)
 
+    expert = commands.add_parser("expert", help="success of the scripted expert in LIBERO")
+    expert.add_argument("--suite", choices=SUITES, required=True)
+    expert.add_argument("--tasks", type=_numbers, help="such as 0,3; default: all ten")
+    expert.add_argument(
+        "--states", type=_numbers, default=[10, 20, 30], help="official initial states of each task"
+    )
+    expert.set_defaults(run=_expert)
+
     train = commands.add_parser("train", help="train one stage; run again to continue")
-    train.add_argument("stage", choices=("vision", "mini-openvla", "mini-oft"))
+    train.add_argument("stage", choices=("vision", "mini-openvla", "mini-oft", "mini-oft-libero"))
     train.add_argument("--data", type=Path, required=True, help="folder with demonstrations")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
     train.add_argument("--minutes", type=float, default=60.0, help="length of the stage")
@@ -39,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.set_defaults(run=_train)
 
     export = commands.add_parser("export", help="write a trained stage as a policy folder")
-    export.add_argument("stage", choices=("mini-openvla", "mini-oft"))
+    export.add_argument("stage", choices=("mini-openvla", "mini-oft", "mini-oft-libero"))
     export.add_argument("--checkpoints", type=Path, required=True, help="the --out of train")
     export.add_argument("--out", type=Path, help="default: the weights that the package ships")
     export.set_defaults(run=_export)
@@ -66,19 +83,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demos(options: argparse.Namespace) -> None:
-    from .demonstrations import record
+    if options.suite is None:
+        from .demonstrations import record
 
-    kept = record(options.out, options.episodes, options.seed0, options.workers, options.policy)
+        if options.tasks is not None or options.stride is not None:
+            raise ValueError("--tasks and --stride go with --suite.")
+        episodes = options.episodes or 2500
+        kept = record(options.out, episodes, options.seed0, options.workers, options.policy)
+    else:
+        from .libero import demonstrations as libero
+
+        if options.policy is not None:
+            raise ValueError("--policy goes without --suite: in LIBERO the expert acts alone.")
+        kept = libero.record(
+            options.out,
+            options.suite,
+            options.episodes or 50,
+            tasks=options.tasks or range(TASKS),
+            seed0=options.seed0,
+            workers=options.workers,
+            stride=options.stride or FRAME_STRIDE,
+        )
     print(f"{kept} episodes in {options.out}")
+
+
+def _expert(options: argparse.Namespace) -> None:
+    from .libero.expert import measure
+
+    solved = measure(options.suite, options.tasks or range(TASKS), options.states)
+    total = [steps for task in solved.values() for steps in task]
+    print(f"{options.suite}: {sum(steps > 0 for steps in total)} of {len(total)}")
 
 
 def _train(options: argparse.Namespace) -> None:
     from .dataset import Demonstrations
+    from .libero.dataset import LiberoDemonstrations
     from .training import Settings, Trainer
 
     names = ("stage", "minutes", "steps", "batch", "learning_rate", "grid", "seed", "device")
     settings = Settings(**{name: getattr(options, name) for name in names})
-    data = Demonstrations(options.data, pixels=14 * settings.grid)
+    kind = LiberoDemonstrations if settings.stage == "mini-oft-libero" else Demonstrations
+    data = kind(options.data, pixels=14 * settings.grid)
     print(f"reading the demonstrations in {options.data} ...", flush=True)
     print(f"{data.refresh()} episodes, {len(data)} steps", flush=True)
     Trainer(settings, data, options.out, options.start).run()
@@ -103,6 +148,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     print((options.out / "summary.md").read_text())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .demonstrations import load_episode
-from .scene import CAMERAS, IMAGE_SIZE, INSTRUCTION_TEMPLATES, OBJECT_NAMES
+from .task import CAMERAS, IMAGE_SIZE, INSTRUCTION_TEMPLATES, OBJECT_NAMES
 
 CHUNK = 8
 """Actions per training sample; the last one is repeated past the end of an episode."""
@@ -71,7 +71,8 @@ class Demonstrations:
             number = len(self._episodes)
             self._episodes.append(episode)
             self._index += [(number, step) for step in range(len(episode["proprio"]))]
-            self._reaching += [(number, int(step)) for step in np.flatnonzero(_reaches(episode))]
+            reaching = np.flatnonzero(self._reaching_steps(episode))
+            self._reaching += [(number, int(step)) for step in reaching]
         if not self._episodes:
             raise FileNotFoundError(
                 f"There are no demonstrations (episode_*.npz) in {self.folder}; record some with "
@@ -129,8 +130,7 @@ class Demonstrations:
     def _one(
         self, rng: np.random.Generator, other_target: float, reaching: float, shift: float
     ) -> tuple:
-        index = self._reaching if rng.random() < reaching and self._reaching else self._index
-        number, step = index[rng.integers(len(index))]
+        number, step = self._draw(rng, reaching)
         episode = self._episodes[number]
         target = int(episode["target"])
         labels = episode["action"]
@@ -147,21 +147,15 @@ class Demonstrations:
                 actions = np.repeat(episode["answers"][step, other][None], CHUNK, axis=0)
                 valid = np.arange(CHUNK) == 0
         template = 0 if rng.random() < 0.5 else int(rng.integers(len(INSTRUCTION_TEMPLATES)))
-        images, points = [], []
-        middle = (self.stored - self.pixels) / 2
-        for camera in self.cameras:
-            offset = np.clip(
-                np.round(middle + rng.uniform(-shift, shift, 2)), 0, self.stored - self.pixels
-            ).astype(int)
-            row, column = offset
-            frame = episode[camera][step]
-            images.append(frame[row : row + self.pixels, column : column + self.pixels])
-            pixel = episode[f"{camera}_points"][step] * self.scale - [column, row]
+        images, corners = self._crops(rng, episode, step, shift)
+        points = []
+        for camera, corner in zip(self.cameras, corners, strict=True):
+            pixel = episode[f"{camera}_points"][step] * self.scale - corner
             points.append(np.nan_to_num(pixel / self.pixels, nan=-1.0))
         eef = episode["proprio"][step, :3]
         relation = np.concatenate([eef, episode["object_positions"][step, target] - eef])
         return (
-            np.stack(images),
+            images,
             INSTRUCTION_TEMPLATES[template].format(object=OBJECT_NAMES[target]),
             episode["proprio"][step].astype(np.float32),
             actions.astype(np.float32),
@@ -171,13 +165,32 @@ class Demonstrations:
             np.stack(points)[:, target].astype(np.float32),
         )
 
+    def _draw(self, rng: np.random.Generator, reaching: float) -> tuple[int, int]:
+        """An episode and a frame of it."""
+        index = self._reaching if rng.random() < reaching and self._reaching else self._index
+        return index[rng.integers(len(index))]
+
+    def _crops(
+        self, rng: np.random.Generator, episode: dict[str, np.ndarray], frame: int, shift: float
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Shifted crops `[C, P, P, 3]` of a frame, and the corner (column, row) of each."""
+        middle = (self.stored - self.pixels) / 2
+        images, corners = [], []
+        for camera in self.cameras:
+            row, column = np.clip(
+                np.round(middle + rng.uniform(-shift, shift, 2)), 0, self.stored - self.pixels
+            ).astype(int)
+            image = episode[camera][frame]
+            images.append(image[row : row + self.pixels, column : column + self.pixels])
+            corners.append(np.array([column, row]))
+        return np.stack(images), corners
+
     def _resized(self, frame: np.ndarray) -> np.ndarray:
         size = (self.stored, self.stored)
         return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
-
-def _reaches(episode: dict[str, np.ndarray]) -> np.ndarray:
-    """bool `[T]`: the gripper is open and the demonstrated object still lies in the source bin."""
-    where = episode["object_positions"][:, int(episode["target"])]
-    moved = np.linalg.norm(where[:, :2] - where[0, :2], axis=1)
-    return (episode["action"][:, 6] < 0) & (moved < 0.15)
+    def _reaching_steps(self, episode: dict[str, np.ndarray]) -> np.ndarray:
+        """bool `[T]`: the fingers are open and the demonstrated object is in the source bin."""
+        where = episode["object_positions"][:, int(episode["target"])]
+        moved = np.linalg.norm(where[:, :2] - where[0, :2], axis=1)
+        return (episode["action"][:, 6] < 0) & (moved < 0.15)

@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,14 +127,14 @@ def record_episode(
     if apprentice is not None:
         limit += apprentice.begin(seed, instruction)
     steps: list[dict[str, np.ndarray]] = []
-    images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
+    images: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     remaining = STEPS_AFTER_SUCCESS
     succeeded = False
     while remaining > 0 and len(steps) < limit + STEPS_AFTER_SUCCESS:
         action = expert.act(scene.state())
         seen = scene.observe()
         for camera, image in seen.items():
-            images[camera].append(_to_jpeg(image))
+            images[camera].append(image)
         if apprentice is not None:
             choice = apprentice.act(seen, scene.proprio())
             executed, perturbed = (action, False) if choice is None else (choice, True)
@@ -149,9 +150,7 @@ def record_episode(
         return None
     episode = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
     for camera in CAMERAS:
-        episode[f"{camera}_jpeg"] = np.frombuffer(b"".join(images[camera]), dtype=np.uint8)
-        sizes = [len(image) for image in images[camera]]
-        episode[f"{camera}_offsets"] = np.cumsum([0, *sizes])
+        episode |= pack_images(camera, images[camera])
     episode["target"] = np.array(target)
     episode["seed"] = np.array(seed)
     episode["format"] = np.array(FORMAT_VERSION)
@@ -198,6 +197,23 @@ def record(
                     flush=True,
                 )
     return sum(_paths(out_dir, seed)[0].exists() for seed in seeds)
+
+
+def pack_images(camera: str, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The images of a camera as `load_episode` reads them: JPEG files and where each one ends."""
+    files = [_to_jpeg(image) for image in images]
+    return {
+        f"{camera}_jpeg": np.frombuffer(b"".join(files), dtype=np.uint8),
+        f"{camera}_offsets": np.cumsum([0, *map(len, files)]),
+    }
+
+
+def write_episode(path: Path, episode: Mapping[str, np.ndarray]) -> None:
+    """Write an episode's arrays to `path`, which appears only when it is complete."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **episode)
+    partial.replace(path)
 
 
 def load_episode(path: Path) -> dict[str, np.ndarray]:
@@ -298,10 +314,7 @@ def _record_to_file(out_dir: Path, seed: int) -> tuple[int, int]:
     if episode is None:
         failed.touch()
         return seed, 0
-    partial = stored.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **episode)
-    partial.replace(stored)
+    write_episode(stored, episode)
     return seed, len(episode["action"])
 
 

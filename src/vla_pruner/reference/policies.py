@@ -17,6 +17,7 @@ from ..models.openvla.config import (
     TowerConfig,
 )
 from ..models.openvla.processing import PROMPT
+from .libero.suites import INSTRUCTIONS
 from .task import INSTRUCTION_TEMPLATES, OBJECT_NAMES
 
 VOCABULARY = 512
@@ -30,8 +31,16 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?
 CONTROL: dict[str, dict[str, Any]] = {
     "mini-openvla": {"cameras": ["agentview"], "execute": 1},
     "mini-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
+    "mini-oft-libero": {"cameras": ["agentview", "wrist"], "execute": 8},
 }
 """How each policy is driven; `evaluation.episode.Control` says what the entries mean."""
+
+STATISTICS = {
+    "mini-openvla": "pick_place",
+    "mini-oft": "pick_place",
+    "mini-oft-libero": "libero",
+}
+"""What the statistics that normalise actions and state are called in each policy."""
 
 
 def towers(grid: int = 10) -> tuple[TowerConfig, TowerConfig]:
@@ -55,7 +64,7 @@ def towers(grid: int = 10) -> tuple[TowerConfig, TowerConfig]:
 
 
 def config(name: str, grid: int = 10) -> OpenVLAConfig:
-    """Configuration of "mini-openvla" or "mini-oft"."""
+    """Configuration of one of the policies in `CONTROL`."""
     shared = {
         "towers": towers(grid),
         "text": {
@@ -73,30 +82,42 @@ def config(name: str, grid: int = 10) -> OpenVLAConfig:
             "eos_token_id": 2,
             "pad_token_id": 3,
         },
-        "empty_token_id": tokenizer().convert_tokens_to_ids("▁"),
+        "empty_token_id": tokenizer(name).convert_tokens_to_ids("▁"),
         "stop_token_id": 2,
         "pad_token_id": 3,
         "crop_first": True,
     }
     if name == "mini-openvla":
         return OpenVLAConfig(**shared)
-    if name == "mini-oft":
+    if name in ("mini-oft", "mini-oft-libero"):
         return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)
     raise ValueError(f"There is no reference policy `{name}`; choose from {', '.join(CONTROL)}.")
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer trained on the prompts of the task; deterministic."""
+def tokenizer(policy: str = "mini-oft") -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer trained on the prompts of a policy's tasks; deterministic.
+
+    LIBERO says four times as many words. A policy for it has no action tokens, and uses their rows
+    for words.
+    """
     corpus = [
         PROMPT.format(instruction=template.format(object=name))
         for template in INSTRUCTION_TEMPLATES
         for name in OBJECT_NAMES
     ]
+    words = _WORDS
+    if policy == "mini-oft-libero":
+        corpus += [
+            PROMPT.format(instruction=text)
+            for suite in INSTRUCTIONS
+            for text in INSTRUCTIONS[suite]
+        ]
+        words = VOCABULARY - 64
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
     trainer = trainers.BpeTrainer(
-        vocab_size=_WORDS,
+        vocab_size=words,
         initial_alphabet=sorted(set(_ALPHABET)),
         special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
         show_progress=False,

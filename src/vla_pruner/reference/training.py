@@ -6,6 +6,8 @@ Three stages, each on all visual tokens:
 2. `mini-openvla`: starts from stage 1; next-token prediction of the seven action tokens.
 3. `mini-oft`: starts from stage 2, as OpenVLA-OFT starts from OpenVLA; L1 on the action chunk.
 
+`mini-oft-libero` is the third stage on LIBERO's demonstrations; it starts from a finished mini-oft.
+
 Small auxiliary heads (where the objects are, where the named one is) shorten the training and are
 thrown away afterwards. They never look at attention weights, which pruning measures.
 """
@@ -33,7 +35,7 @@ from . import policies
 from .dataset import Batch, Demonstrations
 from .task import CAMERAS
 
-STAGES = ("vision", "mini-openvla", "mini-oft")
+STAGES = ("vision", "mini-openvla", "mini-oft", "mini-oft-libero")
 _POINTS = 5
 _RELATION_SCALE_M = 0.2
 _MIDDLE = 4
@@ -161,7 +163,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = "mini-openvla" if settings.stage == "vision" else settings.stage
         self.config = policies.config(name, settings.grid)
-        build = OpenVLAOFT if name == "mini-oft" else OpenVLA
+        build = _model_class(name)
         self.device = torch.device(settings.device)
         self.model = build.build(self.config, device=self.device)
         self.model.train()
@@ -169,7 +171,7 @@ class Trainer:
         self.model.projector.register_forward_hook(self._keep_visual)
         self._middle: list[Tensor] = []
         self.model.language_model.model.layers[_MIDDLE - 1].register_forward_hook(self._keep_middle)
-        self.tokenizer = policies.tokenizer()
+        self.tokenizer = policies.tokenizer(name)
         self.helpers = Helpers(int(self.config.text["hidden_size"])).to(self.device)
         self.action_bounds = _wide_enough(*data.action_quantiles())
         self.proprio_bounds = data.proprio_quantiles()
@@ -178,6 +180,11 @@ class Trainer:
             self.load_policy(start)
         elif start is not None:
             self.load_weights(start)
+        elif settings.stage == "mini-oft-libero":
+            raise ValueError(
+                "Stage `mini-oft-libero` starts from a trained mini-oft; name one with --start, "
+                "such as src/vla_pruner/reference/weights/mini-oft."
+            )
         elif settings.stage in before:
             self.load_weights(self.folder / before[settings.stage])
         self.parameters = [*self.model.parameters(), *self.helpers.parameters()]
@@ -447,7 +454,11 @@ class Trainer:
         self.action_bounds, self.proprio_bounds = (bounds[0], bounds[1]), (bounds[2], bounds[3])
 
     def load_policy(self, folder: Path) -> None:
-        """Start from an exported policy of this stage, and keep its normalisation."""
+        """Start from an exported policy of this size.
+
+        Its normalisation is kept where it has the same statistics as this stage. Words that both
+        tokenizers know keep their embeddings.
+        """
         policy: Any = load(folder)
         found = policy.state_dict()
         wanted = self.model.state_dict()
@@ -457,12 +468,28 @@ class Trainer:
                 f"trains with grid {self.settings.grid}; start from a policy that this stage wrote."
             )
         self.model.load_state_dict({name: value.float() for name, value in found.items()})
-        (statistics,) = policy.config.norm_stats.values()
+        self._match_words(policy.tokenizer.get_vocab())
+        ((name, statistics),) = policy.config.norm_stats.items()
+        if name != policies.STATISTICS.get(self.settings.stage):
+            return
         bounds = [
             (np.array(values["q01"]), np.array(values["q99"]))
             for values in (statistics["action"], statistics["proprio"])
         ]
         self.action_bounds, self.proprio_bounds = bounds
+
+    @torch.no_grad()
+    def _match_words(self, source: dict[str, int]) -> None:
+        """Reorder the embeddings `[vocabulary, D]`, sorted by the ids `source`, to the tokenizer's.
+
+        A word that `source` does not know starts as the mean of the known ones.
+        """
+        wanted = self.tokenizer.get_vocab()
+        table = self.model.language_model.get_input_embeddings().weight
+        before = table.clone()
+        mean = before[list(source.values())].mean(0)
+        for word, row in wanted.items():
+            table[row] = before[source[word]] if word in source else mean
 
     def load_weights(self, path: Path) -> None:
         """Start from the averaged weights of a checkpoint, as far as names agree.
@@ -481,6 +508,7 @@ class Trainer:
         self.model.load_state_dict(model, strict=False)
         helpers = {name: averaged[name] for name in state["helpers"]}
         self.helpers.load_state_dict(helpers, strict=False)
+        self._match_words(policies.tokenizer(state["settings"]["stage"]).get_vocab())
         if state["settings"]["stage"] == self.settings.stage:
             self._take_bounds(state)
 
@@ -492,17 +520,17 @@ def export(checkpoint: Path, folder: Path) -> None:
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     name = state["settings"]["stage"]
     config = policies.config(name, state["settings"]["grid"])
-    model = (OpenVLAOFT if name == "mini-oft" else OpenVLA).build(config)
+    model = _model_class(name).build(config)
     trained = dict(zip(dict(model.named_parameters()), state["average"], strict=False))
     model.load_state_dict(trained, strict=False)
     action_low, action_high, proprio_low, proprio_high = state["bounds"]
     statistics = {
-        "pick_place": {
+        policies.STATISTICS[name]: {
             "action": _quantiles(action_low, action_high) | {"mask": [True] * 6 + [False]},
             "proprio": _quantiles(proprio_low, proprio_high),
         }
     }
-    model.export(folder, tokenizer=policies.tokenizer(), norm_stats=statistics)
+    model.export(folder, tokenizer=policies.tokenizer(name), norm_stats=statistics)
     policies.write_control(name, folder)
 
 
@@ -548,6 +576,10 @@ def _attend(
         elif attn_mask is not None:
             logits = logits + attn_mask.to(logits.dtype)
         return torch.matmul(logits.softmax(-1), value)
+
+
+def _model_class(policy: str) -> type[OpenVLA] | type[OpenVLAOFT]:
+    return OpenVLAOFT if policy.startswith("mini-oft") else OpenVLA
 
 
 def _schedule(step: int, progress: float) -> float:

@@ -1,0 +1,1 @@
+"""LIBERO's four suites: scene, scripted expert, demonstrations and training samples."""

@@ -1,0 +1,98 @@
+"""LIBERO's scene and recorder, in the real simulator."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from vla_pruner.reference.libero.demonstrations import Pushes, record, record_episode
+from vla_pruner.reference.libero.suites import FRAME_STRIDE, INSTRUCTIONS
+
+needs_libero = pytest.mark.skipif(
+    find_spec("libero") is None, reason="LIBERO is missing; docs/libero.md names what to install"
+)
+
+
+def test_pushes_come_in_bursts_to_half_of_the_seeds_and_leave_the_gripper_alone():
+    action = np.array([0.9, 0, 0, 0, 0, 0, -1.0])
+    shares = []
+    for seed in range(40):
+        pushes, again = Pushes(seed), Pushes(seed)
+        results = [pushes(action) for _ in range(200)]
+        pairs = zip(results, [again(action) for _ in range(200)], strict=True)
+        assert all(np.array_equal(first[0], second[0]) for first, second in pairs)
+        assert all(abs(pushed).max() <= 1 and pushed[6] == -1 for pushed, _ in results)
+        assert all(told or np.array_equal(pushed, action) for pushed, told in results)
+        shares.append(np.mean([told for _, told in results]))
+    assert 10 <= np.count_nonzero(shares) <= 30
+    assert max(shares) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suite": "libero_90"}, "libero_spatial"),
+        ({"tasks": [10]}, "no task 10"),
+        ({"episodes": 0}, "at least one episode"),
+    ],
+)
+def test_a_recording_that_cannot_be_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        record(tmp_path, **({"suite": "libero_object", "episodes": 1} | options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_records_nothing_again(tmp_path, capsys):
+    for task in (0, 1):
+        (tmp_path / f"episode_libero_object_{task}_000000.{'npz' if task else 'failed'}").touch()
+    assert record(tmp_path, "libero_object", 1, tasks=[0, 1], workers=1) == 1
+    assert "0 to record" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from vla_pruner.reference.libero.scene import LiberoScene
+
+    with LiberoScene("libero_object", 0) as scene:
+        yield scene
+
+
+@needs_libero
+def test_a_seed_gives_its_own_placements_and_never_an_official_state(scene):
+    def places():
+        return np.stack([scene.position(name) for name in scene.names])
+
+    assert scene.reset(3) == INSTRUCTIONS["libero_object"][0]
+    first = places()
+    scene.reset_official(0)
+    official = places()
+    scene.reset(3)
+    np.testing.assert_array_equal(places(), first)
+    assert np.abs(first - official).max() > 0.01
+
+
+@needs_libero
+def test_an_episode_shows_every_fourth_step_and_replays(scene):
+    episode = record_episode(scene, seed=3)
+    assert episode is not None
+    steps = len(episode["action"])
+    frames = -(-steps // FRAME_STRIDE)
+    assert episode["proprio"].shape == (frames, 8)
+    assert len(episode["agentview_offsets"]) == frames + 1
+    assert not episode["reaching"].all() and episode["reaching"][0]
+    scene.reset(3)
+    for action in episode["executed"]:
+        scene.step(action)
+    assert scene.success()
+
+
+@needs_libero
+def test_projection_finds_the_thing_that_was_moved(scene):
+    scene.reset(0)
+    before = scene.observe()["agentview"].astype(int)
+    where = scene.project(scene.points("milk_1").mean(axis=0), "agentview")
+    scene._env.sim.data.set_joint_qpos("milk_1_joint0", np.array([0, 0, -5, 1, 0, 0, 0]))
+    scene._env.sim.forward()
+    changed = np.abs(scene.observe()["agentview"].astype(int) - before).sum(-1) > 60
+    rows, columns = np.nonzero(changed)
+    np.testing.assert_allclose([columns.mean(), rows.mean()], where, atol=8)
