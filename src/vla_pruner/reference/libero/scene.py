@@ -341,7 +341,7 @@ def _load_states(path: Path) -> np.ndarray:
 
     if not path.exists():
         raise FileNotFoundError(f"There are no initial states at {path}; reinstall hf-libero.")
-    multiarray = np._core.multiarray
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
     arrays_alone: list[Any] = [
         np.ndarray,
         np.dtype,
@@ -366,6 +366,12 @@ def _random_stream(seed: list[int]) -> Iterator[None]:
 
 def _import_libero() -> tuple[Any, Any, Any]:
     """`benchmark`, `get_libero_path` and `ControlEnv` of LIBERO, imported without their chatter."""
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"))
+    if not (folder / "config.yaml").exists():  # LIBERO would ask for one on the standard input.
+        raise FileNotFoundError(
+            f"LIBERO has no config.yaml in {folder}; `make libero` writes one, or point "
+            "LIBERO_CONFIG_PATH at a folder that has it."
+        )
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -374,11 +380,6 @@ def _import_libero() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ImportError(
             f"LIBERO could not be imported ({error}). `docs/libero.md` names what to install."
-        ) from error
-    except EOFError as error:
-        raise FileNotFoundError(
-            "LIBERO has no configuration and asked for one on the standard input. Point "
-            "LIBERO_CONFIG_PATH at a folder with its config.yaml."
         ) from error
     finally:
         logging.disable(logging.NOTSET)

@@ -1,16 +1,27 @@
 """LIBERO's scene and recorder, in the real simulator."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vla_pruner.reference.libero.demonstrations import Pushes, record, record_episode
+from vla_pruner.reference.libero.scene import _import_libero
 from vla_pruner.reference.libero.suites import FRAME_STRIDE, INSTRUCTIONS
 
+CONFIG = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
 needs_libero = pytest.mark.skipif(
-    find_spec("libero") is None, reason="LIBERO is missing; docs/libero.md names what to install"
+    find_spec("libero") is None or not CONFIG.exists(),
+    reason="LIBERO is not installed, or has no config.yaml: `make libero` prepares it",
 )
+
+
+def test_a_missing_configuration_is_named_instead_of_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no config.yaml in .*`make libero`"):
+        _import_libero()
 
 
 def test_pushes_come_in_bursts_to_half_of_the_seeds_and_leave_the_gripper_alone():
