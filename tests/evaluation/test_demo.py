@@ -90,7 +90,7 @@ def test_the_report_has_its_files_and_the_terminal_its_table(report):
         "results.json",
         "results.csv",
         "episodes.csv",
-        "results.jsonl",
+        "episodes.sqlite",
         "recordings",
     }
     results = json.loads((out / "results.json").read_text())
@@ -157,12 +157,12 @@ def test_ctrl_c_leaves_a_valid_report_that_resume_completes(policy, tmp_path):
     assert not json.loads((out / "results.json").read_text())["complete"]
     assert sum(len(s["runs"]) for s in json.loads(page.data)["scenes"]) == 4
 
-    before = (out / "results.jsonl").read_text()
+    before = (out / "episodes.sqlite").read_text()
     scene = ToyScene()
     code, _ = run(arguments(policy, out, "--resume"), scene)
     assert code == 0
     assert len(scene.resets) == 2 + 2  # two conditions warm up, two episodes were missing
-    assert (out / "results.jsonl").read_text().startswith(before)
+    assert (out / "episodes.sqlite").read_text().startswith(before)
     page = Page(out / "index.html")
     assert "Partial report" not in page.text
     assert all(len(scene["runs"]) == 3 for scene in json.loads(page.data)["scenes"])
@@ -181,7 +181,7 @@ def test_an_earlier_report_is_set_aside(policy, tmp_path):
     for episodes in ("1", "2", "1"):
         run(arguments(policy, out, "--episodes", episodes, "--keep", "0.5"))
     count = [
-        len((folder / "results.jsonl").read_text().splitlines())
+        len((folder / "episodes.sqlite").read_text().splitlines())
         for folder in (out, tmp_path / "report.previous")
     ]
     assert count == [1 + 2, 1 + 4]

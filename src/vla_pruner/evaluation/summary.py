@@ -118,21 +118,23 @@ def summarise(
     planned: int,
     settings: Mapping[str, Any],
     environment: Mapping[str, Any],
+    against: str = ALL_TOKENS,
 ) -> Summary:
-    """Compare the conditions with each other; differences and speed-ups are against "none".
+    """Compare the conditions with one of them.
 
     Args:
         episodes: finished episodes, in any order.
         conditions: the rows, in order.
         planned: how many episodes were to be run.
         settings, environment: kept with the numbers.
+        against: the condition that differences and speed-ups are taken to.
     """
     by_name: dict[str, dict[int, Episode]] = {condition.name: {} for condition in conditions}
     for episode in episodes:
         by_name[episode.condition][episode.seed] = episode
-    baseline = by_name.get(ALL_TOKENS, {})
+    baseline = by_name.get(against, {})
     rows = [
-        _row(condition, by_name[condition.name], baseline)
+        _row(condition, by_name[condition.name], {} if condition.name == against else baseline)
         for condition in conditions
         if by_name[condition.name]
     ]
@@ -141,7 +143,7 @@ def summarise(
 
 def _row(condition: Condition, runs: dict[int, Episode], baseline: dict[int, Episode]) -> Row:
     pruning = condition.name != ALL_TOKENS
-    common = [seed for seed in runs if seed in baseline] if pruning else []
+    common = [seed for seed in runs if seed in baseline]
     pairs = None
     if common:
         pairs = paired_success(
