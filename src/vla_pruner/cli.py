@@ -28,6 +28,8 @@ EXTRA_OF = {
     "imageio": "sim",
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
+    "ray": "ray",
+    "vla_eval": "serve",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]

@@ -27,11 +27,11 @@ def _first(name: str) -> bool:
 
 
 class LoggingScene(ToyScene):
-    """Writes down every reset."""
+    """Writes down every reset, and the process that it happens in."""
 
     def reset(self, seed: int, target: int) -> dict[str, Any]:
         with (Path(os.environ[FOLDER]) / "resets").open("a") as file:
-            file.write(f"{seed}\n")
+            file.write(f"{seed}:{os.getpid()}\n")
         return super().reset(seed, target)
 
 

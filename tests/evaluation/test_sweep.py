@@ -42,7 +42,8 @@ def finished(out: Path) -> list[tuple[str, int]]:
 
 
 def resets(folder: Path) -> list[int]:
-    return [int(line) for line in (folder / "resets").read_text().split()]
+    lines = (folder / "resets").read_text().split()
+    return [int(line.partition(":")[0]) for line in lines]
 
 
 # -- the matrix ----------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ class Setup:
     stand_in_assets: bool = False
 
     @classmethod
-    def of(cls, name: str, policy: nn.Module, suite: Suite, execute: int | None = None) -> Setup:
-        """The setup of a loaded policy; `execute` overrides the actions per call."""
+    def of(cls, name: str, policy: nn.Module, suite: Suite, **control: Any) -> Setup:
+        """The setup of a loaded policy; `control` overrides how it is driven, see `Control.of`."""
         return cls(
             suite=suite.name,
             policy=name,
             weights=fingerprint(policy),
-            control=Control.of(policy, suite.cameras, folder=Path(locate(name)), execute=execute),
+            control=Control.of(policy, suite.cameras, folder=Path(locate(name)), **control),
             step_limit=suite.step_limit,
             tasks=suite.tasks,
             stand_in_assets=suite.stand_in_assets,
@@ -61,8 +61,7 @@ class Setup:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Setup:
         """The setup that `as_dict` described."""
-        control = values["control"]
-        control = Control(tuple(control["cameras"]), control["execute"], control["reads_state"])
+        control = Control(**{**values["control"], "cameras": tuple(values["control"]["cameras"])})
         return cls(**{**values, "control": control, "tasks": tuple(values["tasks"])})
 
 

@@ -185,11 +185,10 @@ class Store:
     def _plan(self, item: Planned) -> None:
         setup, condition = item.setup, item.condition
         key = [setup.suite, setup.policy]
-        self._agree(
-            self._one("SELECT setup FROM setups WHERE suite = ? AND policy = ?", key),
-            setup.as_dict(),
-            f"policy {setup.policy} in {setup.suite}",
-        )
+        found = self._one("SELECT setup FROM setups WHERE suite = ? AND policy = ?", key)
+        if found is not None:
+            before = Setup.from_dict(json.loads(found)).as_dict()
+            self._agree(before, setup.as_dict(), f"policy {setup.policy} in {setup.suite}")
         self._base.execute(
             "INSERT OR IGNORE INTO setups VALUES (?, ?, ?)", [*key, json.dumps(setup.as_dict())]
         )
@@ -198,7 +197,9 @@ class Store:
         settings = json.dumps({"recipe": item.recipe, **item.settings}, default=str)
         found = self._one(f"SELECT settings FROM plan {where}", key)
         if self._one(f"SELECT count(*) FROM episodes {where}", key):
-            self._agree(found, json.loads(settings), condition.name, common_only=True)
+            before = json.loads(found)  # a method may have got options since
+            wanted = {name: v for name, v in json.loads(settings).items() if name in before}
+            self._agree(before, wanted, condition.name)
         self._base.execute(
             "INSERT INTO plan VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET settings = excluded.settings, recipe = excluded.recipe, "
@@ -206,16 +207,13 @@ class Store:
             [*key, *_condition_values(condition), settings, item.recipe, item.first, item.episodes],
         )
 
-    def _agree(
-        self, found: str | None, wanted: Mapping[str, Any], what: str, *, common_only: bool = False
-    ) -> None:
+    def _agree(self, before: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
         """Refuse to mix episodes that do not compare."""
-        before = {} if found is None else json.loads(found)
-        for name in [name for name in wanted if name in before] if common_only else wanted:
-            if found is not None and before.get(name) != wanted[name]:
+        for name in wanted:
+            if before[name] != wanted[name]:
                 raise ValueError(
                     f"{self.path} holds episodes of {what} with another {name} "
-                    f"({before.get(name)!r} instead of {wanted[name]!r}); continue with the same "
+                    f"({before[name]!r} instead of {wanted[name]!r}); continue with the same "
                     "one, or choose another folder with --out"
                 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vla_pruner.evaluation.episode import Scene
 
@@ -79,7 +80,27 @@ def pick_place() -> Suite:
     )
 
 
-SUITES: dict[str, Callable[[], Suite]] = {PICK_PLACE: pick_place}
+def _in_harness(kind: str, name: str) -> Suite:
+    """A suite of vla-eval, which is imported when it is asked for."""
+    return getattr(importlib.import_module("vla_pruner.evaluation.harness"), kind)(name)
+
+
+_HARNESS = {
+    "libero": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    "simpler": (
+        "simpler_pick_coke_can",
+        "simpler_move_near",
+        "simpler_open_drawer",
+        "simpler_close_drawer",
+    ),
+}
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    PICK_PLACE: pick_place,
+    **{
+        name: partial(_in_harness, kind, name) for kind, names in _HARNESS.items() for name in names
+    },
+}
 """What `--suite` understands, besides `MODULE:FUNCTION` of a function that gives a `Suite`."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
@@ -25,7 +25,7 @@ from rich.progress import (
 from torch import nn
 
 from vla_pruner.bench.environment import stamp
-from vla_pruner.evaluation.episode import Condition
+from vla_pruner.evaluation.episode import Condition, Gripper
 from vla_pruner.evaluation.rollouts import Job, OpenPolicy, Planned, Setup
 from vla_pruner.evaluation.store import Store
 from vla_pruner.evaluation.suites import Suite, open_suite
@@ -169,8 +169,7 @@ def run_cells(
     out: str | Path,
     crew: Crew,
     *,
-    open_policy: OpenPolicy = load,
-    execute: int | None = None,
+    control: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> bool:
     """Run what is missing of the cells, and keep each episode as soon as it has finished.
@@ -183,8 +182,7 @@ def run_cells(
         cells: the matrix.
         out: run folder; run again with the same one, it continues.
         crew: what runs the episodes.
-        open_policy: loads a policy by name.
-        execute: overrides how many actions of a chunk are carried out.
+        control: overrides how policies are driven, see `Control.of`.
         console: where the progress is shown.
 
     Returns:
@@ -197,8 +195,8 @@ def run_cells(
     """
     with Store(out, write=True) as store:
         suites = {cell.suite: open_suite(cell.suite) for cell in cells}
-        planned = plan(cells, suites, open_policy, execute)
-        store.begin(list(planned), {**stamp(), "threads": 1, **_crew_facts(crew)})
+        planned = plan(cells, suites, control=control)
+        store.begin(list(planned), {**stamp(crew.device), "threads": 1, "workers": crew.workers})
         missing = missing_jobs(planned, store)
         total = sum(item.episodes for item in planned)
         with progress_bar(console) as bar, _Interruption() as interruption:
@@ -213,7 +211,7 @@ def plan(
     cells: Sequence[Cell],
     suites: Mapping[str, Suite],
     open_policy: OpenPolicy = load,
-    execute: int | None = None,
+    control: Mapping[str, Any] | None = None,
 ) -> dict[Planned, Suite]:
     """What the cells mean, after all that can be wrong with them has been checked.
 
@@ -221,7 +219,7 @@ def plan(
         cells: the matrix.
         suites: by the names that the cells use.
         open_policy: loads a policy by name; each is loaded once.
-        execute: overrides how many actions of a chunk are carried out.
+        control: overrides how policies are driven, see `Control.of`.
 
     Raises:
         ValueError: too many scenes, or a method that cannot prune a policy.
@@ -230,7 +228,7 @@ def plan(
     for name in dict.fromkeys(cell.policy for cell in cells):
         policy = open_policy(name)
         setups = {
-            suite: Setup.of(name, policy, suites[suite], execute)
+            suite: Setup.of(name, policy, suites[suite], **(control or {}))
             for suite in dict.fromkeys(cell.suite for cell in cells if cell.policy == name)
         }
         for cell in cells:
@@ -283,10 +281,6 @@ def missing_jobs(planned: Mapping[Planned, Suite], store: Store) -> list[Job]:
                 if (item.condition.name, seed) not in done
             ]
     return jobs
-
-
-def _crew_facts(crew: Crew) -> dict[str, Any]:
-    return {"workers": crew.workers} if isinstance(crew, Processes) else {}
 
 
 class _Interruption:
@@ -345,7 +339,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where and how to run episodes, for `eval` and `sweep`."""
     parser.add_argument("--out", type=Path, required=True, help="run folder; resumed if it exists")
-    parser.add_argument("--workers", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--workers", type=int, default=2, help="processes, or actors of Ray")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run in this Ray cluster; `auto` is the one that this machine belongs to",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where policies run")
     parser.add_argument(
         "--time-limit",
         type=float,
@@ -355,6 +355,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--execute", type=int, help="actions of a chunk to carry out before the policy is asked"
     )
+    parser.add_argument(
+        "--gripper",
+        choices=get_args(Gripper),
+        help="how the policy writes it: robosuite (+1 close, -1 open) or rlds (0 close, 1 open; "
+        "published checkpoints); default: what its config.json says, else robosuite",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -362,11 +368,21 @@ def run(args: argparse.Namespace) -> int:
     return run_command(args, read_config(args.config))
 
 
+def open_crew(args: argparse.Namespace) -> Crew:
+    """What runs the episodes: processes of this machine, or actors of a Ray cluster."""
+    if args.ray is None:
+        return Processes(args.workers, args.time_limit, args.device)
+    from vla_pruner.evaluation.cluster import RayActors
+
+    gpus = 0 if args.device == "cpu" else 1
+    return RayActors(args.ray, args.workers, args.time_limit, args.device, gpus)
+
+
 def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
     """Run cells as the arguments say; print how to go on. Returns the exit code."""
     console = Console()
-    crew = Processes(args.workers, args.time_limit)
-    complete = run_cells(cells, args.out, crew, execute=args.execute, console=console)
+    control = {"execute": args.execute, "gripper": args.gripper}
+    complete = run_cells(cells, args.out, open_crew(args), control=control, console=console)
     if not complete:
         console.print("Interrupted. The same command continues.", highlight=False)
     console.print(f"Report: vla-pruner report {args.out}", highlight=False, soft_wrap=True)

@@ -7,10 +7,11 @@ import os
 import signal
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -18,7 +19,7 @@ from typing import Protocol
 import torch
 
 from vla_pruner.evaluation.episode import Episode
-from vla_pruner.evaluation.rollouts import Job, OpenPolicy, Runner
+from vla_pruner.evaluation.rollouts import Job, Runner
 from vla_pruner.models.loading import load
 
 ATTEMPTS = 3
@@ -27,6 +28,9 @@ ATTEMPTS = 3
 
 class Crew(Protocol):
     """Whatever runs episodes: processes of this machine, or of many."""
+
+    workers: int
+    device: str
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished, in any order.
@@ -49,6 +53,61 @@ class EpisodesFailed(RuntimeError):
             "tries these again:\n" + "\n".join(lines[:5]) + more
         )
         self.failures = failures
+
+
+class Queue:
+    """Jobs to hand out, each again where the process that had it died.
+
+    Args:
+        jobs: taken one by one, when they are asked for.
+    """
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._fresh = iter(jobs)
+        self._again: deque[Job] = deque()
+        self._begun: Counter[Job] = Counter()
+        self._failures: dict[Job, str] = {}
+
+    def empty(self) -> bool:
+        """Whether `take` has nothing to give."""
+        if not self._again and (job := next(self._fresh, None)) is not None:
+            self._again.append(job)
+        return not self._again
+
+    def take(self) -> Job | None:
+        """The next job; None: there is none now."""
+        if self.empty():
+            return None
+        job = self._again.popleft()
+        self._begun[job] += 1
+        return job
+
+    def died(self, job: Job, reason: str) -> None:
+        """A job that was taken has no result."""
+        if self._begun[job] < ATTEMPTS:
+            self._again.append(job)
+        else:
+            self._failures[job] = reason
+
+    def finish(self) -> None:
+        """Raise `EpisodesFailed` if jobs were given up."""
+        if self._failures:
+            raise EpisodesFailed(self._failures)
+
+
+def attempt(runner: Runner, job: Job) -> Episode | Exception:
+    """The episode, or the error in it, with a note on where it happened."""
+    try:
+        return runner.run(job)
+    except Exception as error:
+        error.add_note(f"in {job}:\n{traceback.format_exc()}")
+        return error
+
+
+def one_thread() -> None:
+    """Let this process compute with one thread: latencies then do not depend on its neighbours'."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @dataclass
@@ -81,12 +140,12 @@ class Processes:
     Args:
         workers: number of processes.
         time_limit: seconds that an episode may take, its process and simulator included.
-        open_policy: a module's function that loads a policy by name.
+        device: where policies run.
     """
 
     workers: int = 2
     time_limit: float = 1800.0
-    open_policy: OpenPolicy = load
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -96,18 +155,13 @@ class Processes:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished; see `Crew.run`."""
-        fresh, again = iter(jobs), deque[Job]()
-        begun: dict[Job, int] = {}
-        failures: dict[Job, str] = {}
-        crew: list[_Worker] = []
+        queue, crew = Queue(jobs), list[_Worker]()
         try:
             while True:
                 while sum(worker.job is not None for worker in crew) < self.workers:
-                    job = again.popleft() if again else next(fresh, None)
-                    if job is None:
+                    if (next_job := queue.take()) is None:
                         break
-                    begun[job] = begun.get(job, 0) + 1
-                    self._hand(crew, job)
+                    self._hand(crew, next_job)
                 if not any(worker.job for worker in crew):
                     break
                 for worker, answer in self._answers(crew):
@@ -120,20 +174,16 @@ class Processes:
                     else:
                         crew.remove(worker)
                         worker.stop()
-                        if begun[job] < ATTEMPTS:
-                            again.append(job)
-                        else:
-                            failures[job] = answer
+                        queue.died(job, answer)
         finally:
             for worker in crew:
                 worker.stop() if worker.job else worker.dismiss()
-        if failures:
-            raise EpisodesFailed(failures)
+        queue.finish()
 
     def _hire(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.open_policy), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.device), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -166,21 +216,14 @@ class Processes:
                 yield worker, f"it took longer than {self.time_limit:g} s"
 
 
-def _work(pipe: Connection, open_policy: OpenPolicy) -> None:
-    """A worker process: one thread; Ctrl-C is for the parent; the end of the pipe is the end."""
+def _work(pipe: Connection, device: str) -> None:
+    """A worker process; Ctrl-C is for the parent, and the end of the pipe is the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    runner = Runner(open_policy)
+    one_thread()
+    runner = Runner(partial(load, device=device))
     try:
         while True:
-            job = pipe.recv()
-            try:
-                answer: Episode | Exception = runner.run(job)
-            except Exception as error:
-                error.add_note(f"in {job}:\n{traceback.format_exc()}")
-                answer = error
-            pipe.send(answer)
+            pipe.send(attempt(runner, pipe.recv()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     finally:
