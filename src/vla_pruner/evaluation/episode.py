@@ -146,7 +146,6 @@ class Condition:
                 f"condition {self.name!r}: write 'none', or a method with what it keeps, such as "
                 "'vla-pruner@0.25'"
             )
-        build(self.method, keep=self.keep, **dict(self.options))
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -171,7 +170,9 @@ class Condition:
             raise ValueError(
                 f"condition {text!r}: options come after a colon as name=value, such as ':window=1'"
             )
-        return cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+        condition = cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+        build(method, keep=value, **dict(condition.options))  # Raises: no such method or option.
+        return condition
 
     @property
     def name(self) -> str:

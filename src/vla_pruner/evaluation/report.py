@@ -1,246 +1,196 @@
-"""`vla-pruner report`: tables from the episodes of one or more runs."""
+"""`vla-pruner report`: tables and curves from the episodes of one or more runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.evaluation.episode import ALL_TOKENS, Condition, Episode
-from vla_pruner.evaluation.rollouts import Setup
-from vla_pruner.evaluation.store import Store
+from vla_pruner.evaluation.compare import Group, Line, compare, per_task, read_runs, table_one
+from vla_pruner.evaluation.document import (
+    Block,
+    Heading,
+    Items,
+    Plot,
+    Table,
+    Text,
+    to_html,
+    to_latex,
+    to_markdown,
+)
+from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
+from vla_pruner.evaluation.plots import Point, curves
+from vla_pruner.evaluation.statistics import PairedSuccess
 from vla_pruner.evaluation.summary import (
     COLUMNS,
     NOTES,
     Row,
-    Summary,
     cells,
+    difference_text,
+    flat_row,
     percent,
-    summarise,
+    to_csv,
     write_text,
 )
 
-
-@dataclass(frozen=True)
-class Group:
-    """One policy in one suite, under all its conditions."""
-
-    setup: Setup
-    conditions: list[Condition]
-    episodes: list[Episode]
-    planned: int
-    environments: list[dict[str, Any]]
-
-    @property
-    def suite(self) -> str:
-        """Its name, for tables."""
-        flag = " (stand-in assets)" if self.setup.stand_in_assets else ""
-        return self.setup.suite + flag
-
-    def summary(self, against: str = ALL_TOKENS) -> Summary:
-        """Its rows; differences and speed-ups are to the condition called `against`."""
-        return summarise(
-            self.episodes,
-            self.conditions,
-            planned=self.planned,
-            settings=self.setup.as_dict(),
-            environment={},
-            against=against,
-        )
-
-
-def read_runs(folders: Sequence[str | Path]) -> list[Group]:
-    """The groups of several runs, in the order they were asked for.
-
-    Raises:
-        FileNotFoundError, ValueError: a folder that holds no episodes.
-        ValueError: two runs hold the same policy in the same suite.
-    """
-    groups: dict[tuple[str, str], Group] = {}
-    for folder in folders:
-        found = list(_groups(folder))
-        if not any(group.episodes for group in found):
-            raise ValueError(f"no episode has finished in {folder}")
-        for group in found:
-            key = group.setup.policy, group.setup.suite
-            if key in groups:
-                raise ValueError(
-                    f"{folder} holds {key[0]} in {key[1]}, and so does another run; report them "
-                    "apart, or run both into one folder"
-                )
-            groups[key] = group
-    return list(groups.values())
-
-
-def _groups(folder: str | Path) -> Iterator[Group]:
-    with Store(folder) as store:
-        planned = store.planned()
-        environments = store.environments()
-        for setup in dict.fromkeys(item.setup for item in planned):
-            items = [item for item in planned if item.setup == setup]
-            conditions = [item.condition for item in items]
-            yield Group(
-                setup,
-                conditions,
-                store.episodes(setup, conditions),
-                sum(item.episodes for item in items),
-                environments,
-            )
-
-
-# -- Table 1 -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """One policy under one condition, over all suites.
-
-    Args:
-        policy: name.
-        label: the condition, for people.
-        rows: of each suite that it was run in.
-        relative_accuracy: mean over suites of the success rate relative to all tokens, on the
-            scenes that both finished; None: a suite without such scenes or without success.
-    """
-
-    policy: str
-    label: str
-    rows: dict[str, Row]
-    relative_accuracy: float | None
-
-
-def table_one(groups: Sequence[Group]) -> list[Line]:
-    """Table 1 of the paper: a line per policy and condition, a column per suite."""
-    lines = []
-    for policy in dict.fromkeys(group.setup.policy for group in groups):
-        own = [group for group in groups if group.setup.policy == policy]
-        rows = {group.suite: {row.name: row for row in group.summary().rows} for group in own}
-        for condition in dict.fromkeys(c for group in own for c in group.conditions):
-            present = {
-                suite: by_name[condition.name]
-                for suite, by_name in rows.items()
-                if condition.name in by_name
-            }
-            if present:
-                relative = [_relative(group, condition) for group in own if group.suite in present]
-                whole = len(present) == len(own) and None not in relative
-                mean = sum(r for r in relative if r is not None) / len(relative) if whole else None
-                lines.append(Line(policy, condition.label, present, mean))
-    return lines
-
-
-def _relative(group: Group, condition: Condition) -> float | None:
-    """Success rate relative to all tokens, on the scenes that both finished."""
-    solved: dict[str, dict[int, bool]] = {}
-    for episode in group.episodes:
-        solved.setdefault(episode.condition, {})[episode.seed] = episode.success
-    before, after = solved.get(ALL_TOKENS, {}), solved.get(condition.name, {})
-    common = before.keys() & after.keys()
-    full = sum(before[seed] for seed in common)
-    return sum(after[seed] for seed in common) / full if full else None
-
-
-# -- Markdown ------------------------------------------------------------------------------------
-
 DEFINITIONS = (
-    "Success: share of finished episodes that were solved within the step limit. Relative "
-    "accuracy: mean over suites of the success rate divided by that of all tokens, on the scenes "
-    "that both finished. Visual tokens, FLOPs and latencies are of the first suite named."
+    "Success: share of the finished episodes that were solved within the step limit of the suite. "
+    "Relative accuracy: mean over suites of the success rate divided by that of all tokens, on "
+    "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
+    "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens; speed-up: "
+    "median latency of a call with all tokens over that of this row. Both are means over suites. "
+    "Latency is that of calls in the closed loop, with the other processes of the run at work: it "
+    "compares within a run alone, and `vla-pruner bench` measures it apart. Pruned calls leave out "
+    "the first calls of an episode, which run on all tokens; all other figures include them."
+)
+STAND_IN = (
+    "Stand-in assets: some objects of this suite look other than in the published one. Success "
+    "rates compare within this report, not with published ones."
 )
 
 
-def markdown(groups: Sequence[Group], against: str | None = None) -> str:
+def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block]:
     """The whole report.
 
     Args:
         groups: what was run.
-        against: also compare every condition with this one, pair by pair.
+        against: name of a condition that all others are also compared with, pair by pair.
     """
+    summaries = {group: group.summary() for group in groups}
+    blocks: list[Block] = [Heading("Success and cost of visual token pruning", 1)]
+    for group, summary in summaries.items():
+        if not summary.complete:
+            missing = summary.planned - len(summary.episodes)
+            blocks.append(
+                Text(f"Partial: {missing} episodes of {group.title} are missing.", notice=True)
+            )
+    if any(group.setup.stand_in_assets for group in groups):
+        blocks.append(Text(STAND_IN, notice=True))
     suites = list(dict.fromkeys(group.suite for group in groups))
-    missing = [(g.planned - len(g.episodes), g) for g in groups if len(g.episodes) < g.planned]
-    lines = ["# Success and cost", ""]
-    for number, group in missing:
-        lines += [f"Partial: {group.setup.policy} in {group.suite} misses {number} episodes.", ""]
-    header = ["policy", "tokens", *suites, "relative accuracy", "prefill FLOPs", "speed-up"]
-    lines += _table(header, [_line_cells(line, suites) for line in table_one(groups)])
-    lines += ["", DEFINITIONS]
-    for group in groups:
-        lines += ["", f"## {group.setup.policy} in {group.suite}", ""]
-        lines += _table(COLUMNS, [cells(row) for row in group.summary().rows])
-        if against and any(c.name == against for c in group.conditions):
-            lines += ["", f"### Against {against}", ""]
-            columns = [COLUMNS[0], COLUMNS[1], COLUMNS[3], "solved by this / that alone"]
-            lines += _table(columns, _pairs(group, against))
-        lines += ["", "### Tasks", "", *_table(*_per_task(group))]
-    lines += ["", NOTES, "", "## Measured with", ""]
-    for facts in [group.setup.as_dict() for group in groups]:
-        lines += ["* " + ", ".join(f"{name}: {value}" for name, value in facts.items())]
-    for facts in _distinct([e for group in groups for e in group.environments]):
-        lines += ["* " + ", ".join(f"{n}: {v}" for n, v in facts.items() if v is not None)]
-    return "\n".join(lines) + "\n"
+    blocks += [_table_one(table_one(summaries), suites), Text(DEFINITIONS)]
+    for group, summary in summaries.items():
+        rows = [[*cells(row)] for row in summary.rows]
+        blocks += [Heading(group.title), Table(group.title, COLUMNS, rows), *_curves(summary.rows)]
+        if against and any(condition.name == against for condition in group.conditions):
+            blocks += [
+                Heading(f"Against {against}", 3),
+                _pairs(f"{group.title}: against {against}", compare(group, against)),
+            ]
+        blocks += [Heading("By task: episodes solved", 3), _tasks(group)]
+    blocks += [Text(NOTES), Heading("Measured with"), Items(list(_facts(groups)))]
+    return blocks
 
 
-def _line_cells(line: Line, suites: Sequence[str]) -> list[str]:
-    first = next(iter(line.rows.values()))
-    success = [
-        f"{percent(line.rows[s].success)} ({line.rows[s].successes} of {line.rows[s].episodes})"
-        if s in line.rows
-        else "-"
-        for s in suites
-    ]
-    relative = "-" if line.relative_accuracy is None else percent(line.relative_accuracy)
-    speedup = first.all_calls.speedup
-    return [
-        line.policy,
-        line.label,
-        *success,
-        relative,
-        percent(first.prefill_ratio),
-        "-" if speedup is None else f"{speedup:.2f}x",
-    ]
-
-
-def _pairs(group: Group, against: str) -> list[list[str]]:
-    return [
+def _table_one(lines: Sequence[Line], suites: Sequence[str]) -> Table:
+    header = ["policy", "tokens", *suites, "relative accuracy", "prefill FLOPs"]
+    header += ["in pruned calls", "speed-up", "of pruned calls"]
+    return Table(
+        "Success per suite, and cost, of every policy with all and with few visual tokens",
+        header,
         [
-            values[0],
-            values[1],
-            values[3],
-            "-" if row.pairs is None else f"{row.gained} / {row.lost}",
-        ]
-        for row in group.summary(against).rows
-        for values in [cells(row)]
-    ]
+            [
+                line.policy,
+                line.label,
+                *(_success(line.rows.get(suite)) for suite in suites),
+                "-" if line.relative_accuracy is None else percent(line.relative_accuracy),
+                percent(line.prefill_ratio),
+                percent(line.pruned_prefill_ratio),
+                "-" if line.speedup is None else f"{line.speedup:.2f}x",
+                "-" if line.pruned_speedup is None else f"{line.pruned_speedup:.2f}x",
+            ]
+            for line in lines
+        ],
+    )
 
 
-def _per_task(group: Group) -> tuple[list[str], list[list[str]]]:
-    """Solved episodes per task and condition."""
-    solved: dict[tuple[int, str], list[bool]] = {}
-    for episode in group.episodes:
-        solved.setdefault((episode.target, episode.condition), []).append(episode.success)
+def _success(row: Row | None) -> str:
+    return "-" if row is None else f"{100 * row.success:.1f} % ({row.successes} of {row.episodes})"
+
+
+def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
+    header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
     rows = [
-        [
-            task,
-            *(
-                f"{sum(found)} of {len(found)}" if (found := solved.get((number, c.name))) else "-"
-                for c in group.conditions
-            ),
+        [label, "-", "-", "-", "-"]
+        if pairs is None
+        else [
+            label,
+            str(pairs.pairs),
+            str(pairs.gained),
+            str(pairs.lost),
+            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
         ]
-        for number, task in enumerate(group.setup.tasks)
+        for label, pairs in compared.items()
     ]
-    return ["task", *(condition.label for condition in group.conditions)], rows
+    return Table(caption, header, rows)
 
 
-def _distinct(stamps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stamps that differ in more than their date."""
-    return list({str({**facts, "date": None}): facts for facts in stamps}.values())
+def _tasks(group: Group) -> Table:
+    found = per_task(group)
+    names = [condition.label for condition in group.conditions]
+    rows, shades = [], []
+    for task, solved in zip(group.setup.tasks, found, strict=True):
+        texts = ["-" if not total else f"{won} of {total}" for won, total in solved]
+        rows.append([task, *texts])
+        shades.append([won / total if total else None for won, total in solved])
+    return Table(f"{group.title}: episodes solved, by task", ["task", *names], rows, shades)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+def _curves(rows: Sequence[Row]) -> list[Block]:
+    """Success and speed-up over the share of visual tokens, a line per method (Fig. 1 and 4)."""
+    success: dict[str, list[Point]] = {}
+    speed: dict[str, list[Point]] = {}
+    full = next((row for row in rows if row.name == ALL_TOKENS), None)
+    for row in rows:
+        if row.name == ALL_TOKENS:
+            continue
+        method, _, rest = row.name.partition("@")
+        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
+        if full is not None and name not in success:
+            interval = full.success_interval
+            success[name] = [(1.0, full.success, interval.low, interval.high)]
+        share, interval = row.visual_kept / row.visual, row.success_interval
+        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
+        speedup, spread = row.all_calls.speedup, row.all_calls.interval
+        if speedup is not None and spread is not None:
+            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
+            speed[name].append((share, speedup, spread.low, spread.high))
+    blocks: list[Block] = []
+    if success:
+        label = "share of visual tokens that stay"
+        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
+        top = max((end for points in speed.values() for *_, end in points), default=1.0)
+        if speed:
+            plot = curves(speed, x_label=label, high=max(1.0, top))
+            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
+    return blocks
+
+
+def _facts(groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        setup, control = group.setup, group.setup.control
+        yield (
+            f"{group.title}: weights {setup.weights}, cameras {', '.join(control.cameras)}, "
+            f"{control.execute} actions per call, at most {setup.step_limit} steps"
+        )
+    stamps = [stamp for group in groups for stamp in group.environments]
+    distinct = {str({**stamp, "date": None}): stamp for stamp in stamps}
+    for stamp in distinct.values():
+        yield ", ".join(f"{name}: {value}" for name, value in stamp.items() if value is not None)
+
+
+def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every number of every condition, one flat row each, for CSV."""
+    return [
+        {
+            "suite": group.setup.suite,
+            "policy": group.setup.policy,
+            "stand_in_assets": group.setup.stand_in_assets,
+            **flat_row(row),
+        }
+        for group in groups
+        for row in group.summary().rows
+    ]
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -249,20 +199,23 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner report`."""
     parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
-    parser.add_argument("--against", help="also compare with this condition, e.g. vla-pruner@0.25")
-    parser.add_argument("--out", type=Path, help="folder for report.md; default: the first run")
+    parser.add_argument("--against", help="also compare with this condition: vla-pruner@0.25")
+    parser.add_argument("--out", type=Path, help="folder for the report; default: the first run")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and print it."""
+    """Write report.md, .html, .tex and .csv, and print the first."""
     against = Condition.parse(args.against).name if args.against else None
     groups = read_runs(args.runs)
-    if against and not any(c.name == against for group in groups for c in group.conditions):
-        names = dict.fromkeys(c.name for group in groups for c in group.conditions)
+    names = dict.fromkeys(condition.name for group in groups for condition in group.conditions)
+    if against and against not in names:
         raise ValueError(f"--against {against}: the runs hold {', '.join(names)}")
-    text = markdown(groups, against)
-    path = (args.out or args.runs[0]) / "report.md"
-    write_text(path, text)
-    print(text)
-    print(f"Report: {path}")
+    blocks = blocks_of(groups, against)
+    out = args.out or args.runs[0]
+    write_text(out / "report.md", to_markdown(blocks))
+    write_text(out / "report.html", to_html(blocks))
+    write_text(out / "report.tex", to_latex(blocks))
+    write_text(out / "report.csv", to_csv(rows_of(groups)))
+    print(to_markdown(blocks))
+    print(f"Report: {out / 'report.html'} (also .md, .tex, .csv)")
     return 0

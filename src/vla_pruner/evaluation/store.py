@@ -287,7 +287,7 @@ class Store:
         return [
             Planned(
                 setups[row["suite"], row["policy"]],
-                Condition.parse(row["condition"]),
+                Condition(row["method"], row["keep"], tuple(json.loads(row["options"]).items())),
                 json.loads(row["settings"]),
                 row["recipe"],
                 row["first"],
