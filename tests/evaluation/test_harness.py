@@ -134,7 +134,7 @@ def test_initial_states_from_elsewhere_are_never_unpickled(package, tmp_path):
     (package / "assets" / "scenes").mkdir(parents=True)
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"init_states": str(tmp_path / "downloaded")}))
-    with pytest.raises(ValueError, match="pickles, and .* outside the installed package"):
+    with pytest.raises(ValueError, match=r"pickles, and .* outside the installed package"):
         libero("libero_object")
 
 
