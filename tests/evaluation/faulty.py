@@ -35,13 +35,15 @@ class LoggingScene(ToyScene):
         return super().reset(seed, target)
 
 
-class KilledScene(LoggingScene):
-    """The process is killed in the middle of scene 101, the first time."""
+class FaultyScene(LoggingScene):
+    """The first time, the process is killed in the middle of scene 101, and scene 102 hangs."""
 
     def step(self, action: Any) -> None:
         super().step(action)
         if self.seed == 101 and len(self.actions) == 3 and _first("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.seed == 102 and len(self.actions) == 3 and _first("hung"):
+            time.sleep(3600)
 
 
 class DeadlyScene(LoggingScene):
@@ -51,15 +53,6 @@ class DeadlyScene(LoggingScene):
         super().step(action)
         if self.seed == 101:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class HangingScene(LoggingScene):
-    """Scene 101 never takes its third step, the first time."""
-
-    def step(self, action: Any) -> None:
-        super().step(action)
-        if self.seed == 101 and len(self.actions) == 3 and _first("hung"):
-            time.sleep(3600)
 
 
 class BrokenScene(LoggingScene):
@@ -87,16 +80,12 @@ def logging() -> Suite:
     return _suite("logging", LoggingScene)
 
 
-def killed() -> Suite:
-    return _suite("killed", KilledScene)
+def once() -> Suite:
+    return _suite("once", FaultyScene)
 
 
 def deadly() -> Suite:
     return _suite("deadly", DeadlyScene)
-
-
-def hanging() -> Suite:
-    return _suite("hanging", HangingScene)
 
 
 def broken() -> Suite:

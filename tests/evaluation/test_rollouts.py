@@ -53,6 +53,20 @@ def test_every_condition_starts_from_the_same_states_and_warms_up_once():
     assert measured == [(100, 0), (100, 0), (101, 1), (101, 1)]
 
 
+def test_the_same_episodes_run_twice_are_the_same_call_for_call():
+    def run(order: list[tuple[Condition, int]]) -> dict:
+        runner, done = Runner(lambda name: tiny_policy()), {}
+        for job in jobs(ToyScene(), *order):
+            episode = runner.run(job)
+            for call in episode.calls:
+                call.latency_ms = 0.0
+            done[episode.condition, episode.seed] = episode
+        return done
+
+    order = [(NONE, 100), (HALF, 100), (HALF, 101), (NONE, 101)]
+    assert run(order) == run(order[::-1])
+
+
 def test_what_is_open_stays_open_until_another_is_needed():
     opened, scene = [], ToyScene()
 

@@ -115,6 +115,7 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     job: Job | None = None
+    started: bool = False
     deadline: float = field(default=float("inf"))
 
     def dismiss(self) -> None:
@@ -139,7 +140,7 @@ class Processes:
 
     Args:
         workers: number of processes.
-        time_limit: seconds that an episode may take, its process and simulator included.
+        time_limit: seconds that an episode may take, with what has to be opened for it.
         device: where policies run.
     """
 
@@ -194,19 +195,27 @@ class Processes:
         if worker is None:
             worker = self._hire()
             crew.append(worker)
-        worker.job, worker.deadline = job, time.monotonic() + self.time_limit
+        worker.job = job
+        if worker.started:
+            worker.deadline = time.monotonic() + self.time_limit
         with suppress(BrokenPipeError):  # It died meanwhile; reading its answer will say so.
             worker.pipe.send(job)
 
     def _answers(self, crew: list[_Worker]) -> Iterator[tuple[_Worker, Episode | Exception | str]]:
         """Workers that have finished, failed, died or run out of time, with what became of it."""
         busy = {worker.pipe: worker for worker in crew if worker.job}
-        patience = min(worker.deadline for worker in busy.values()) - time.monotonic()
-        ready = set(wait(list(busy), max(0.0, patience)))
+        deadline = min(worker.deadline for worker in busy.values())
+        patience = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        ready = set(wait(list(busy), patience))
         for pipe, worker in busy.items():
             if pipe in ready:
                 try:
-                    yield worker, pipe.recv()
+                    answer = pipe.recv()
+                    if answer is None:
+                        worker.started = True
+                        worker.deadline = time.monotonic() + self.time_limit
+                    else:
+                        yield worker, answer
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     code = worker.process.exitcode or 0
@@ -222,6 +231,7 @@ def _work(pipe: Connection, device: str) -> None:
     one_thread()
     runner = Runner(partial(load, device=device))
     try:
+        pipe.send(None)  # It has started.
         while True:
             pipe.send(attempt(runner, pipe.recv()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
