@@ -147,6 +147,13 @@ def test_what_cannot_be_run_is_refused_before_the_first_episode(
     matrix = [Cell(policy, suite, Condition.parse(condition), episodes)]
     with pytest.raises(ValueError, match=message):
         sweep.run_cells(matrix, tmp_path / "out", Processes(1))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limits", [(0, 60.0), (1, 0.0)])
+def test_a_crew_that_can_run_nothing_is_refused(limits):
+    with pytest.raises(ValueError, match=r"workers=0|time_limit=0\.0"):
+        Processes(*limits)
 
 
 # -- running it ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 from vla_pruner.evaluation.episode import Episode
 from vla_pruner.evaluation.rollouts import Job, Runner
-from vla_pruner.evaluation.workers import Queue, attempt, one_thread
+from vla_pruner.evaluation.workers import Queue, attempt, check_limits, one_thread
 from vla_pruner.models.loading import load
 
 
@@ -50,6 +50,9 @@ class RayActors:
     time_limit: float = 1800.0
     device: str = "cpu"
     gpus: float = 0
+
+    def __post_init__(self) -> None:
+        check_limits(self.workers, self.time_limit)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished; see `workers.Crew.run`.

@@ -193,9 +193,9 @@ def run_cells(
         RuntimeError: another process writes to the folder, or episodes could not be run.
         OSError: the disk is full.
     """
+    suites = {cell.suite: open_suite(cell.suite) for cell in cells}
+    planned = plan(cells, suites, control=control)
     with Store(out, write=True) as store:
-        suites = {cell.suite: open_suite(cell.suite) for cell in cells}
-        planned = plan(cells, suites, control=control)
         store.begin(list(planned), {**stamp(crew.device), "threads": 1, "workers": crew.workers})
         missing = missing_jobs(planned, store)
         total = sum(item.episodes for item in planned)

@@ -95,6 +95,14 @@ class Queue:
             raise EpisodesFailed(self._failures)
 
 
+def check_limits(workers: int, time_limit: float) -> None:
+    """Raise ValueError for a crew that could not run anything."""
+    if workers < 1:
+        raise ValueError(f"workers={workers}: at least one is needed")
+    if time_limit <= 0:
+        raise ValueError(f"time_limit={time_limit}: an episode needs more than no seconds")
+
+
 def attempt(runner: Runner, job: Job) -> Episode | Exception:
     """The episode, or the error in it, with a note on where it happened."""
     try:
@@ -149,10 +157,7 @@ class Processes:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: at least one process is needed")
-        if self.time_limit <= 0:
-            raise ValueError(f"time_limit={self.time_limit}: seconds, more than none")
+        check_limits(self.workers, self.time_limit)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished; see `Crew.run`."""
