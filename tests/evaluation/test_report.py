@@ -88,8 +88,8 @@ def test_pairs_are_taken_with_any_condition(run_folder):
 
 def test_tasks_are_counted_apart(run_folder):
     easy, hard = read_runs([run_folder])
-    assert per_task(easy) == [[(2, 2), (1, 2), (0, 1)], [(1, 2), (2, 2), (1, 1)]]
-    assert per_task(hard)[0] == [(1, 2), (1, 2), (0, 0)]
+    assert list(per_task(easy).values()) == [[(2, 2), (1, 2)], [(1, 2), (2, 2)], [(0, 1), (1, 1)]]
+    assert per_task(hard)["vla-pruner, 25 %, window 1"] == [(0, 0), (0, 0)]
 
 
 def test_markdown_says_what_is_missing_and_what_was_measured(run_folder):
@@ -103,7 +103,7 @@ def test_markdown_says_what_is_missing_and_what_was_measured(run_folder):
     )
     assert "### Against vla-pruner@0.5" in text
     assert "| all tokens | 4 | 1 | 1 | +0 points (" in text
-    assert "| cup | 2 of 2 | 1 of 2 | 0 of 1 |" in text
+    assert "| vla-pruner, 25 %, window 1 | 0 of 1 | 1 of 1 |" in text
     assert "Relative accuracy: mean over suites" in text
     assert "commit: f00" in text
 
@@ -128,7 +128,7 @@ def test_the_page_is_self_contained_with_heat_map_and_curves(run_folder):
     page = Page(text)
     assert page.fetched == []
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 4 + 6  # the curves, and two lines in each of their legends
     assert page.shaded == 2 * 3 + 2 * 2
     assert "rgb(56 132 255/0.50)" in text
 

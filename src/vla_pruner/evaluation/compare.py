@@ -190,15 +190,16 @@ def compare(group: Group, against: str) -> dict[str, PairedSuccess | None]:
     return compared
 
 
-def per_task(group: Group) -> list[list[tuple[int, int]]]:
-    """Solved and finished episodes, by task, of every condition in order."""
-    won: dict[tuple[int, str], list[bool]] = {}
+def per_task(group: Group) -> dict[str, list[tuple[int, int]]]:
+    """Solved and finished episodes of each task, by the condition's label."""
+    won: dict[tuple[str, int], list[bool]] = {}
     for episode in group.episodes:
-        won.setdefault((episode.target, episode.condition), []).append(episode.success)
-    return [
-        [
+        won.setdefault((episode.condition, episode.target), []).append(episode.success)
+    tasks = range(len(group.setup.tasks))
+    return {
+        condition.label: [
             (sum(found), len(found))
-            for found in (won.get((task, condition.name), []) for condition in group.conditions)
+            for found in (won.get((condition.name, task), []) for task in tasks)
         ]
-        for task in range(len(group.setup.tasks))
-    ]
+        for condition in group.conditions
+    }

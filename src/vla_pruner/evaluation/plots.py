@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 COLOURS = ("#0f5fa8", "#d9730d", "#2f855a", "#8b3fa8", "#b83232", "#54616e")
+DASHES = ("", "6 3", "2 3")
+"""With more series than colours, the second round is dashed, the third one dotted."""
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 40, 30, 14
 
 Point = tuple[float, float, float, float]
@@ -98,15 +100,20 @@ def _axes(x_label: str, low: float, high: float) -> list[str]:
 
 
 def _path(path: Sequence[str], number: int) -> str:
-    return (
-        f"<path d='{' '.join(path)}' fill='none' stroke='{COLOURS[number % len(COLOURS)]}' "
-        "stroke-width='2' stroke-linecap='round'/>"
-    )
+    return f"<path d='{' '.join(path)}' fill='none' {_pen(number)} stroke-linecap='round'/>"
+
+
+def _pen(number: int) -> str:
+    """How the line of a series is drawn."""
+    colour = COLOURS[number % len(COLOURS)]
+    dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+    return f"stroke='{colour}' stroke-width='2' stroke-dasharray='{dashes}'"
 
 
 def _figure(parts: Sequence[str], names: Iterable[str]) -> str:
     legend = [
-        f"<span><i style='background:{COLOURS[number % len(COLOURS)]}'></i>{escape(name)}</span>"
+        f"<span><svg style='width:2rem;height:.6rem' viewBox='0 0 32 8'>"
+        f"<line x2='32' y1='4' y2='4' {_pen(number)}/></svg> {escape(name)}</span>"
         for number, name in enumerate(names)
     ]
     return (

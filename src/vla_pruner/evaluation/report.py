@@ -25,11 +25,13 @@ from vla_pruner.evaluation.statistics import PairedSuccess
 from vla_pruner.evaluation.summary import (
     COLUMNS,
     NOTES,
+    Latency,
     Row,
     cells,
     difference_text,
     flat_row,
     percent,
+    speedup_text,
     to_csv,
     write_text,
 )
@@ -96,12 +98,20 @@ def _table_one(lines: Sequence[Line], suites: Sequence[str]) -> Table:
                 "-" if line.relative_accuracy is None else percent(line.relative_accuracy),
                 percent(line.prefill_ratio),
                 percent(line.pruned_prefill_ratio),
-                "-" if line.speedup is None else f"{line.speedup:.2f}x",
-                "-" if line.pruned_speedup is None else f"{line.pruned_speedup:.2f}x",
+                _speedup(line.speedup, [row.all_calls for row in line.rows.values()]),
+                _speedup(line.pruned_speedup, [row.pruned_calls for row in line.rows.values()]),
             ]
             for line in lines
         ],
     )
+
+
+def _speedup(mean: float | None, latencies: Sequence[Latency | None]) -> str:
+    """The mean over suites; of a single suite with its interval."""
+    if mean is None:
+        return "-"
+    only = latencies[0] if len(latencies) == 1 else None
+    return f"{mean:.2f}x" if only is None else speedup_text(only)
 
 
 def _success(row: Row | None) -> str:
@@ -126,14 +136,12 @@ def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
 
 
 def _tasks(group: Group) -> Table:
-    found = per_task(group)
-    names = [condition.label for condition in group.conditions]
     rows, shades = [], []
-    for task, solved in zip(group.setup.tasks, found, strict=True):
-        texts = ["-" if not total else f"{won} of {total}" for won, total in solved]
-        rows.append([task, *texts])
+    for label, solved in per_task(group).items():
+        rows.append([label, *("-" if not total else f"{won} of {total}" for won, total in solved)])
         shades.append([won / total if total else None for won, total in solved])
-    return Table(f"{group.title}: episodes solved, by task", ["task", *names], rows, shades)
+    header = ["condition", *group.setup.tasks]
+    return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
 
 
 def _curves(rows: Sequence[Row]) -> list[Block]:
