@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ class RayActors:
         began = not ray.is_initialized()
         if began:
             try:
+                _reach(self.address)
                 ray.init(address=self.address, log_to_driver=False)
-            except ConnectionError as error:
+            except OSError as error:
                 raise RuntimeError(
                     f"no Ray cluster answers at {self.address!r} ({error}); start one with "
                     "`ray start --head`, or give the address of its head"
@@ -77,6 +79,13 @@ class RayActors:
         finally:
             if began:
                 ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class _Dispatch:
