@@ -64,7 +64,8 @@ def curves(
             f"<text x='{x:.1f}' y='{HEIGHT - 18}' text-anchor='middle'>{tick / 4:g}</text>"
         )
     for number, points in enumerate(series.values()):
-        colour, path = COLOURS[number % len(COLOURS)], []
+        colour = COLOURS[number % len(COLOURS)]
+        path: list[str] = []
         for at, value, lowest, highest in sorted(points):
             x, y = _place(at, (value - low) / (high - low))
             ends = [_place(at, (end - low) / (high - low))[1] for end in (lowest, highest)]
