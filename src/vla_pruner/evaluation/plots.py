@@ -91,7 +91,7 @@ def _axes(x_label: str, low: float, high: float) -> list[str]:
         parts.append(
             f"<line x1='{x:.1f}' x2='{WIDTH - 10}' y1='{y:.1f}' y2='{y:.1f}' stroke='#8884'/>"
             f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>"
-            f"{low + (high - low) * tick / 4:g}</text>"
+            f"{low + (high - low) * tick / 4:.3g}</text>"
         )
     middle = (LEFT + WIDTH) // 2
     parts.append(

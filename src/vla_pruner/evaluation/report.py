@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def _tasks(group: Group) -> Table:
 
 
 def _curves(rows: Sequence[Row]) -> list[Block]:
-    """Success and speed-up over the share of visual tokens, a line per method (Fig. 1 and 4)."""
+    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4)."""
     success: dict[str, list[Point]] = {}
     speed: dict[str, list[Point]] = {}
     full = next((row for row in rows if row.name == ALL_TOKENS), None)
@@ -157,7 +158,7 @@ def _curves(rows: Sequence[Row]) -> list[Block]:
         if full is not None and name not in success:
             interval = full.success_interval
             success[name] = [(1.0, full.success, interval.low, interval.high)]
-        share, interval = row.visual_kept / row.visual, row.success_interval
+        share, interval = row.pruned_prefill_ratio, row.success_interval
         success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
         speedup, spread = row.all_calls.speedup, row.all_calls.interval
         if speedup is not None and spread is not None:
@@ -165,11 +166,11 @@ def _curves(rows: Sequence[Row]) -> list[Block]:
             speed[name].append((share, speedup, spread.low, spread.high))
     blocks: list[Block] = []
     if success:
-        label = "share of visual tokens that stay"
+        label = "prefill FLOPs of pruned calls, relative to all tokens"
         blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
         top = max((end for points in speed.values() for *_, end in points), default=1.0)
         if speed:
-            plot = curves(speed, x_label=label, high=max(1.0, top))
+            plot = curves(speed, x_label=label, high=math.ceil(top))
             blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
     return blocks
 
