@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from faulty import FOLDER
 from toy_task import save_policy, toy_task
 
@@ -79,6 +80,13 @@ conditions:
     assert [(cell.condition.name, cell.episodes) for cell in found] == wanted * 2
     assert [cell.policy for cell in found] == ["a"] * 6 + ["b"] * 6
     assert {(cell.suite, cell.first) for cell in found} == {("toys", 3)}
+
+
+def test_the_matrix_of_the_docs_is_understood():
+    page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text("utf-8")
+    found = read_matrix(yaml.safe_load(page.partition("```yaml")[2].partition("```")[0]))
+    assert ("sparsevlm@0.125:count=behind", 40) in [(c.condition.name, c.episodes) for c in found]
+    assert ("divprune@64", 20) in [(c.condition.name, c.episodes) for c in found]
 
 
 def matrix(**changes) -> dict:
