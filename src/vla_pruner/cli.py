@@ -28,6 +28,7 @@ EXTRA_OF = {
     "imageio": "sim",
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
+    "ray": "ray",
     "vla_eval": "serve",
 }
 
@@ -143,6 +144,25 @@ COMMANDS = {
         "reports medians with quartiles. With the dimensions of a published model it builds that "
         "model with random weights: time does not depend on what the weights are.",
         _module("vla_pruner.bench.command"),
+    ),
+    "eval": Command(
+        "success and cost of a policy in a suite, with all or with few of its visual tokens",
+        "Runs the held-out scenes of a suite and keeps one row per episode in OUT/episodes.sqlite. "
+        "Run again with the same folder, it continues; other methods may be added to it, and "
+        "`vla-pruner report` compares them scene by scene.",
+        _module("vla_pruner.evaluation.command"),
+    ),
+    "sweep": Command(
+        "eval for a matrix: policies x methods x ratios x suites",
+        "Runs every cell that a YAML file describes, each scene under all conditions before the "
+        "next one, and resumes where it stopped.",
+        _module("vla_pruner.evaluation.sweep"),
+    ),
+    "report": Command(
+        "tables from what eval and sweep have run",
+        "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "
+        "differences with exact tests, success per task.",
+        _module("vla_pruner.evaluation.report"),
     ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",

@@ -384,7 +384,7 @@ def record(folder, seeds, scene=None, **options):
         opened.append(scene or ToyScene())
         return opened[-1]
 
-    record_observations(policy, open_scene, folder, seeds, task=task, control=control, **options)
+    record_observations(policy, open_scene, folder, seeds, suite=task, control=control, **options)
     return opened
 
 
@@ -473,7 +473,7 @@ def run(*words, task=None):
     code = command.calibrate_command(
         parser.parse_args([*map(str, words), "--policy", "tiny"]),
         console=Console(file=shown, width=200),
-        open_task=task or toy_task,
+        open_suite=task or toy_task,
         open_policy=lambda name: tiny_policy(),
     )
     return code, shown.getvalue()

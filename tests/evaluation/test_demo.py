@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import sqlite3
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from toy_task import ToyScene, save_policy, toy_task
 
 from vla_pruner.evaluation import demo
 from vla_pruner.evaluation.page import _script_json
+from vla_pruner.evaluation.store import FILE
 
 CONDITIONS = ["none", "vla-pruner@0.5", "vla-pruner@0.25"]
 
@@ -34,6 +37,12 @@ def run(args: argparse.Namespace, scene: ToyScene | None = None) -> tuple[int, s
     console = Console(file=io.StringIO(), width=80)
     code = demo.demo(args, toy_task(scene), console)
     return code, console.file.getvalue()
+
+
+def kept_episodes(out: Path) -> list[tuple]:
+    """Condition, seed and calls of each episode in the store, oldest first."""
+    with closing(sqlite3.connect(out / FILE)) as base:
+        return list(base.execute("SELECT condition, seed, calls FROM episodes ORDER BY rowid"))
 
 
 class InterruptedScene(ToyScene):
@@ -90,7 +99,8 @@ def test_the_report_has_its_files_and_the_terminal_its_table(report):
         "results.json",
         "results.csv",
         "episodes.csv",
-        "results.jsonl",
+        "episodes.sqlite",
+        "episodes.sqlite.lock",
         "recordings",
     }
     results = json.loads((out / "results.json").read_text())
@@ -157,12 +167,12 @@ def test_ctrl_c_leaves_a_valid_report_that_resume_completes(policy, tmp_path):
     assert not json.loads((out / "results.json").read_text())["complete"]
     assert sum(len(s["runs"]) for s in json.loads(page.data)["scenes"]) == 4
 
-    before = (out / "results.jsonl").read_text()
+    before = kept_episodes(out)
     scene = ToyScene()
     code, _ = run(arguments(policy, out, "--resume"), scene)
     assert code == 0
     assert len(scene.resets) == 2 + 2  # two conditions warm up, two episodes were missing
-    assert (out / "results.jsonl").read_text().startswith(before)
+    assert kept_episodes(out)[:4] == before
     page = Page(out / "index.html")
     assert "Partial report" not in page.text
     assert all(len(scene["runs"]) == 3 for scene in json.loads(page.data)["scenes"])
@@ -180,11 +190,8 @@ def test_an_earlier_report_is_set_aside(policy, tmp_path):
     out = tmp_path / "report"
     for episodes in ("1", "2", "1"):
         run(arguments(policy, out, "--episodes", episodes, "--keep", "0.5"))
-    count = [
-        len((folder / "results.jsonl").read_text().splitlines())
-        for folder in (out, tmp_path / "report.previous")
-    ]
-    assert count == [1 + 2, 1 + 4]
+    count = [len(kept_episodes(folder)) for folder in (out, tmp_path / "report.previous")]
+    assert count == [2, 4]
 
 
 def test_a_folder_with_other_things_is_not_touched(policy, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from vla_pruner.evaluation.rollouts import Task
+from vla_pruner.evaluation.suites import Suite
 from vla_pruner.models.openvla import OpenVLAOFT, OpenVLAOFTConfig, TowerConfig, save_pretrained
 
 CAMERAS = ("front", "hand")
@@ -55,12 +55,13 @@ class ToyScene:
         self.closed = True
 
 
-def toy_task(scene: ToyScene | None = None) -> Task:
-    return Task(
+def toy_task(scene: ToyScene | None = None) -> Suite:
+    return Suite(
+        name="toy_task:toy_task",
         open_scene=ToyScene if scene is None else lambda: scene,
         cameras=CAMERAS,
         seeds=range(100, 110),
-        objects=OBJECTS,
+        tasks=OBJECTS,
         step_limit=STEP_LIMIT,
         hz=5,
     )

@@ -25,8 +25,10 @@ from vla_pruner.analysis.tables import (
 from vla_pruner.bench.environment import stamp
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
 from vla_pruner.evaluation.oracle import Oracle
-from vla_pruner.evaluation.rollouts import Setup, Task, progress_bar, reference_task
+from vla_pruner.evaluation.rollouts import Setup
+from vla_pruner.evaluation.suites import Suite, pick_place
 from vla_pruner.evaluation.summary import write_text
+from vla_pruner.evaluation.sweep import progress_bar
 from vla_pruner.methods import build
 from vla_pruner.models.loading import load
 
@@ -81,11 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the episodes, write the page and the CSV files; also what Ctrl-C leaves of them."""
-    return analyze(args, reference_task())
+    return analyze(args, pick_place())
 
 
-def analyze(args: argparse.Namespace, task: Task, console: Console | None = None) -> int:
-    """`run` on any task.
+def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = None) -> int:
+    """`run` on any suite.
 
     Raises:
         ValueError: impossible arguments, or a folder that this must not write to.
@@ -95,13 +97,13 @@ def analyze(args: argparse.Namespace, task: Task, console: Console | None = None
     stride = args.stride if args.oracle else None
     named = ways(methods, keeps, layer=args.layer, oracle_stride=stride)
     budgets = [_keep(word) for word in keeps]
-    seeds = task.held_out(args.episodes, args.seed)
+    seeds = suite.held_out(args.episodes, args.seed)
     prepare_folder(args.out, resume=args.resume)
     with console.status(f"loading {args.policy} and the simulator"):
-        policy, scene = load(args.policy), task.open_scene()
+        policy, scene = load(args.policy), suite.open_scene()
     interrupted = False
     try:
-        setup = Setup.of(args.policy, policy, task)
+        setup = Setup.of(args.policy, policy, suite)
         about = {**setup.as_dict(), "layer": args.layer, "replays": list(named), "stride": stride}
         _same_setup(args.out / SETUP, about)
         traces = _stored(args.out, seeds)
@@ -110,7 +112,7 @@ def analyze(args: argparse.Namespace, task: Task, console: Console | None = None
             for seed in seeds:
                 if seed in traces:
                     continue
-                target = seed % len(setup.objects)
+                target = suite.task_of(seed)
                 traces[seed] = trace(
                     policy, scene, seed, target, setup=setup, layer=args.layer, ways=named
                 )

@@ -9,28 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.analysis.pictures import film, strip
-from vla_pruner.analysis.plots import lines
 from vla_pruner.analysis.record import Trace
 from vla_pruner.analysis.tables import Rows, to_csv
+from vla_pruner.evaluation.document import html_page
+from vla_pruner.evaluation.plots import lines
 from vla_pruner.evaluation.summary import write_text
 
 PICTURE_BYTES = 2_300_000
 """Films are left out once a page's pictures are this large, so that it stays below 3 MB."""
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
-    "color:#1c2733;background:#fff}h1{font-size:1.6rem}h2{margin-top:2.4rem;font-size:1.2rem}"
-    "table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .7rem;text-align:left;"
-    "border-bottom:1px solid #8884}svg{width:100%;max-width:640px;font-size:11px}"
-    "svg text{fill:currentColor}"
-    "img{max-width:100%;display:block;margin:.4rem 0}.legend span{margin-right:1rem}"
-    ".legend i{display:inline-block;width:.8rem;height:.2rem;margin-right:.3rem;"
-    "vertical-align:middle}.scroll{overflow-x:auto}.notice{background:#fdf0d5;padding:.6rem}"
-    "pre{white-space:pre-wrap}dt{font-weight:600}.square{font-size:.75rem}"
-    ".square td{text-align:center}"
-    "@media(prefers-color-scheme:dark){body{color:#dfe6ee;background:#12181f}"
-    ".notice{background:#4a3710}}"
-)
 _MEASURES = {
     "prefill_action": "prefill and action, within a step",
     "consecutive": "action and action, of consecutive steps",
@@ -82,12 +69,7 @@ def write_page(
         uri = f"data:text/csv;base64,{encoded}"
         parts.append(f"<a download='{name}.csv' href='{uri}'>{name}.csv</a> ")
     body = "\n".join([*parts, "</p>"])
-    write_text(
-        path,
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>VLA-Pruner analysis</title><style>{_STYLE}</style>{body}</html>\n",
-    )
+    write_text(path, html_page("VLA-Pruner analysis", body))
 
 
 def _overlaps(traces: Sequence[Trace], tables: Mapping[str, Rows]) -> list[str]:

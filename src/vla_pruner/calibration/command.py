@@ -16,7 +16,8 @@ from vla_pruner.calibration.observations import (
 )
 from vla_pruner.calibration.search import METHODS, calibrate
 from vla_pruner.evaluation.episode import Control
-from vla_pruner.evaluation.rollouts import Task, progress_bar, reference_task
+from vla_pruner.evaluation.suites import Suite, pick_place
+from vla_pruner.evaluation.sweep import progress_bar
 from vla_pruner.methods.recipe import Recipe
 from vla_pruner.models.loading import load, locate
 
@@ -71,10 +72,10 @@ def calibrate_command(
     args: argparse.Namespace,
     *,
     console: Console | None = None,
-    open_task: Callable[[], Task] = reference_task,
+    open_suite: Callable[[], Suite] = pick_place,
     open_policy: Callable[[str], Any] = load,
 ) -> int:
-    """`run` on any task.
+    """`run` on any suite.
 
     Raises:
         ValueError: impossible arguments; FileNotFoundError: no observations.
@@ -92,8 +93,8 @@ def calibrate_command(
             "with vla_pruner.calibration.search.calibrate and inputs of its own."
         )
     if args.episodes is not None:
-        _record(args, policy, folder, open_task(), console)
-    seen = read_observations(folder, held_out=_held_out(open_task))
+        _record(args, policy, folder, open_suite(), console)
+    seen = read_observations(folder, held_out=_held_out(open_suite))
     recipe = _search(args, policy, seen, console)
     recipe.save(args.out)
     console.print(summary(recipe), highlight=False)
@@ -118,16 +119,16 @@ def summary(recipe: Recipe) -> str:
     return f"{start}layers from least to most important: {', '.join(map(str, ranked))}"
 
 
-def _held_out(open_task: Callable[[], Task]) -> Sequence[int]:
+def _held_out(open_suite: Callable[[], Suite]) -> Sequence[int]:
     """Scenes kept for evaluation; none where the simulator that has them is not installed."""
     try:
-        return open_task().seeds
+        return open_suite().seeds
     except ImportError:
         return ()
 
 
 def _record(
-    args: argparse.Namespace, policy: Any, folder: Path, task: Task, console: Console
+    args: argparse.Namespace, policy: Any, folder: Path, suite: Suite, console: Console
 ) -> None:
     if args.episodes < 1 or args.first_seed < 0:
         raise ValueError(
@@ -135,20 +136,20 @@ def _record(
             "episode, from a scene that is not negative."
         )
     seeds = range(args.first_seed, args.first_seed + args.episodes)
-    if seeds[-1] >= min(task.seeds):
+    if seeds[-1] >= min(suite.seeds):
         raise ValueError(
             f"scenes {seeds[0]} to {seeds[-1]} are not all training scenes: those from "
-            f"{min(task.seeds)} on are kept for evaluation. Choose a smaller --first-seed."
+            f"{min(suite.seeds)} on are kept for evaluation. Choose a smaller --first-seed."
         )
-    control = Control.of(policy, task.cameras, folder=Path(locate(args.policy)))
+    control = Control.of(policy, suite.cameras, folder=Path(locate(args.policy)))
     with progress_bar(console) as bar:
         line = bar.add_task("recording", total=len(seeds))
         record_observations(
             policy,
-            task.open_scene,
+            suite.open_scene,
             folder,
             seeds,
-            task=task,
+            suite=suite,
             control=control,
             on_episode=lambda: bar.advance(line),
         )

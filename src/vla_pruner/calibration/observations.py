@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner.evaluation.episode import Control, Scene
-from vla_pruner.evaluation.rollouts import Task
+from vla_pruner.evaluation.suites import Suite
 
 Observation = dict[str, Any]
 
@@ -77,7 +77,7 @@ def record_observations(
     folder: str | Path,
     seeds: Sequence[int],
     *,
-    task: Task,
+    suite: Suite,
     control: Control,
     per_episode: int = 6,
     on_episode: Callable[[], None] = lambda: None,
@@ -91,8 +91,8 @@ def record_observations(
         policy: as for `evaluation.episode.rollout`.
         open_scene: makes the scene; not called if nothing is missing.
         folder: where the files go.
-        seeds: scenes; seed s asks for object `s % len(task.objects)`.
-        task: its held-out scenes are refused.
+        seeds: scenes; seed s asks for the task `suite.task_of(s)`.
+        suite: its held-out scenes are refused.
         control: how the policy is driven.
         per_episode: moments to keep, evenly spread over the episode's calls.
         on_episode: called after each episode.
@@ -102,7 +102,7 @@ def record_observations(
     """
     if per_episode < 1:
         raise ValueError(f"`per_episode={per_episode}` must be at least 1.")
-    if kept := [seed for seed in seeds if seed in task.seeds]:
+    if kept := [seed for seed in seeds if seed in suite.seeds]:
         raise ValueError(
             f"scene {kept[0]} is kept for evaluation; calibrate on training scenes instead."
         )
@@ -116,19 +116,21 @@ def record_observations(
     scene = open_scene()
     try:
         for seed in missing:
-            seen = _watch(policy, scene, seed, task, control)
+            seen = _watch(policy, scene, seed, suite, control)
             _write(_path(folder, seed), seen, seed, per_episode)
             on_episode()
     finally:
         scene.close()
 
 
-def _watch(policy: Any, scene: Scene, seed: int, task: Task, control: Control) -> list[Observation]:
+def _watch(
+    policy: Any, scene: Scene, seed: int, suite: Suite, control: Control
+) -> list[Observation]:
     """What the policy sees at each of its calls in one episode."""
-    instruction = str(scene.reset(seed, seed % len(task.objects))["instruction"])
+    instruction = str(scene.reset(seed, suite.task_of(seed))["instruction"])
     seen: list[Observation] = []
     steps, done = 0, False
-    while not done and steps < task.step_limit:
+    while not done and steps < suite.step_limit:
         images = scene.observe(control.cameras)
         state = scene.proprio() if control.reads_state else None
         views = [images[camera] for camera in control.cameras]
@@ -138,7 +140,7 @@ def _watch(policy: Any, scene: Scene, seed: int, task: Task, control: Control) -
             scene.step(action)
             steps += 1
             done = scene.success()
-            if done or steps >= task.step_limit:
+            if done or steps >= suite.step_limit:
                 break
     return seen
 

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,9 @@ from rich.table import Table
 from vla_pruner.bench.environment import stamp
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
 from vla_pruner.evaluation.page import write_page
-from vla_pruner.evaluation.rollouts import (
-    RESULTS,
-    EpisodeLog,
-    Setup,
-    Task,
-    progress_bar,
-    reference_task,
-    run_paired,
-)
+from vla_pruner.evaluation.rollouts import Runner
+from vla_pruner.evaluation.store import FILE, Store
+from vla_pruner.evaluation.suites import Suite, pick_place
 from vla_pruner.evaluation.summary import (
     NOTES,
     Summary,
@@ -34,6 +29,7 @@ from vla_pruner.evaluation.summary import (
     summarise,
     write_text,
 )
+from vla_pruner.evaluation.sweep import Cell, missing_jobs, plan, progress_bar
 from vla_pruner.models.loading import load
 
 RECORDINGS = "recordings"
@@ -68,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the episodes, print the table, write the report; also what Ctrl-C leaves of them."""
-    return demo(args, reference_task())
+    return demo(args, pick_place())
 
 
-def demo(args: argparse.Namespace, task: Task, console: Console | None = None) -> int:
-    """`run` on any task.
+def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None) -> int:
+    """`run` on any suite.
 
     Raises:
         ValueError: impossible arguments, or a folder that this demo must not write to.
@@ -85,34 +81,37 @@ def demo(args: argparse.Namespace, task: Task, console: Console | None = None) -
             "different amounts to keep"
         )
     conditions = [Condition(), *(Condition.parse(f"{args.method}@{keep}") for keep in keeps)]
-    seeds = task.held_out(args.episodes, args.seed)
+    seeds = suite.held_out(args.episodes, args.seed)
+    cells = [Cell(args.policy, suite.name, one, args.episodes, args.seed) for one in conditions]
     prepare_folder(args.out, resume=args.resume)
-    with console.status(f"loading {args.policy} and the simulator"):
-        policy, scene = load(args.policy), task.open_scene()
-    setup = Setup.of(args.policy, policy, task)
-    log = EpisodeLog(args.out / RESULTS, setup)
-    work = log.missing(conditions, seeds)
     total, interrupted = len(conditions) * len(seeds), False
-    try:
-        with progress_bar(console) as bar:
-            line = bar.add_task("episodes", total=total, completed=total - len(work))
-            for episode in run_paired(policy, scene, work, setup, record=lambda seed: True):
-                name = _recording(args.out, episode.condition, episode.seed)
-                write_text(name, json.dumps(episode.recording))
-                log.append(episode)
-                bar.advance(line)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        scene.close()
+    with console.status(f"loading {args.policy}"):
+        policy = load(args.policy)
+    with Store(args.out, write=True) as store, closing(Runner(lambda name: policy)) as runner:
+        planned = plan(cells, {suite.name: suite}, lambda name: policy)
+        store.begin(list(planned), stamp())
+        jobs = missing_jobs(planned, store)
+        try:
+            with progress_bar(console) as bar:
+                line = bar.add_task("episodes", total=total, completed=total - len(jobs))
+                for job in jobs:
+                    episode = runner.run(job, record=True)
+                    name = _recording(args.out, episode.condition, episode.seed)
+                    write_text(name, json.dumps(episode.recording))
+                    store.add(job, episode)
+                    bar.advance(line)
+        except KeyboardInterrupt:
+            interrupted = True
+        setup = next(iter(planned)).setup
+        episodes = store.episodes(setup, conditions, seeds)
     summary = summarise(
-        log.of(conditions, seeds),
+        episodes,
         conditions,
         planned=total,
         settings={**setup.as_dict(), "seeds": [seeds[0], seeds[-1]]},
         environment=stamp(),
     )
-    write_report(args.out, summary, conditions, task, command=command_of(args))
+    write_report(args.out, summary, conditions, suite, command=command_of(args))
     console.print(table(summary))
     console.print(NOTES, style="dim", highlight=False)
     page = (args.out / "index.html").resolve().as_uri()
@@ -137,16 +136,16 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     if resume:
-        if not (out / RESULTS).exists():
+        if not (out / FILE).exists():
             raise ValueError(f"--resume: there is nothing to continue in {out}; leave it out")
         return
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / RESULTS).exists():
+    if not (out / FILE).exists():
         raise ValueError(f"--out {out} holds something that is no demo report; name another folder")
     previous = out.with_name(out.name + ".previous")
     if previous.exists():
-        if not (previous / RESULTS).exists():
+        if not (previous / FILE).exists():
             raise ValueError(f"{previous} is in the way; remove it or name another folder")
         shutil.rmtree(previous)
     out.rename(previous)
@@ -160,7 +159,7 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def write_report(
-    out: Path, summary: Summary, conditions: Sequence[Condition], task: Task, *, command: str
+    out: Path, summary: Summary, conditions: Sequence[Condition], suite: Suite, *, command: str
 ) -> None:
     """Write `index.html`, `results.json`, `results.csv` and `episodes.csv`."""
     recordings: dict[tuple[str, int], dict[str, Any]] = {}
@@ -178,8 +177,8 @@ def write_report(
         conditions,
         recordings,
         command=command,
-        objects=task.objects,
-        hz=task.hz,
+        objects=suite.tasks,
+        hz=suite.hz,
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import nn
@@ -20,6 +20,9 @@ from vla_pruner.surgery.session import Session, StepReport
 
 ALL_TOKENS = "none"
 """Name of the condition without pruning, the baseline of every comparison."""
+
+Gripper = Literal["robosuite", "rlds"]
+"""How a policy writes the gripper: +1 close and -1 open, or 0 close and 1 open."""
 
 
 class Scene(Protocol):
@@ -52,17 +55,24 @@ class Control:
         cameras: the scene's cameras, in the order that the policy expects.
         execute: actions of a chunk that are carried out before the policy is asked again.
         reads_state: whether the policy is given the state of the robot.
+        gripper: how the policy writes the last entry of an action; scenes take "robosuite".
+            Checkpoints trained on RLDS data, such as all published OpenVLA ones, write "rlds".
     """
 
     cameras: tuple[str, ...]
     execute: int
     reads_state: bool
+    gripper: Gripper = "robosuite"
 
     def __post_init__(self) -> None:
         if not self.cameras or self.execute < 1:
             raise ValueError(
                 f"a policy needs at least one camera and one action per call; got "
                 f"cameras={self.cameras}, execute={self.execute}"
+            )
+        if self.gripper not in get_args(Gripper):
+            raise ValueError(
+                f"gripper={self.gripper!r} is unknown; use {' or '.join(get_args(Gripper))}"
             )
 
     @classmethod
@@ -73,6 +83,7 @@ class Control:
         *,
         folder: Path | None = None,
         execute: int | None = None,
+        gripper: Gripper | None = None,
     ) -> Control:
         """How a policy wants to be driven.
 
@@ -85,6 +96,7 @@ class Control:
             available: cameras of the scene.
             folder: where the policy was loaded from, if from a folder.
             execute: overrides the number of actions.
+            gripper: overrides how the gripper is written.
 
         Raises:
             ValueError: a camera that the scene does not have.
@@ -104,7 +116,14 @@ class Control:
             cameras=cameras,
             execute=execute or int(said.get("execute", min(2, chunk))),
             reads_state=getattr(config, "proprio_dim", None) is not None,
+            gripper=gripper or said.get("gripper", "robosuite"),
         )
+
+    def command(self, action: np.ndarray) -> np.ndarray:
+        """An action `[dim]` of the policy as the scene takes it."""
+        if self.gripper == "robosuite":
+            return action
+        return np.concatenate([action[:-1], 1 - 2 * action[-1:]])
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,6 @@ class Condition:
                 f"condition {self.name!r}: write 'none', or a method with what it keeps, such as "
                 "'vla-pruner@0.25'"
             )
-        build(self.method, keep=self.keep, **dict(self.options))
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -152,7 +170,9 @@ class Condition:
             raise ValueError(
                 f"condition {text!r}: options come after a colon as name=value, such as ':window=1'"
             )
-        return cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+        condition = cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+        build(method, keep=value, **dict(condition.options))  # Raises: no such method or option.
+        return condition
 
     @property
     def name(self) -> str:
@@ -306,7 +326,7 @@ def rollout(
         for number, action in enumerate(np.atleast_2d(actions)[: control.execute]):
             if number > 0 and recorder is not None:
                 recorder.frame(scene.observe(control.cameras))
-            scene.step(action)
+            scene.step(control.command(action))
             steps += 1
             done = scene.success()
             if done or steps >= step_limit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -226,7 +225,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.label,
         f"{row.successes} of {row.episodes}",
         f"{percent(row.success_interval.low)} to {percent(row.success_interval.high)}",
-        difference_text(row),
+        _difference(row),
         f"{row.visual_kept} of {row.visual}",
         f"{percent(row.prefill_ratio)} ({giga(row.prefill_macs)})",
         f"{row.all_calls.median_ms:.1f}",
@@ -247,15 +246,16 @@ def giga(macs: float) -> str:
     return f"{macs / 1e9:.3g} G"
 
 
-def difference_text(row: Row) -> str:
-    """Difference of the success rates in points, with its interval and the exact test."""
-    if row.difference is None or row.difference_interval is None:
+def _difference(row: Row) -> str:
+    if row.difference is None or row.difference_interval is None or row.p_value is None:
         return "-"
-    low, high = row.difference_interval.low, row.difference_interval.high
-    return (
-        f"{100 * row.difference:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f}), "
-        f"p = {row.p_value:.2g}"
-    )
+    return difference_text(row.difference, row.difference_interval, row.p_value)
+
+
+def difference_text(difference: float, interval: Interval, p_value: float) -> str:
+    """Difference of success rates in points, with its interval and the exact test."""
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{100 * difference:+.0f} points ({low:+.0f} to {high:+.0f}), p = {p_value:.2g}"
 
 
 def speedup_text(latency: Latency) -> str:
@@ -274,31 +274,14 @@ NOTES = (
 )
 
 
-def markdown(summary: Summary) -> str:
-    """The rows as a table, and what they were measured on."""
-    lines = [f"# {summary.settings['policy']}", ""]
-    if not summary.complete:
-        lines += [f"Partial: {len(summary.episodes)} of {summary.planned} episodes.", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary.rows]
-    facts = {**summary.settings, **summary.environment}
-    lines += ["", NOTES, ""]
-    lines += [f"* {name}: {_plain(value)}" for name, value in facts.items() if value is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def rows_csv(summary: Summary) -> str:
     """One line per condition; nested values become columns such as `all_calls.median_ms`."""
-    return _csv([_flat(asdict(row)) for row in summary.rows])
+    return to_csv([flat_row(row) for row in summary.rows])
 
 
 def episodes_csv(summary: Summary) -> str:
     """One line per episode, with the median latency of its calls."""
-    return _csv(
+    return to_csv(
         [
             {
                 "condition": episode.condition,
@@ -318,6 +301,11 @@ def episodes_csv(summary: Summary) -> str:
     )
 
 
+def flat_row(row: Row) -> dict[str, Any]:
+    """Every number of a row; nested values become entries such as `all_calls.median_ms`."""
+    return _flat(asdict(row))
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -328,7 +316,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; the columns are those of all rows together."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns = [c for c in columns if not any(o.startswith(c + ".") for o in columns)]
     buffer = io.StringIO()
@@ -336,12 +325,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-def write_summary(summary: Summary, folder: Path) -> None:
-    """Write `summary.json` and `summary.md`."""
-    write_text(folder / "summary.json", json.dumps(summary.as_dict(), indent=1) + "\n")
-    write_text(folder / "summary.md", markdown(summary))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Command line of the reference task: demonstrations, training, export, evaluation."""
+"""Command line of the reference task: demonstrations, training, export."""
 
 from __future__ import annotations
 
@@ -60,18 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--checkpoints", type=Path, required=True, help="the --out of train")
     export.add_argument("--out", type=Path, help="default: the weights that the package ships")
     export.set_defaults(run=_export)
-
-    evaluate = commands.add_parser("evaluate", help="success and cost over held-out scenes")
-    evaluate.add_argument("--policy", required=True, help="mini-oft, mini-openvla or a folder")
-    evaluate.add_argument(
-        "--conditions",
-        default="none,vla-pruner@0.5,vla-pruner@0.25",
-        help="comma-separated, such as none,vla-pruner@0.25,vla-pruner@0.25:window=1,fastv@64",
-    )
-    evaluate.add_argument("--episodes", type=int, default=100, help="scenes per condition")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
-    evaluate.add_argument("--workers", type=int, default=2, help="processes")
-    evaluate.set_defaults(run=_evaluate)
 
     options = parser.parse_args(arguments)
     try:
@@ -135,19 +123,6 @@ def _export(options: argparse.Namespace) -> None:
     folder = options.out or WEIGHTS / options.stage
     export(options.checkpoints / f"{options.stage}.pt", folder)
     print(f"wrote {folder}")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from ..evaluation.rollouts import evaluate
-
-    evaluate(
-        options.policy,
-        conditions=options.conditions.split(","),
-        episodes=options.episodes,
-        out=options.out,
-        workers=options.workers,
-    )
-    print((options.out / "summary.md").read_text())
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,0 +1,230 @@
+"""`vla-pruner report`: tables and curves from the episodes of one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vla_pruner.evaluation.compare import Group, Line, compare, per_task, read_runs, table_one
+from vla_pruner.evaluation.document import (
+    Block,
+    Heading,
+    Items,
+    Plot,
+    Table,
+    Text,
+    to_html,
+    to_latex,
+    to_markdown,
+)
+from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
+from vla_pruner.evaluation.plots import Point, curves
+from vla_pruner.evaluation.statistics import PairedSuccess
+from vla_pruner.evaluation.summary import (
+    COLUMNS,
+    NOTES,
+    Latency,
+    Row,
+    cells,
+    difference_text,
+    flat_row,
+    percent,
+    speedup_text,
+    to_csv,
+    write_text,
+)
+
+DEFINITIONS = (
+    "Success: share of the finished episodes that were solved within the step limit of the suite. "
+    "Relative accuracy: mean over suites of the success rate divided by that of all tokens, on "
+    "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
+    "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens; speed-up: "
+    "median latency of a call with all tokens over that of this row. Both are means over suites. "
+    "Latency is that of calls in the closed loop, with the other processes of the run at work: it "
+    "compares within a run alone, and `vla-pruner bench` measures it apart. Pruned calls leave out "
+    "the first calls of an episode, which run on all tokens; all other figures include them."
+)
+STAND_IN = (
+    "Stand-in assets: some objects of this suite look other than in the published one. Success "
+    "rates compare within this report, not with published ones."
+)
+
+
+def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block]:
+    """The whole report.
+
+    Args:
+        groups: what was run.
+        against: name of a condition that all others are also compared with, pair by pair.
+    """
+    summaries = {group: group.summary() for group in groups}
+    blocks: list[Block] = [Heading("Success and cost of visual token pruning", 1)]
+    for group, summary in summaries.items():
+        if not summary.complete:
+            missing = summary.planned - len(summary.episodes)
+            blocks.append(
+                Text(f"Partial: {missing} episodes of {group.title} are missing.", notice=True)
+            )
+    if any(group.setup.stand_in_assets for group in groups):
+        blocks.append(Text(STAND_IN, notice=True))
+    suites = list(dict.fromkeys(group.suite for group in groups))
+    blocks += [_table_one(table_one(summaries), suites), Text(DEFINITIONS)]
+    for group, summary in summaries.items():
+        rows = [[*cells(row)] for row in summary.rows]
+        blocks += [Heading(group.title), Table(group.title, COLUMNS, rows), *_curves(summary.rows)]
+        if against and any(condition.name == against for condition in group.conditions):
+            blocks += [
+                Heading(f"Against {against}", 3),
+                _pairs(f"{group.title}: against {against}", compare(group, against)),
+            ]
+        blocks += [Heading("By task: episodes solved", 3), _tasks(group)]
+    blocks += [Text(NOTES), Heading("Measured with"), Items(list(_facts(groups)))]
+    return blocks
+
+
+def _table_one(lines: Sequence[Line], suites: Sequence[str]) -> Table:
+    header = ["policy", "tokens", *suites, "relative accuracy", "prefill FLOPs"]
+    header += ["in pruned calls", "speed-up", "of pruned calls"]
+    return Table(
+        "Success per suite, and cost, of every policy with all and with few visual tokens",
+        header,
+        [
+            [
+                line.policy,
+                line.label,
+                *(_success(line.rows.get(suite)) for suite in suites),
+                "-" if line.relative_accuracy is None else percent(line.relative_accuracy),
+                percent(line.prefill_ratio),
+                percent(line.pruned_prefill_ratio),
+                _speedup(line.speedup, [row.all_calls for row in line.rows.values()]),
+                _speedup(line.pruned_speedup, [row.pruned_calls for row in line.rows.values()]),
+            ]
+            for line in lines
+        ],
+    )
+
+
+def _speedup(mean: float | None, latencies: Sequence[Latency | None]) -> str:
+    """The mean over suites; of a single suite with its interval."""
+    if mean is None:
+        return "-"
+    only = latencies[0] if len(latencies) == 1 else None
+    return f"{mean:.2f}x" if only is None else speedup_text(only)
+
+
+def _success(row: Row | None) -> str:
+    return "-" if row is None else f"{100 * row.success:.1f} % ({row.successes} of {row.episodes})"
+
+
+def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
+    header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
+    rows = [
+        [label, "-", "-", "-", "-"]
+        if pairs is None
+        else [
+            label,
+            str(pairs.pairs),
+            str(pairs.gained),
+            str(pairs.lost),
+            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
+        ]
+        for label, pairs in compared.items()
+    ]
+    return Table(caption, header, rows)
+
+
+def _tasks(group: Group) -> Table:
+    rows, shades = [], []
+    for label, solved in per_task(group).items():
+        rows.append([label, *("-" if not total else f"{won} of {total}" for won, total in solved)])
+        shades.append([won / total if total else None for won, total in solved])
+    header = ["condition", *group.setup.tasks]
+    return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
+
+
+def _curves(rows: Sequence[Row]) -> list[Block]:
+    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4)."""
+    success: dict[str, list[Point]] = {}
+    speed: dict[str, list[Point]] = {}
+    full = next((row for row in rows if row.name == ALL_TOKENS), None)
+    for row in rows:
+        if row.name == ALL_TOKENS:
+            continue
+        method, _, rest = row.name.partition("@")
+        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
+        if full is not None and name not in success:
+            interval = full.success_interval
+            success[name] = [(1.0, full.success, interval.low, interval.high)]
+        share, interval = row.pruned_prefill_ratio, row.success_interval
+        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
+        speedup, spread = row.all_calls.speedup, row.all_calls.interval
+        if speedup is not None and spread is not None:
+            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
+            speed[name].append((share, speedup, spread.low, spread.high))
+    blocks: list[Block] = []
+    if success:
+        label = "prefill FLOPs of pruned calls, relative to all tokens"
+        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
+        top = max((end for points in speed.values() for *_, end in points), default=1.0)
+        if speed:
+            plot = curves(speed, x_label=label, high=math.ceil(top))
+            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
+    return blocks
+
+
+def _facts(groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        setup, control = group.setup, group.setup.control
+        yield (
+            f"{group.title}: weights {setup.weights}, cameras {', '.join(control.cameras)}, "
+            f"{control.execute} actions per call, at most {setup.step_limit} steps"
+        )
+    stamps = [stamp for group in groups for stamp in group.environments]
+    distinct = {str({**stamp, "date": None}): stamp for stamp in stamps}
+    for stamp in distinct.values():
+        yield ", ".join(f"{name}: {value}" for name, value in stamp.items() if value is not None)
+
+
+def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every number of every condition, one flat row each, for CSV."""
+    return [
+        {
+            "suite": group.setup.suite,
+            "policy": group.setup.policy,
+            "stand_in_assets": group.setup.stand_in_assets,
+            **flat_row(row),
+        }
+        for group in groups
+        for row in group.summary().rows
+    ]
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner report`."""
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
+    parser.add_argument("--against", help="also compare with this condition: vla-pruner@0.25")
+    parser.add_argument("--out", type=Path, help="folder for the report; default: the first run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write report.md, .html, .tex and .csv, and print the first."""
+    against = Condition.parse(args.against).name if args.against else None
+    groups = read_runs(args.runs)
+    names = dict.fromkeys(condition.name for group in groups for condition in group.conditions)
+    if against and against not in names:
+        raise ValueError(f"--against {against}: the runs hold {', '.join(names)}")
+    blocks = blocks_of(groups, against)
+    out = args.out or args.runs[0]
+    write_text(out / "report.md", to_markdown(blocks))
+    write_text(out / "report.html", to_html(blocks))
+    write_text(out / "report.tex", to_latex(blocks))
+    write_text(out / "report.csv", to_csv(rows_of(groups)))
+    print(to_markdown(blocks))
+    print(f"Report: {out / 'report.html'} (also .md, .tex, .csv)")
+    return 0
