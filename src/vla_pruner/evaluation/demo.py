@@ -30,7 +30,8 @@ from vla_pruner.evaluation.summary import (
     write_text,
 )
 from vla_pruner.evaluation.sweep import Cell, missing_jobs, plan, progress_bar
-from vla_pruner.models.loading import load
+from vla_pruner.evaluation.workers import one_thread
+from vla_pruner.models.loading import load, shipped
 
 RECORDINGS = "recordings"
 INTERRUPTED = 130
@@ -64,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the episodes, print the table, write the report; also what Ctrl-C leaves of them."""
+    if args.policy in shipped():
+        # These are so small that a second thread gains little, and on a busy machine the first
+        # would wait for it at every operation.
+        one_thread()
     return demo(args, pick_place())
 
 
