@@ -66,6 +66,29 @@ def smolvlm():
     return transformers.SmolVLMForConditionalGeneration(config), ids, (1, 3, 56, 56)
 
 
+def idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=dict(VISION),
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=1,
+    )
+    ids = [1] + [IMAGE] * M + [7, 8, 9]
+    return transformers.Idefics3ForConditionalGeneration(config), ids, (1, 3, 56, 56)
+
+
+def internvl():
+    size = {"image_size": [56, 56], "patch_size": [7, 7]}
+    config = transformers.InternVLConfig(
+        vision_config={**VISION, **size},
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        downsample_ratio=0.5,
+    )
+    ids = [1, 92] + [IMAGE] * M + [93, 7, 8, 9]
+    return transformers.InternVLForConditionalGeneration(config), ids, (3, 56, 56)
+
+
 def qwen(version):
     rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
     text = {**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}}
@@ -108,6 +131,8 @@ BUILD = {
     "paligemma": paligemma,
     "llava": llava,
     "smolvlm": smolvlm,
+    "idefics3": idefics3,
+    "internvl": internvl,
     "qwen2-vl": lambda: qwen("2"),
     "qwen2.5-vl": lambda: qwen("2.5"),
     "qwen3-vl": lambda: qwen("3"),

@@ -53,14 +53,16 @@ _BUILT_IN = (
     ),
     Family(
         "hf-vlm",
-        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, SmolVLM of transformers, unmodified",
+        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, Idefics3, SmolVLM, InternVL of transformers",
         class_named(
             "PaliGemmaForConditionalGeneration",
             "LlavaForConditionalGeneration",
             "Qwen2VLForConditionalGeneration",
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen3VLForConditionalGeneration",
+            "Idefics3ForConditionalGeneration",
             "SmolVLMForConditionalGeneration",
+            "InternVLForConditionalGeneration",
         ),
         _made_by("vla_pruner.models.hf_vlm"),
     ),
