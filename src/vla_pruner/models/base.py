@@ -44,12 +44,32 @@ def _made_by(module: str) -> Callable[[nn.Module], Adapter]:
     return lambda model: import_module(module).adapter(model)
 
 
+_PI_CORES = ("PI0Pytorch", "PI05Pytorch", "PI0FastPytorch")
+
 _BUILT_IN = (
     Family(
         "openvla",
         "OpenVLA and OpenVLA-OFT, the ports of this package",
         class_named("OpenVLA", "OpenVLAOFT"),
         _made_by("vla_pruner.models.openvla"),
+    ),
+    Family(
+        "openvla-remote",
+        "OpenVLA and OpenVLA-OFT as their authors ship them (trust_remote_code), unmodified",
+        class_named("OpenVLAForActionPrediction", "PrismaticForConditionalGeneration"),
+        _made_by("vla_pruner.models.adapters.openvla"),
+    ),
+    Family(
+        "pi0-policies",
+        "pi0, pi0.5 and pi0-FAST policies of lerobot and openpi, unmodified",
+        class_named("PI0Policy", "PI05Policy", "PI0FastPolicy", *_PI_CORES),
+        _made_by("vla_pruner.models.adapters.pi0"),
+    ),
+    Family(
+        "smolvla",
+        "SmolVLA policies of lerobot, unmodified",
+        class_named("SmolVLAPolicy", "VLAFlowMatching"),
+        _made_by("vla_pruner.models.adapters.smolvla"),
     ),
     Family(
         "hf-vlm",
@@ -67,6 +87,11 @@ _BUILT_IN = (
         _made_by("vla_pruner.models.hf_vlm"),
     ),
 )
+
+
+def built_in() -> tuple[Family, ...]:
+    """The families of this package."""
+    return _BUILT_IN
 
 
 def models() -> dict[str, Family]:

@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vla_pruner.surgery.session import Session
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,9 @@ class Adapter(ABC):
     """A second stack of as many layers (an action expert): its layer i attends to the keys and
     values that the decoder's layer i left in `past_key_values`, and then to its own. Tokens are cut
     in the decoder; the reader's rows are the action queries."""
+
+    skips_layers: bool = True
+    """Whether layers can be left out, for methods that skip some."""
 
     gives_frames: bool = False
     """Whether the camera images of a step can be had, for methods that compare them."""
@@ -111,9 +117,10 @@ class Adapter(ABC):
                 f"{type(layer).__name__} has no input_layernorm, q_proj and k_proj, so its logits "
                 "cannot be computed; override `Adapter.project`, or use a score of attention."
             )
-        found = []
+        found, normed = [], norm(hidden)
+        normed = normed[0] if isinstance(normed, tuple) else normed  # pi0's norms add a gate
         for name in ("q", "k"):
-            heads = getattr(attention, f"{name}_proj")(norm(hidden))
+            heads = getattr(attention, f"{name}_proj")(normed)
             heads = heads.unflatten(-1, (-1, attention.head_dim))
             per_head_norm = getattr(attention, f"{name}_norm", None)
             heads = heads if per_head_norm is None else per_head_norm(heads)
@@ -122,6 +129,9 @@ class Adapter(ABC):
 
     def attach(self, undo: ExitStack) -> None:  # noqa: B027 - optional
         """Listen to other modules if need be; whatever is done is undone by what goes on `undo`."""
+
+    def follow(self, session: Session, undo: ExitStack) -> None:  # noqa: B027 - optional
+        """Let the model's own calls begin episodes and steps of the session."""
 
     def describe(self) -> str:
         """One line for people."""

@@ -88,6 +88,7 @@ class Session:
                     self._undo.callback(before.remove)
                     self._undo.callback(after.remove)
             self._group_generated_rows()
+            adapter.follow(self, self._undo)
             self._undo = self._undo.pop_all()
 
     # ------------------------------------------------------------------ for callers
