@@ -21,7 +21,7 @@ endif
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lerobot test-openpi lint format bench gpu clean
+.PHONY: help demo test test-lerobot models lint format bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 18
@@ -35,8 +35,9 @@ test: lint  ## lint, types and tests on the CPU
 test-lerobot: $(VENV)-lerobot/.installed  ## lerobot's own policy classes, in their own environment
 	OMP_NUM_THREADS=1 $(VENV)-lerobot/bin/python -m pytest -q tests/lerobot --record $(ARGS)
 
-test-openpi:  ## openpi's policies: see docs/adding-a-model.md, they need a patched transformers
-	OMP_NUM_THREADS=1 $(OPENPI_PY) -m pytest -q tests/openpi --record $(ARGS)
+models: $(DEV)  ## the table of tested models, from the tests that fill it
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)
+	$(PY) -m vla_pruner models --markdown > docs/models.md
 
 lint: $(DEV)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -8,7 +8,8 @@ import torch
 import vla_pruner as vp
 from checks import fingerprint
 
-pytest.importorskip("lerobot", reason="needs lerobot; run `make test-lerobot`")
+# Not "lerobot" alone, which is also the name of this folder.
+pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
 
 from lerobot import __version__ as lerobot_version
 from tiny_lerobot import CHUNK, batch_of, pi, smolvla
