@@ -145,8 +145,8 @@ COMMANDS = {
     "models": Command(
         "list the model families that can be pruned, and what was tested on each",
         "Lists the model families that vp.prune recognises, and what the tests showed of each "
-        "class: on the real one, or on a double where that cannot be installed. Any other Hugging Face decoder can be "
-        "pruned with vp.models.Decoder: see docs/adding-a-model.md.",
+        "class: on the real one, or on a double where that cannot be installed. Any other Hugging "
+        "Face decoder can be pruned with vp.models.Decoder: see docs/adding-a-model.md.",
         lambda: (_add_models, _models),
     ),
     "analyze": Command(

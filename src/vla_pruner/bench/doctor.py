@@ -46,7 +46,7 @@ class Finding:
 class Look:
     """The decoder's pass over one frame: inputs and outputs [B, S, D], and where things are.
 
-    `read`: `[B, R, D]` outputs of the first pass of the stack that reads its cache, if there is one.
+    `read`: `[B, R, D]` outputs of the first pass of the stack that reads its cache, if any.
     """
 
     inputs: Tensor

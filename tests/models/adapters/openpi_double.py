@@ -94,7 +94,9 @@ class PI0Pytorch(nn.Module):
         )
         actions = noise
         for _ in range(num_steps):
-            actions = actions - self.denoise_step(observation.state, pads, cache, actions) / num_steps
+            actions = (
+                actions - self.denoise_step(observation.state, pads, cache, actions) / num_steps
+            )
         return actions
 
     def denoise_step(self, state, pads, cache, actions):
@@ -102,9 +104,7 @@ class PI0Pytorch(nn.Module):
         batch, queries = suffix.shape[:2]
         own = torch.ones(queries, queries, dtype=torch.bool)
         own[0, 1:] = False  # the state does not see the actions
-        sees = torch.cat(
-            [pads[:, None].expand(-1, queries, -1), own.expand(batch, -1, -1)], dim=2
-        )
+        sees = torch.cat([pads[:, None].expand(-1, queries, -1), own.expand(batch, -1, -1)], dim=2)
         self.paligemma_with_expert.gemma_expert.model.config._attn_implementation = "eager"
         output, _ = self.paligemma_with_expert.forward(
             attention_mask=additive(sees),
