@@ -94,9 +94,8 @@ class PI0Pytorch(nn.Module):
         )
         actions = noise
         for _ in range(num_steps):
-            actions = (
-                actions - self.denoise_step(observation.state, pads, cache, actions) / num_steps
-            )
+            flow = self.denoise_step(observation.state, pads, cache, actions)
+            actions = actions - flow / num_steps
         return actions
 
     def denoise_step(self, state, pads, cache, actions):
