@@ -65,8 +65,13 @@ class Look:
 # -- looking at frames ---------------------------------------------------------------------------
 
 
-def _look(adapter: Adapter, act: Act, frame: np.ndarray) -> Look | None:
-    """Let the model act on a frame and note its first pass that shows visual tokens, if any."""
+def _look(
+    adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False
+) -> Look | None:
+    """Let the model act on a frame and note its first pass that shows visual tokens, if any.
+
+    `in_session`: a session has attached the adapter.
+    """
     seen: list[Look] = []
     read: list[Tensor] = []
 
@@ -83,7 +88,8 @@ def _look(adapter: Adapter, act: Act, frame: np.ndarray) -> Look | None:
             read.append(output[0].clone())
 
     with ExitStack() as undo, torch.no_grad():
-        adapter.attach(undo)
+        if not in_session:
+            adapter.attach(undo)
         undo.callback(adapter.decoder.register_forward_hook(note, with_kwargs=True).remove)
         if adapter.reader is not None:
             undo.callback(adapter.reader.register_forward_hook(note_reader).remove)
@@ -178,7 +184,7 @@ def examine(
             findings.append(_same_kernels(kernels, _kernels(adapter)))
             tick("keep=1.0")
             act(white)  # the one step that this session takes to warm up
-            all_kept = _look(adapter, act, white)
+            all_kept = _look(adapter, act, white, in_session=True)
         findings.append(_exact("keep=1.0 changes nothing", bright, all_kept))
 
         tick("dropping equals hiding")
@@ -289,7 +295,7 @@ def _dropping_equals_hiding(
     for mode in ("drop", "mask"):
         with prune(model, "fastv", keep=keep, mode=mode, **options) as session:
             try:
-                looks.append(_look(adapter, act, frame))
+                looks.append(_look(adapter, act, frame, in_session=True))
             except NotImplementedError as error:
                 return Finding(check, None, str(error))
             last = session.last

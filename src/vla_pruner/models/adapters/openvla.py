@@ -91,7 +91,7 @@ class OpenVLAPolicyAdapter(Adapter):
         Raises:
             ValueError: on the first call, image tokens that are not behind the first token.
         """
-        patches, self._patches = self._patches, self._patches if self.in_parallel else None
+        patches = self._patches
         if inputs.ndim != 3 or patches is None or inputs.shape[1] <= patches.shape[1]:
             return None
         length, count = inputs.shape[1], patches.shape[1]
