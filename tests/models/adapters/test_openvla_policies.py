@@ -16,6 +16,7 @@ from openvla_doubles import (
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
+from vla_pruner.bench.doctor import examine
 
 FAMILY, M, KEEP = "openvla-remote", 16, 5
 PROMPT = torch.tensor([[BOS, 7, 8, 9, 10]])
@@ -59,6 +60,15 @@ def test_the_image_is_seen_while_attached(openvla, proves):
     assert fingerprint(openvla) == before
     assert torch.equal(act(openvla, frame(1)), blind)
     proves(FAMILY, OpenVLAForActionPrediction, "undo", double=True)
+
+
+def test_doctor_finds_the_hidden_image_and_what_mends_it(openvla):
+    def show(pixels):
+        return act(openvla, torch.from_numpy(pixels[:32, :32]).permute(2, 0, 1)[None] / 255)
+
+    family, blind, mended = examine(openvla, show)
+    assert family.well and not blind.well and "image never reaches" in blind.advice
+    assert mended.well and f"{M} visual tokens" in mended.found and "empty cache" in mended.advice
 
 
 @pytest.mark.parametrize("method", ["vla-pruner", "fastv"])
@@ -109,6 +119,8 @@ def test_oft_with_tokens_removed(oft, steps, proprio, proves):
     )
     if proprio:
         arguments |= dict(proprio=torch.randn(1, 4), proprio_projector=tools.proprio)
+    full = oft.predict_action(PROMPT, pixel_values=frame(2, images=2), **arguments)
+    # transformers put its own hooks on the layers in that call, as hidden states were asked for.
     before, found, reports = fingerprint(oft), {}, {}
     for mode in ("drop", "mask"):
         with vp.prune(oft, keep=0.25, layer=2, window=1, mode=mode) as session:
@@ -124,9 +136,10 @@ def test_oft_with_tokens_removed(oft, steps, proprio, proves):
     torch.testing.assert_close(dropped.action, masked.action, rtol=0, atol=1e-6)
     for a, b in zip(found["drop"], found["mask"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    full = oft.predict_action(PROMPT, pixel_values=frame(2, images=2), **arguments)
     assert (full[1] - found["drop"][1]).abs().max() > 1e-3
     assert fingerprint(oft) == before
+    after = oft.predict_action(PROMPT, pixel_values=frame(2, images=2), **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(after, full, strict=True))
     proves(FAMILY, type(oft), "reference", "undo", "cameras", "no cache", double=True)
 
 
