@@ -7,6 +7,7 @@ import torch
 
 import vla_pruner as vp
 from checks import fingerprint
+from ladder import Ladder
 
 # Not "lerobot" alone, which is also the name of this folder.
 pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
@@ -105,7 +106,7 @@ def test_smolvla_refuses_what_its_loop_cannot_do(policies):
     with vp.prune(policy, "fastv"), pytest.raises(RuntimeError, match="already has a pruning"):
         vp.prune(policy, "fastv")
     with pytest.raises(NotImplementedError, match="skips none"):
-        vp.prune(policy, "efficientvla")
+        vp.prune(policy, Ladder(skip=(3,)))
 
 
 @pytest.mark.parametrize("cached", [True, False])
