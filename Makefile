@@ -24,7 +24,7 @@ JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$
 .PHONY: help demo test test-lerobot models lint format bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: $(SIM)  ## a small policy picks by language, with all and with a quarter of its visual tokens
 	$(PY) -m vla_pruner demo $(ARGS)
@@ -64,7 +64,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lerobot bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # lerobot pins its own torch and transformers, and the newest one needs Python 3.12.

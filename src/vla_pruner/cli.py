@@ -101,7 +101,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from vla_pruner.models import matrix, models
     from vla_pruner.models.base import built_in
@@ -118,7 +118,7 @@ def _models(args: argparse.Namespace) -> int:
         table.add_row(name, family.summary)
     console.print(table)
     rows = [row for row in matrix.read() if args.name in (None, row.family)]
-    tested = Table("class", "tested on", "what was tested", "with")
+    tested = Table(Column("class", no_wrap=True), "tested on", "what was tested", "with")
     for row in rows:
         _, model, on, *_, versions = matrix.cells(row)
         tested.add_row(model, on, ", ".join(c for c in matrix.CHECKS if c in row.tests), versions)
