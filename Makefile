@@ -23,16 +23,23 @@ endif
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench libero gpu clean
+.PHONY: help demo test test-lerobot models lint format bench libero gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: $(SIM)  ## a small policy picks by language, with all and with a quarter of its visual tokens
 	$(PY) -m vla_pruner demo $(ARGS)
 
 test: lint  ## lint, types and tests on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
+
+test-lerobot: $(VENV)-lerobot/.installed  ## lerobot's own policy classes, in their own environment
+	OMP_NUM_THREADS=1 $(VENV)-lerobot/bin/python -m pytest -q tests/lerobot --record $(ARGS)
+
+models: $(DEV)  ## the table of tested models, from the tests that fill it
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)
+	$(PY) -m vla_pruner models --markdown > docs/models.md
 
 lint: $(DEV)  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -62,8 +69,16 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lerobot bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# lerobot pins its own torch and transformers, and the newest one needs Python 3.12.
+LEROBOT_PYTHON ?= python3.12
+LEROBOT ?= lerobot[pi,smolvla]==0.6.1
+$(VENV)-lerobot/.installed: Makefile
+	$(LEROBOT_PYTHON) -m venv $(VENV)-lerobot
+	$(VENV)-lerobot/bin/python -m pip install --disable-pip-version-check "$(LEROBOT)" pytest rich
+	@touch $@
 
 $(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh $(VENV) sim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from checks import randomise
+from vla_pruner.models import matrix
+
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig),
     "gemma": (GemmaForCausalLM, GemmaConfig),
@@ -25,6 +29,47 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
 }
 HIDDEN = 32
+
+
+RECORDED = pytest.StashKey[dict[tuple[str, str, bool], matrix.Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--record`: write what the tests prove of model classes into the table of the package."""
+    parser.addoption("--record", action="store_true", help="update the table of tested models")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDED] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Classes of which a test failed are left as they are in the table."""
+    if session.config.getoption("--record") and session.testsfailed == 0:
+        matrix.write(list(session.config.stash[RECORDED].values()))
+
+
+@pytest.fixture
+def proves(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Called at the end of a test: what it has just shown of a class."""
+
+    def note(family: str, model: type, *checks: str, double: bool = False) -> None:
+        assert set(checks) <= set(matrix.CHECKS)
+        versions = {}
+        for package in ("torch", "transformers", "lerobot"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        row = matrix.Row(family, model.__name__, double, {}, versions)
+        row = request.config.stash[RECORDED].setdefault(row.key, row)
+        where = request.node.nodeid.partition("[")[0]
+        for check in checks:
+            tests = row.tests.setdefault(check, [])
+            if where not in tests:
+                tests.append(where)
+
+    return note
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,15 +85,6 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights large enough that attention is far from uniform."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.15, generator=generator)
-    return model.eval()
 
 
 def make_decoder(family: str = "llama", attention: str = "sdpa", **options: object) -> nn.Module:

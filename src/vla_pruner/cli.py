@@ -94,19 +94,38 @@ def _methods(args: argparse.Namespace) -> int:
     return OK
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    _add_name(parser)
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the page docs/models.md instead"
+    )
+
+
 def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from vla_pruner.models import models
+    from vla_pruner.models import matrix, models
+    from vla_pruner.models.base import built_in
     from vla_pruner.models.loading import shipped
 
+    if args.markdown:
+        summaries = {family.name: family.summary for family in built_in()}
+        print(matrix.markdown(matrix.read(), summaries), end="")
+        return OK
     console, known = Console(), models()
     chosen = known if args.name is None else {args.name: _pick(args.name, known, "model family")}
     table = Table("family", "what it covers")
     for name, family in chosen.items():
         table.add_row(name, family.summary)
     console.print(table)
+    rows = [row for row in matrix.read() if args.name in (None, row.family)]
+    tested = Table(Column("class", no_wrap=True), "tested on", "what was tested", "with")
+    for row in rows:
+        _, model, on, *_, versions = matrix.cells(row)
+        tested.add_row(model, on, ", ".join(c for c in matrix.CHECKS if c in row.tests), versions)
+    console.print(tested)
+    console.print("What the checks mean: docs/models.md", style="dim")
     if args.name is None:
         console.print(f"Policies that ship with this package: {', '.join(shipped()) or 'none'}")
     return OK
@@ -126,10 +145,11 @@ COMMANDS = {
         lambda: (_add_name, _methods),
     ),
     "models": Command(
-        "list the model families that can be pruned",
-        "Lists the model families that vp.prune recognises. Any other Hugging Face decoder can be "
-        "pruned with vp.models.Decoder: see docs/adding-a-model.md.",
-        lambda: (_add_name, _models),
+        "list the model families that can be pruned, and what was tested on each",
+        "Lists the model families that vp.prune recognises, and what the tests showed of each "
+        "class: on the real one, or on a double where that cannot be installed. Any other Hugging "
+        "Face decoder can be pruned with vp.models.Decoder: see docs/adding-a-model.md.",
+        lambda: (_add_models, _models),
     ),
     "analyze": Command(
         "draw what a policy looks at, and what each method would have kept of it",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vla_pruner as vp
+from vla_pruner.models.base import built_in
 
 Decoder = vp.models.Decoder
 
@@ -159,6 +160,6 @@ def test_families_of_other_packages(installed, decoders, embeds):
 )
 def test_families_that_cannot_be_used(installed, entry, message):
     installed(entry)
-    before = {"openvla", "hf-vlm"}
+    before = {family.name for family in built_in()}
     with pytest.warns(UserWarning, match=message):
         assert before == set(vp.models())

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import vla_pruner as vp
+from checks import fingerprint
 from ladder import Ladder
 
 IMAGE, M, KEEP = 90, 16, 5
@@ -66,6 +67,29 @@ def smolvlm():
     return transformers.SmolVLMForConditionalGeneration(config), ids, (1, 3, 56, 56)
 
 
+def idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=dict(VISION),
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=1,
+    )
+    ids = [1] + [IMAGE] * M + [7, 8, 9]
+    return transformers.Idefics3ForConditionalGeneration(config), ids, (1, 3, 56, 56)
+
+
+def internvl():
+    size = {"image_size": [56, 56], "patch_size": [7, 7]}
+    config = transformers.InternVLConfig(
+        vision_config={**VISION, **size},
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        downsample_ratio=0.5,
+    )
+    ids = [1, 92] + [IMAGE] * M + [93, 7, 8, 9]
+    return transformers.InternVLForConditionalGeneration(config), ids, (3, 56, 56)
+
+
 def qwen(version):
     rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
     text = {**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 1e4}}
@@ -108,6 +132,8 @@ BUILD = {
     "paligemma": paligemma,
     "llava": llava,
     "smolvlm": smolvlm,
+    "idefics3": idefics3,
+    "internvl": internvl,
     "qwen2-vl": lambda: qwen("2"),
     "qwen2.5-vl": lambda: qwen("2.5"),
     "qwen3-vl": lambda: qwen("3"),
@@ -191,7 +217,7 @@ def test_several_cuts_with_everything(vlm, at):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_generate_with_tokens_removed(vlm, attention):
+def test_generate_with_tokens_removed(vlm, attention, proves):
     vlm.model.set_attn_implementation(attention)
     inputs = inputs_for(vlm.model, vlm.ids, vlm.pixels, batch=2)
     inputs["pixel_values"][: len(inputs["pixel_values"]) // 2] += 0.5
@@ -214,6 +240,23 @@ def test_generate_with_tokens_removed(vlm, attention):
         torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), rtol=0, atol=1e-5)
     full = generate(vlm.model, {**inputs, "pixel_values": inputs["pixel_values"] + 1})
     assert (full.logits[0] - found[1].logits[0]).abs().max() > 1e-3
+    proves("hf-vlm", type(vlm.model), "reference", "batch", "dynamic")
+
+
+def test_keeping_everything_and_leaving_nothing_behind(vlm, proves):
+    inputs = inputs_for(vlm.model, vlm.ids, vlm.pixels)
+    expected, before = vlm.model(**inputs).logits, fingerprint(vlm.model)
+    with vp.prune(vlm.model, keep=1.0, layer=2, window=1):
+        for _ in range(2):
+            assert torch.equal(vlm.model(**inputs).logits, expected)
+    with vp.prune(vlm.model, keep=KEEP, layer=2, window=1) as session:
+        for _ in range(2):
+            pruned = vlm.model(**inputs).logits
+        assert session.last.visual_kept == KEEP
+    assert not torch.equal(pruned, expected)
+    assert torch.equal(vlm.model(**inputs).logits, expected)
+    assert fingerprint(vlm.model) == before
+    proves("hf-vlm", type(vlm.model), "keep=1.0", "undo")
 
 
 def test_text_alone_is_left_alone(vlm):
@@ -231,7 +274,7 @@ def test_text_alone_is_left_alone(vlm):
     assert torch.equal(torch.stack(before.logits), torch.stack(inside.logits))
 
 
-def test_left_padding():
+def test_left_padding(proves):
     model, ids, pixels = llava()
     inputs = inputs_for(model.eval(), ids, pixels)
     padded = dict(inputs)
@@ -244,6 +287,27 @@ def test_left_padding():
             kept.append(session.last.kept_mask)
     assert torch.equal(*kept)
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    proves("hf-vlm", type(model), "padding")
+
+
+def test_each_image_is_a_view(proves):
+    model, _, pixels = llava()
+    ids = torch.tensor([[1, *[IMAGE] * M, 5, *[IMAGE] * M, 7, 8]])
+    images = torch.randn(2, *pixels)
+    with vp.prune(model.eval(), "fastv", keep=0.25, layer=2) as session:
+        model(input_ids=ids, pixel_values=images)
+        assert session.last.views == (M, M) and session.last.visual_kept == M // 2
+    proves("hf-vlm", type(model), "cameras")
+
+
+def test_image_tokens_without_an_image():
+    model, ids, _ = llava()
+    with (
+        vp.prune(model.eval(), "fastv", keep=KEEP, layer=2) as session,
+        pytest.raises(ValueError, match="16 of 16 image tokens hold no image features"),
+    ):
+        model(input_ids=torch.tensor([ids]))
+    assert session.last is None
 
 
 def test_different_numbers_of_image_tokens():

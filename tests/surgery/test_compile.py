@@ -20,7 +20,7 @@ def graphs():
 
 
 @pytest.mark.parametrize(("attention", "cached"), [("eager", False), ("sdpa", True)])
-def test_whole_graphs_that_are_used_again(make, embeds, attention, cached):
+def test_whole_graphs_that_are_used_again(make, embeds, attention, cached, proves):
     if cached and transformers.__version__ < "5":
         pytest.skip("with a static cache, transformers 4 reads lengths back while it is traced")
     torch._dynamo.reset()
@@ -48,6 +48,7 @@ def test_whole_graphs_that_are_used_again(make, embeds, attention, cached):
     kinds = 2 if cached else 1  # prefill and decode, or one forward
     assert made == [kinds] + [2 * kinds] * (STEPS - 1), "one set while warming up, one afterwards"
     assert "forward" not in vars(model.model)
+    proves("decoder", type(model), "compile", "static" if cached else "no cache")
 
 
 @pytest.mark.parametrize("at", [(1, 2), (0, 2)])

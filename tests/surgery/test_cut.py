@@ -48,7 +48,7 @@ def rows(logits, session):
 
 
 @pytest.mark.parametrize(("family", "attention"), BOTH)
-def test_removed_equals_hidden(decoders, embeds, rollout, family, attention):
+def test_removed_equals_hidden(decoders, embeds, rollout, family, attention, proves):
     model, runs, reports = decoders(family, attention), [], []
     for mode in ("drop", "mask"):
         with prune(model, "vla-pruner", window=1, mode=mode) as session:
@@ -61,10 +61,11 @@ def test_removed_equals_hidden(decoders, embeds, rollout, family, attention):
     assert reports[0].kept_mask.sum() == KEEP and not reports[0].warm_up.any()
     torch.testing.assert_close(reports[0].semantic, reports[1].semantic, rtol=0, atol=1e-6)
     torch.testing.assert_close(reports[0].action, reports[1].action, rtol=0, atol=1e-6)
+    proves("decoder", type(model), "reference", "dynamic")
 
 
 @pytest.mark.parametrize(("family", "attention"), BOTH)
-def test_exact_when_nothing_is_removed(decoders, embeds, rollout, family, attention):
+def test_exact_when_nothing_is_removed(decoders, embeds, rollout, family, attention, proves):
     model = decoders(family, attention)
     untouched = rollout(model, embeds())
     with prune(model, keep=1.0):
@@ -72,6 +73,7 @@ def test_exact_when_nothing_is_removed(decoders, embeds, rollout, family, attent
     after = rollout(model, embeds())
     for a, b, c in zip(untouched, everything_kept, after, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+    proves("decoder", type(model), "keep=1.0", "undo")
 
 
 def test_something_is_removed(decoders, embeds, rollout):
@@ -167,7 +169,7 @@ def test_last_row_skips_padding_on_the_right(decoders, embeds):
 # ---------------------------------------------------------------------- caches
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_static_cache_equals_dynamic(decoders, embeds, rollout, attention, padded):
+def test_static_cache_equals_dynamic(decoders, embeds, rollout, attention, padded, proves):
     model, runs = decoders("qwen2", attention), []
     mask = None
     if padded:
@@ -184,6 +186,7 @@ def test_static_cache_equals_dynamic(decoders, embeds, rollout, attention, padde
             assert session.last.kept_mask.sum() == 2 * KEEP
     close(runs[0], runs[1])
     close(runs[0], runs[2])
+    proves("decoder", type(model), "static", "dynamic", "batch", *(("padding",) if padded else ()))
 
 
 def test_copied_cache_continues_the_same_prompt(decoders, embeds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,36 @@ class Finding:
 
 @dataclass(frozen=True)
 class Look:
-    """The decoder's pass over one frame: inputs and outputs [B, S, D], and where things are."""
+    """The decoder's pass over one frame: inputs and outputs [B, S, D], and where things are.
+
+    `read`: `[B, R, D]` outputs of the first pass of the stack that reads its cache, if any.
+    """
 
     inputs: Tensor
     outputs: Tensor
     layout: Layout
+    read: Tensor | None = None
 
     @property
     def action(self) -> Tensor:
         """Outputs of the action queries, [B, R, D]."""
+        if self.read is not None:
+            return self.read
         return self.outputs[:, self.layout.action_rows or slice(-1, None)]
 
 
 # -- looking at frames ---------------------------------------------------------------------------
 
 
-def _look(adapter: Adapter, act: Act, frame: np.ndarray) -> Look | None:
-    """Let the model act on a frame and note its first pass that shows visual tokens, if any."""
+def _look(
+    adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False
+) -> Look | None:
+    """Let the model act on a frame and note its first pass that shows visual tokens, if any.
+
+    `in_session`: a session has attached the adapter.
+    """
     seen: list[Look] = []
+    read: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = kwargs.get("inputs_embeds", args[0] if args else None)
@@ -71,11 +83,20 @@ def _look(adapter: Adapter, act: Act, frame: np.ndarray) -> Look | None:
         if layout is not None:
             seen.append(Look(inputs.clone(), output[0].clone(), layout))
 
+    def note_reader(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if seen and not read:
+            read.append(output[0].clone())
+
     with ExitStack() as undo, torch.no_grad():
-        adapter.attach(undo)
+        if not in_session:
+            adapter.attach(undo)
         undo.callback(adapter.decoder.register_forward_hook(note, with_kwargs=True).remove)
+        if adapter.reader is not None:
+            undo.callback(adapter.reader.register_forward_hook(note_reader).remove)
         act(frame)
-    return seen[0] if seen else None
+    if not seen:
+        return None
+    return replace(seen[0], read=read[0]) if read else seen[0]
 
 
 def _act_of(model: nn.Module, name: str, instruction: str) -> Act:
@@ -149,7 +170,8 @@ def examine(
         return [*findings, Finding("acts on a frame", False, str(error), advice)]
     findings.append(_visual_tokens(dark, bright))
     if not findings[-1].well:
-        return findings
+        blind = dark is None and bright is None
+        return [*findings, *(_mended(model, adapter, act, white) if blind else [])]
     assert dark is not None and bright is not None
     findings.append(_image_reaches_action(dark, bright))
 
@@ -162,7 +184,7 @@ def examine(
             findings.append(_same_kernels(kernels, _kernels(adapter)))
             tick("keep=1.0")
             act(white)  # the one step that this session takes to warm up
-            all_kept = _look(adapter, act, white)
+            all_kept = _look(adapter, act, white, in_session=True)
         findings.append(_exact("keep=1.0 changes nothing", bright, all_kept))
 
         tick("dropping equals hiding")
@@ -200,6 +222,25 @@ def _visual_tokens(dark: Look | None, bright: Look | None) -> Finding:
         return Finding(check, False, "black and white frames give the same input", advice)
     found = f"expected {len(named)} at {_spans(named)}; the image moves {_spans(follow)}"
     return Finding(check, False, found, f"correct Layout.visual: {ADAPTER_ADVICE}")
+
+
+def _mended(model: nn.Module, adapter: Adapter, act: Act, frame: np.ndarray) -> list[Finding]:
+    """Whether a session mends what hides the image (see `models/adapters/openvla.py`)."""
+    with prune(model, "none", adapter=adapter) as session:
+        act(frame)
+        last = session.last
+    if last is None:
+        return []
+    return [
+        Finding(
+            "visual tokens in a session",
+            True,
+            f"while vp.prune is attached, {last.visual_full} visual tokens are seen",
+            "`generate` hands the model an empty cache, which it takes for a filled one; vp.prune "
+            "mends that while attached. Without it the policy is blind: use the transformers "
+            "version that it was made for, or vla_pruner.models.load",
+        )
+    ]
 
 
 def _image_reaches_action(dark: Look, bright: Look) -> Finding:
@@ -254,7 +295,7 @@ def _dropping_equals_hiding(
     for mode in ("drop", "mask"):
         with prune(model, "fastv", keep=keep, mode=mode, **options) as session:
             try:
-                looks.append(_look(adapter, act, frame))
+                looks.append(_look(adapter, act, frame, in_session=True))
             except NotImplementedError as error:
                 return Finding(check, None, str(error))
             last = session.last

@@ -44,6 +44,8 @@ def _made_by(module: str) -> Callable[[nn.Module], Adapter]:
     return lambda model: import_module(module).adapter(model)
 
 
+_PI_CORES = ("PI0Pytorch", "PI05Pytorch", "PI0FastPytorch")
+
 _BUILT_IN = (
     Family(
         "openvla",
@@ -52,19 +54,44 @@ _BUILT_IN = (
         _made_by("vla_pruner.models.openvla"),
     ),
     Family(
+        "openvla-remote",
+        "OpenVLA and OpenVLA-OFT as their authors ship them (trust_remote_code), unmodified",
+        class_named("OpenVLAForActionPrediction", "PrismaticForConditionalGeneration"),
+        _made_by("vla_pruner.models.adapters.openvla"),
+    ),
+    Family(
+        "pi0-policies",
+        "pi0, pi0.5 and pi0-FAST policies of lerobot and openpi, unmodified",
+        class_named("PI0Policy", "PI05Policy", "PI0FastPolicy", *_PI_CORES),
+        _made_by("vla_pruner.models.adapters.pi0"),
+    ),
+    Family(
+        "smolvla",
+        "SmolVLA policies of lerobot, unmodified",
+        class_named("SmolVLAPolicy", "VLAFlowMatching"),
+        _made_by("vla_pruner.models.adapters.smolvla"),
+    ),
+    Family(
         "hf-vlm",
-        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, SmolVLM of transformers, unmodified",
+        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, Idefics3, SmolVLM, InternVL of transformers",
         class_named(
             "PaliGemmaForConditionalGeneration",
             "LlavaForConditionalGeneration",
             "Qwen2VLForConditionalGeneration",
             "Qwen2_5_VLForConditionalGeneration",
             "Qwen3VLForConditionalGeneration",
+            "Idefics3ForConditionalGeneration",
             "SmolVLMForConditionalGeneration",
+            "InternVLForConditionalGeneration",
         ),
         _made_by("vla_pruner.models.hf_vlm"),
     ),
 )
+
+
+def built_in() -> tuple[Family, ...]:
+    """The families of this package."""
+    return _BUILT_IN
 
 
 def models() -> dict[str, Family]:

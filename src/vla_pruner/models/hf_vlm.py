@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vla_pruner.surgery.layout import Adapter, Layout, text_behind
@@ -14,7 +15,8 @@ from vla_pruner.surgery.layout import Adapter, Layout, text_behind
 class ImageTokenVLM(Adapter):
     """Adapter for models whose `input_ids` hold one image token per visual token.
 
-    All sequences of a batch need the same number of image tokens; text may be padded on the left.
+    Each unbroken run of image tokens is a view (an image, or a tile of one). All sequences of a
+    batch need the same number of image tokens; text may be padded on the left.
 
     Args:
         model: a model with `config.image_token_id` (or `image_token_index`) and a language model
@@ -41,6 +43,7 @@ class ImageTokenVLM(Adapter):
         self.gives_frames = not hasattr(config, "scale_factor")
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
+        self._verified = False
 
     def attach(self, undo: ExitStack) -> None:
         """Read the ids that the top model is called with."""
@@ -56,7 +59,8 @@ class ImageTokenVLM(Adapter):
         """Image tokens of the call in progress, text behind the last one; None for text alone.
 
         Raises:
-            ValueError: sequences with different numbers of image tokens.
+            ValueError: sequences with different numbers of image tokens; or, on the first call,
+                image tokens that no image was put in.
         """
         ids = self._ids
         if ids is None or ids.shape != inputs.shape[:2]:
@@ -71,14 +75,44 @@ class ImageTokenVLM(Adapter):
                 "in each: group images of one size."
             )
         visual = is_image.nonzero()[:, 1].view(len(ids), -1).to(inputs.device)
+        if not self._verified:
+            self._verify(inputs, visual)
+            self._verified = True
         mask = None if self._mask is None else self._mask.to(inputs.device)
         text = text_behind(visual, inputs.shape[1], earliest=int(visual[:, -1].min()) + 1)
-        return Layout(visual, (counts[0],), valid_rows=mask, text_rows=text)
+        return Layout(visual, _runs(visual), valid_rows=mask, text_rows=text)
+
+    def _verify(self, inputs: Tensor, visual: Tensor) -> None:
+        """The decoder gets image features at these positions, not what the token id stands for."""
+        if inputs.ndim != 3:
+            found = "the language model gets token ids"
+        else:
+            table: Any = self.model.get_input_embeddings
+            blank = table()(torch.tensor(self.image_token_id, device=inputs.device))
+            at = inputs.gather(1, visual[..., None].expand(-1, -1, inputs.shape[-1]))
+            empty = int((at == blank.to(at.dtype)).all(dim=-1).sum())
+            if not empty:
+                return
+            found = f"{empty} of {visual.numel()} image tokens hold no image features"
+        raise ValueError(
+            f"{found}, at the positions of token {self.image_token_id} in `input_ids`; pass "
+            "`pixel_values` with as many images as the prompt names, or give the right "
+            "`image_token_id` to vp.models.ImageTokenVLM."
+        )
 
 
 def adapter(model: nn.Module) -> ImageTokenVLM:
     """Adapter of a known VLM."""
     return ImageTokenVLM(model)
+
+
+def _runs(visual: Tensor) -> tuple[int, ...]:
+    """Lengths of the unbroken runs in positions [B, M]; (M,) where rows disagree."""
+    breaks = visual.diff(dim=1) != 1
+    if not bool((breaks == breaks[:1]).all()):
+        return (visual.shape[1],)
+    ends = [int(index) + 1 for index in breaks[0].nonzero()[:, 0]]
+    return tuple(b - a for a, b in zip([0, *ends], [*ends, visual.shape[1]], strict=True))
 
 
 def _language_model(model: nn.Module) -> nn.Module:

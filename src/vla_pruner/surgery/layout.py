@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vla_pruner.surgery.session import Session
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,14 @@ class Adapter(ABC):
     earliest_cut: int = 0
     """First layer before which tokens may be cut: not before the last that gets image features."""
 
+    reader: nn.Module | None = None
+    """A second stack of as many layers (an action expert): its layer i attends to the keys and
+    values that the decoder's layer i left in `past_key_values`, and then to its own. Tokens are cut
+    in the decoder; the reader's rows are the action queries."""
+
+    skips_layers: bool = True
+    """Whether layers can be left out, for methods that skip some."""
+
     gives_frames: bool = False
     """Whether the camera images of two steps can be compared, token by token: the visual tokens of
     a camera are the patches of its image, row by row. See `send_frames`."""
@@ -61,6 +72,18 @@ class Adapter(ABC):
     def layers(self) -> Sequence[nn.Module]:
         """The decoder layers, first to last; each gets the hidden states [B, S, D] first."""
         return cast(Sequence[nn.Module], self.decoder.layers)
+
+    @property
+    def reader_layers(self) -> Sequence[nn.Module]:
+        """The layers of `reader`, first to last; none without one."""
+        return () if self.reader is None else cast(Sequence[nn.Module], self.reader.layers)
+
+    def reader_rows(self, length: int) -> slice | None:
+        """Rows of the reader's pass in progress, of `length`, that are action queries.
+
+        None: this pass is not watched.
+        """
+        return slice(0, length)
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """Attention module of a layer; its `config` names the attention implementation."""
@@ -95,9 +118,10 @@ class Adapter(ABC):
                 f"{type(layer).__name__} has no input_layernorm, q_proj and k_proj, so its logits "
                 "cannot be computed; override `Adapter.project`, or use a score of attention."
             )
-        found = []
+        found, normed = [], norm(hidden)
+        normed = normed[0] if isinstance(normed, tuple) else normed  # pi0's norms add a gate
         for name in ("q", "k"):
-            heads = getattr(attention, f"{name}_proj")(norm(hidden))
+            heads = getattr(attention, f"{name}_proj")(normed)
             heads = heads.unflatten(-1, (-1, attention.head_dim))
             per_head_norm = getattr(attention, f"{name}_norm", None)
             heads = heads if per_head_norm is None else per_head_norm(heads)
@@ -113,6 +137,9 @@ class Adapter(ABC):
         `[B, cameras, 3, H, W]`, raw colours from 0 up, as the vision tower sees them. The default
         does nothing: the caller then hands them over with `session.frame(images)`.
         """
+
+    def follow(self, session: Session, undo: ExitStack) -> None:  # noqa: B027 - optional
+        """Let the model's own calls begin episodes and steps of the session."""
 
     def describe(self) -> str:
         """One line for people."""

@@ -90,6 +90,11 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
             f"method {method.name!r} skips layers {sorted(skipped)}; only layers 1..{depth - 1} "
             "can be skipped: the first one also keeps count of the cache."
         )
+    if skipped and not adapter.skips_layers:
+        raise NotImplementedError(
+            f"method {method.name!r} skips layers, which {type(adapter).__name__} cannot do: this "
+            "policy runs its layers piece by piece; use a method that skips none."
+        )
     if cuts:
         _refuse_windows(adapter, [i for i in range(cuts[0], depth) if i not in skipped], config)
     if cuts and method.positions == "compact":

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,21 @@ Observer = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]], 
 
 _OBSERVER = "_vla_pruner_observer"
 _PREFIX = "vla_pruner_"
+
+
+class Shown(nn.Module):
+    """Stands for an attention that is no module of its own; whoever runs it calls `show`."""
+
+    observer: Observer | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="eager")
+
+    def show(self, query: Tensor, key: Tensor, mask: Tensor | None, **arguments: Any) -> None:
+        """Hand queries `[B, Hq, Q, D]`, keys `[B, Hkv, N, D]` and mask to the observer, if any."""
+        if self.observer is not None:
+            self.observer(self, query, key, mask, arguments)
 
 
 def implementation(attention: nn.Module) -> str:
@@ -43,6 +59,10 @@ def install(attention: nn.Module, observer: Observer, undo: ExitStack) -> None:
         TypeError: see `implementation`.
         NotImplementedError: an implementation that cannot be wrapped.
     """
+    if isinstance(attention, Shown):
+        undo.callback(setattr, attention, "observer", None)
+        attention.observer = observer
+        return
     name = implementation(attention)
     if name == "flex_attention":
         raise NotImplementedError(

@@ -88,13 +88,14 @@ class Session(Attached):
             if "frame" in method.needs:
                 adapter.send_frames(self.frame, self._undo)
             self._cut.attach(self._undo)
-            self._undo.callback(
-                self.decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove
-            )
-            self._undo.callback(
-                self.decoder.register_forward_hook(self._after, with_kwargs=True).remove
-            )
+            for stack in (self.decoder, adapter.reader):
+                if stack is not None:
+                    before = stack.register_forward_pre_hook(self._before, with_kwargs=True)
+                    after = stack.register_forward_hook(self._after, with_kwargs=True)
+                    self._undo.callback(before.remove)
+                    self._undo.callback(after.remove)
             self._group_generated_rows()
+            adapter.follow(self, self._undo)
             self._undo = self._undo.pop_all()
 
     # ------------------------------------------------------------------ for callers
@@ -261,7 +262,8 @@ class Session(Attached):
             if cut.phase == "prefill" and prompt.layout.action_rows is not None:
                 rows = len(range(*prompt.layout.action_rows.indices(prompt.length)))
             elif cut.phase == "decode":
-                rows = self._queries
+                acting = self.adapter.reader_rows(self._queries) if cut.readers else None
+                rows = self._queries if acting is None else acting.stop - acting.start
             step.add(prompt.observed, rows)
         if self._memories is not None and prompt.record is not None:
             self._memories.close(step.ids, prompt.record)

@@ -1,5 +1,6 @@
 """Pruned OpenVLA and OpenVLA-OFT equal themselves with the dropped columns hidden."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,9 @@ def outputs(model: OpenVLA) -> list[torch.Tensor]:
 @FAMILIES
 @BATCHES
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_dropping_equals_hiding(family: str, sentences: list[str], attention: str) -> None:
+def test_dropping_equals_hiding(
+    family: str, sentences: list[str], attention: str, proves: Callable[..., None]
+) -> None:
     runs = []
     for mode in ("drop", "mask"):
         model = make(family, attention)
@@ -64,6 +67,9 @@ def test_dropping_equals_hiding(family: str, sentences: list[str], attention: st
     for a, b in zip(dropped, hidden, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     np.testing.assert_allclose(first, second, atol=1e-5)
+    several = ("batch", "padding") if len(sentences) > 1 else ()
+    how = ("dynamic",) if family == "openvla" else ("no cache", "cameras")
+    proves("openvla", type(model), "reference", *several, *how)
 
 
 @FAMILIES
