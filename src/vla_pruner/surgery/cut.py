@@ -30,6 +30,7 @@ class Cut:
         self.adapter = adapter
         self.method = method
         self.layers = list(adapter.layers)
+        self.readers = list(adapter.reader_layers)
         self.plan = make_plan(method, adapter)
         self.compact = method.positions == "compact"
         self.phase: Literal["prefill", "decode"] = "decode"
@@ -45,13 +46,19 @@ class Cut:
         projected = {r.spec.layer for r in plan.readings if r.spec.kind == "logits"}
         config = getattr(self._attention(0), "config", None)
         self.eager = getattr(config, "_attn_implementation", None) == "eager"
-        for index in sorted(watched.union(plan.action_layers)):
+        acting = set(plan.action_layers)
+        for index in sorted(watched if self.readers else watched | acting):
             probe.install(self._attention(index), partial(self._observe, index), undo)
+        for index in sorted(acting) if self.readers else ():
+            attention = self.adapter.attention(self.readers[index])
+            probe.install(attention, partial(self._observe, index), undo)
+        stacks = [self.layers, self.readers] if self.readers else [self.layers]
         for index in sorted(plan.skipped):
-            self._skip(self.layers[index], undo)
+            for layers in stacks:
+                self._skip(layers[index], undo)
 
-        def before(index: int, hook: Any) -> None:
-            handle = self.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+        def before(index: int, hook: Any, layers: list[nn.Module] = self.layers) -> None:
+            handle = layers[index].register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
 
         if plan.skipped:
@@ -62,7 +69,9 @@ class Cut:
         for index in range(plan.depth):
             if index >= plan.cuts[0] or index in projected:
                 before(index, partial(self._enter, index))
-        if plan.cuts[0] == 0:
+            if self.readers and index >= plan.cuts[0]:
+                before(index, partial(self._enter, index), self.readers)
+        if plan.cuts[0] == 0 and not self.readers:
             fill_up = self.layers[0].register_forward_hook(self._fill_up, with_kwargs=True)
             undo.callback(fill_up.remove)
         undo.callback(self.layers[-1].register_forward_hook(self._restore_length).remove)
@@ -135,7 +144,7 @@ class Cut:
             stage.overrides = self._overrides(number, prompt, hidden, kwargs)
         overrides = stage.overrides
         dead_slots = index == 0 and self.phase == "decode" and prompt.mode == "drop"
-        if dead_slots and prompt.length_at(1) < prompt.length:
+        if dead_slots and not self.readers and prompt.length_at(1) < prompt.length:
             overrides = self._first_layer(stage, prompt, hidden, kwargs)
         if not overrides and not cuts_here:
             return None
@@ -402,11 +411,15 @@ class Cut:
                 prompt.scores[reading.number] = seen.received(
                     columns.expand(batch, -1), rows, weight, reading.spec.heads
                 )
-        if index not in self.plan.action_layers:
+        if index not in self.plan.action_layers or (prefill and self.readers):
             return
         rows = slice(None) if queries > 1 else None
         if prefill:
             rows = _action_rows(prompt, stage)
+        elif self.readers:
+            rows = self.adapter.reader_rows(queries)
+            if rows is None:
+                return
         if stage.positions is None:
             observed = seen.received(prompt.layout.visual.expand(batch, -1), rows)
         else:

@@ -50,6 +50,11 @@ class Adapter(ABC):
     earliest_cut: int = 0
     """First layer before which tokens may be cut: not before the last that gets image features."""
 
+    reader: nn.Module | None = None
+    """A second stack of as many layers (an action expert): its layer i attends to the keys and
+    values that the decoder's layer i left in `past_key_values`, and then to its own. Tokens are cut
+    in the decoder; the reader's rows are the action queries."""
+
     gives_frames: bool = False
     """Whether the camera images of a step can be had, for methods that compare them."""
 
@@ -60,6 +65,18 @@ class Adapter(ABC):
     def layers(self) -> Sequence[nn.Module]:
         """The decoder layers, first to last; each gets the hidden states [B, S, D] first."""
         return cast(Sequence[nn.Module], self.decoder.layers)
+
+    @property
+    def reader_layers(self) -> Sequence[nn.Module]:
+        """The layers of `reader`, first to last; none without one."""
+        return () if self.reader is None else cast(Sequence[nn.Module], self.reader.layers)
+
+    def reader_rows(self, length: int) -> slice | None:
+        """Rows of the reader's pass in progress, of `length`, that are action queries.
+
+        None: this pass is not watched.
+        """
+        return slice(0, length)
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """Attention module of a layer; its `config` names the attention implementation."""

@@ -81,12 +81,12 @@ class Session:
             _attached.add(self.decoder)
             adapter.attach(self._undo)
             self._cut.attach(self._undo)
-            self._undo.callback(
-                self.decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove
-            )
-            self._undo.callback(
-                self.decoder.register_forward_hook(self._after, with_kwargs=True).remove
-            )
+            for stack in (self.decoder, adapter.reader):
+                if stack is not None:
+                    before = stack.register_forward_pre_hook(self._before, with_kwargs=True)
+                    after = stack.register_forward_hook(self._after, with_kwargs=True)
+                    self._undo.callback(before.remove)
+                    self._undo.callback(after.remove)
             self._group_generated_rows()
             self._undo = self._undo.pop_all()
 
@@ -239,7 +239,8 @@ class Session:
             if cut.phase == "prefill" and prompt.layout.action_rows is not None:
                 rows = len(range(*prompt.layout.action_rows.indices(prompt.length)))
             elif cut.phase == "decode":
-                rows = self._queries
+                acting = self.adapter.reader_rows(self._queries) if cut.readers else None
+                rows = self._queries if acting is None else acting.stop - acting.start
             step.add(prompt.observed, rows)
         prompt.finish_pass(own=self._compiled and cut.phase == "prefill")
 
