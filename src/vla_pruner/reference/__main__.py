@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     demos.set_defaults(run=_demos)
 
     train = commands.add_parser("train", help="train one stage; run again to continue")
-    train.add_argument("stage", choices=("vision", "mini-openvla", "mini-oft"))
+    train.add_argument("stage", choices=("vision", "mini-openvla", "mini-oft", "mini-pi0"))
     train.add_argument("--data", type=Path, required=True, help="folder with demonstrations")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
     train.add_argument("--minutes", type=float, default=60.0, help="length of the stage")
@@ -39,13 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     train.set_defaults(run=_train)
 
     export = commands.add_parser("export", help="write a trained stage as a policy folder")
-    export.add_argument("stage", choices=("mini-openvla", "mini-oft"))
+    export.add_argument("stage", choices=("mini-openvla", "mini-oft", "mini-pi0"))
     export.add_argument("--checkpoints", type=Path, required=True, help="the --out of train")
     export.add_argument("--out", type=Path, help="default: the weights that the package ships")
     export.set_defaults(run=_export)
 
     evaluate = commands.add_parser("evaluate", help="success and cost over held-out scenes")
-    evaluate.add_argument("--policy", required=True, help="mini-oft, mini-openvla or a folder")
+    evaluate.add_argument("--policy", required=True, help="a policy that ships here, or a folder")
     evaluate.add_argument(
         "--conditions",
         default="none,vla-pruner@0.5,vla-pruner@0.25",
@@ -74,6 +74,7 @@ def _demos(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .dataset import Demonstrations
+    from .flow import FlowTrainer
     from .training import Settings, Trainer
 
     names = ("stage", "minutes", "steps", "batch", "learning_rate", "grid", "seed", "device")
@@ -81,11 +82,15 @@ def _train(options: argparse.Namespace) -> None:
     data = Demonstrations(options.data, pixels=14 * settings.grid)
     print(f"reading the demonstrations in {options.data} ...", flush=True)
     print(f"{data.refresh()} episodes, {len(data)} steps", flush=True)
-    Trainer(settings, data, options.out, options.start).run()
+    kind = FlowTrainer if settings.stage == "mini-pi0" else Trainer
+    kind(settings, data, options.out, options.start).run()
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .training import export
+    if options.stage == "mini-pi0":
+        from .flow import export
+    else:
+        from .training import export
 
     folder = options.out or WEIGHTS / options.stage
     export(options.checkpoints / f"{options.stage}.pt", folder)
