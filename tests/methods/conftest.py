@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / room) for room in ("models", "models/openvla", "pruning")]
+sys.path += [str(TESTS / room) for room in ("models", "models/openvla", "models/pi0", "pruning")]

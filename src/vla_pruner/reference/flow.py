@@ -31,6 +31,8 @@ NOISES = 4
 class FlowTrainer(Trainer):
     """The stage `mini-pi0`; begins from mini-oft, or from an exported mini-pi0."""
 
+    stages = ("mini-pi0",)
+
     def _build(self) -> int:
         self.config = policies.flow_config(self.settings.grid)
         self.model = Pi0.build(self.config, device=self.device)
@@ -50,8 +52,8 @@ class FlowTrainer(Trainer):
             return
         self.load_policy(Path(start or ""))
 
-    def _keep_suffix(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._suffix = [output]
+    def _keep_suffix(self, module: nn.Module, inputs: object, output: Any) -> None:
+        self._suffix = [output.last_hidden_state]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Flow-matching loss and the helpers' losses."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from . import policies
 from .dataset import Batch, Demonstrations
 from .task import CAMERAS
 
-STAGES = ("vision", "mini-openvla", "mini-oft", "mini-pi0")
+STAGES = ("vision", "mini-openvla", "mini-oft")
 _POINTS = 5
 _RELATION_SCALE_M = 0.2
 MIDDLE = 4
@@ -140,6 +140,8 @@ class Helpers(nn.Module):
 class Trainer:
     """One stage: model, helpers, optimiser and averaged weights; saved and resumed as one file."""
 
+    stages: ClassVar[tuple[str, ...]] = STAGES
+
     def __init__(
         self,
         settings: Settings,
@@ -151,9 +153,9 @@ class Trainer:
 
         Without `start` a stage begins from the one before.
         """
-        if settings.stage not in STAGES:
+        if settings.stage not in self.stages:
             raise ValueError(
-                f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
+                f"There is no stage `{settings.stage}`; choose from {', '.join(self.stages)}."
             )
         if not hasattr(torch.optim, "Muon"):
             raise ImportError(f"training needs torch >= 2.9 (Muon); this is {torch.__version__}")
@@ -340,7 +342,7 @@ class Trainer:
         return ((both - mean) / std).flatten(1, 2)
 
     def lit(self, images: np.ndarray) -> Tensor:
-        """uint8 `[B, C, P, P, 3]` to `[B, C, 3, P, P]` in [0, 1], brightness and contrast random."""
+        """uint8 `[B, C, P, P, 3]` to `[B, C, 3, P, P]` in [0, 1] at random light and contrast."""
         batch = images.shape[0]
         x = self._tensor(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
         contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, device=self.device) - 1)

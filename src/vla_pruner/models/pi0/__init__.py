@@ -3,6 +3,7 @@
 from .adapter import Pi0Adapter, adapter
 from .checkpoint import from_pretrained, save_pretrained
 from .config import Pi0Config, StackConfig, VisionConfig
+from .feature_cache import feature_cache
 from .modeling import Pi0
 from .processing import Inputs
 
@@ -14,6 +15,7 @@ __all__ = [
     "StackConfig",
     "VisionConfig",
     "adapter",
+    "feature_cache",
     "from_pretrained",
     "save_pretrained",
 ]

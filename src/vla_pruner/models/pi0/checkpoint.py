@@ -105,7 +105,7 @@ def from_pretrained(
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Pi0Config:
-    """Configuration of a policy folder. Errors: CheckpointError; TypeError for unknown overrides."""
+    """Configuration of a policy folder. Errors: CheckpointError, TypeError (unknown override)."""
     raw = _read_json(folder / "config.json")
     if not is_pi0_config(raw):
         raise CheckpointError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GemmaConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaRMSNorm
 
 from .config import StackConfig
@@ -169,8 +170,8 @@ class GemmaStack(nn.Module):
         position_ids: Tensor,
         past_key_values: SharedKV,
         condition: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, S, D] behind the final norm.
+    ) -> BaseModelOutput:
+        """Hidden states [B, S, D] behind the final norm, as `last_hidden_state`.
 
         Args:
             inputs_embeds: `[B, S, D]`.
@@ -189,7 +190,8 @@ class GemmaStack(nn.Module):
                 past_key_values=past_key_values,
                 condition=condition,
             )
-        return self.norm(hidden) if condition is None else self.norm(hidden, condition)[0]
+        hidden = self.norm(hidden) if condition is None else self.norm(hidden, condition)[0]
+        return BaseModelOutput(last_hidden_state=hidden)
 
 
 def make_norm(config: GemmaConfig, condition: int | None) -> nn.Module:

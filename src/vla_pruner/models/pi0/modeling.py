@@ -1,8 +1,8 @@
-"""pi0 and pi0.5: a PaliGemma prefix, and an action expert that turns noise into a chunk of actions.
+"""pi0 and pi0.5: a PaliGemma prefix, and an action expert that turns noise into actions.
 
-Prefix, one row per batch entry: `visual tokens of every camera | prompt | padding`. It runs once and
-sees itself in both directions. Suffix: `robot state (pi0 alone) | chunk of actions`. It runs once
-per flow step, and its layer i reads what layer i of the prefix left.
+Prefix, one row per batch entry: `visual tokens of every camera | prompt | padding`. It runs once
+and sees itself in both directions. Suffix: `robot state (pi0 alone) | chunk of actions`. It runs
+once per flow step, and its layer i reads what layer i of the prefix left.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Pi0(nn.Module):
             position_ids=behind + torch.arange(rows, device=embeds.device),
             past_key_values=prefix.shared,
             condition=condition,
-        )
+        ).last_hidden_state
         return self.action_out_proj(hidden[:, -self.config.chunk :]).float()
 
     # ------------------------------------------------------------------ acting

@@ -1,8 +1,8 @@
 """Observations to model inputs and back: images, prompt, scaling, with checks that explain.
 
 Images are resized without distortion, padded with black and scaled to [-1, 1], as openpi's client
-does. What a dataset does beyond that (joint actions relative to the state, flipped grippers) belongs
-to the robot and is left to the caller.
+does. What a dataset does beyond that (joint actions relative to the state, flipped grippers)
+belongs to the robot and is left to the caller.
 """
 
 from __future__ import annotations
