@@ -159,6 +159,6 @@ def test_families_of_other_packages(installed, decoders, embeds):
 )
 def test_families_that_cannot_be_used(installed, entry, message):
     installed(entry)
-    before = {"openvla", "hf-vlm"}
+    before = {"openvla", "pi0", "hf-vlm"}
     with pytest.warns(UserWarning, match=message):
         assert before == set(vp.models())

@@ -140,11 +140,12 @@ def take_over(model: Pi0, policy: OpenVLAOFT) -> None:
         ValueError: policies of different sizes.
     """
     llama = policy.language_model.model
-    found = {f"language_model.{name}": value for name, value in llama.state_dict().items()}
+    found = {f"language_model.{name}": value.float() for name, value in llama.state_dict().items()}
     for name in found:
         if name.endswith("norm.weight"):
             found[name] = found[name] - 1  # Gemma's norm multiplies by 1 + weight
-    found["language_model.embed_tokens.weight"] /= math.sqrt(model.config.prefix.width)
+    table, width = "language_model.embed_tokens.weight", model.config.prefix.width
+    found[table] = found[table] / math.sqrt(width)  # and its embeddings by the root of the width
     tower = policy.vision_backbone.fused_featurizer
     embeddings = "vision_tower.embeddings"
     found[f"{embeddings}.position_embedding.weight"] = tower.pos_embed[0]
@@ -168,7 +169,8 @@ def take_over(model: Pi0, policy: OpenVLAOFT) -> None:
             "mini-oft that ships here, or one trained with the same grid."
         )
     model.load_state_dict({name: value.float() for name, value in found.items()}, strict=False)
-    for block in model.vision_tower.encoder["layers"][len(tower.blocks) :]:
+    fresh: Any = model.vision_tower.encoder.layers[len(tower.blocks) :]
+    for block in fresh:
         block.self_attn.out_proj.weight.zero_()
         block.mlp.fc2.weight.zero_()
 

@@ -117,9 +117,9 @@ def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Pi0
         if theirs in raw:
             values[ours] = _variant(raw[theirs], folder)
     own = dict(raw.get(OWN, {}))
-    for name, kind in (("vision", VisionConfig), ("prefix", StackConfig), ("expert", StackConfig)):
-        if name in own:
-            own[name] = kind(**own[name])
+    if "vision" in own:
+        own["vision"] = VisionConfig(**own["vision"])
+    own |= {name: StackConfig(**own[name]) for name in ("prefix", "expert") if name in own}
     known = {field.name for field in fields(Pi0Config)}
     unknown = sorted(set(overrides or {}) - known)
     if unknown:

@@ -55,24 +55,40 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class VisionTower(nn.Module):
-    """Images [N, 3, H, W] in [-1, 1] to patch features [N, P, D], row by row."""
+class Embeddings(nn.Module):
+    """Images [N, 3, H, W] to patch embeddings [N, P, D] with their positions, row by row."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
-                "position_embedding": nn.Embedding(config.patches, config.width),
-            }
-        )
-        layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch)
+        self.position_embedding = nn.Embedding(config.patches, config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        return patches + self.position_embedding.weight
+
+
+class Encoder(nn.Module):
+    """All blocks, one after the other."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+class VisionTower(nn.Module):
+    """Images [N, 3, H, W] in [-1, 1] to patch features [N, P, D]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embeddings["patch_embedding"](images).flatten(2).transpose(1, 2)
-        x = x + self.embeddings["position_embedding"].weight
-        for block in self.encoder["layers"]:
-            x = block(x)
-        return self.post_layernorm(x)
+        return self.post_layernorm(self.encoder(self.embeddings(images)))
