@@ -49,8 +49,19 @@ class FlowTrainer(Trainer):
         policy: Any = load("mini-oft" if start is None else start)
         if isinstance(policy, OpenVLAOFT):
             take_over(self.model, policy)
-            return
-        self.load_policy(Path(start or ""))
+        elif isinstance(policy, Pi0):
+            self._continue(policy)
+        else:
+            raise ValueError(f"{start} holds a {type(policy).__name__}; start from mini-oft or pi0")
+
+    def _continue(self, policy: Pi0) -> None:
+        """Take an exported mini-pi0's weights and its normalisation."""
+        self.model.load_state_dict({k: v.float() for k, v in policy.state_dict().items()})
+        statistics = policy.config.norm_stats
+        self.action_bounds, self.proprio_bounds = (
+            (np.array(statistics[name]["q01"]), np.array(statistics[name]["q99"]))
+            for name in ("action", "state")
+        )
 
     def _keep_suffix(self, module: nn.Module, inputs: object, output: Any) -> None:
         self._suffix = [output.last_hidden_state]
@@ -119,17 +130,6 @@ class FlowTrainer(Trainer):
         """Times [count] in (0, 1], more of them near noise: pi0's Beta(1.5, 1)."""
         drawn = torch.distributions.Beta(1.5, 1.0).sample((count,))
         return (0.999 * drawn + 0.001).to(self.device)
-
-    def load_policy(self, folder: Path) -> None:
-        """Start from an exported mini-pi0, and keep its normalisation."""
-        policy: Any = load(folder)
-        self.model.load_state_dict({k: v.float() for k, v in policy.state_dict().items()})
-        statistics = policy.config.norm_stats
-        bounds = [
-            (np.array(statistics[name]["q01"]), np.array(statistics[name]["q99"]))
-            for name in ("action", "state")
-        ]
-        self.action_bounds, self.proprio_bounds = bounds
 
 
 @torch.no_grad()
