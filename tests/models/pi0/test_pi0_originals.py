@@ -3,21 +3,34 @@
 `python -m pytest tests/models/pi0/test_pi0_originals.py -rs` in an environment that has them.
 """
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_pi0 import CHUNK, make, observation
 
-from vla_pruner.models.pi0 import Inputs, StackConfig, VisionConfig, from_pretrained
+from vla_pruner.models.pi0 import Inputs, StackConfig, VisionConfig, from_pretrained, modeling
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
 
-def test_equal_to_the_class_of_transformers():
-    """transformers 5 has a pi0 without padded cameras, whose prompt holds the image tokens."""
+def coarse_sinusoid(time, width, min_period, max_period):
+    """Like `modeling.sinusoid`, rounded to fp32 on the way."""
+    period = min_period * (max_period / min_period) ** torch.linspace(0, 1, width // 2)
+    angles = time[:, None] * (1 / period * 2 * math.pi)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def test_equal_to_the_class_of_transformers(monkeypatch):
+    """transformers 5 has a pi0 without padded cameras, whose prompt holds the image tokens.
+
+    It tells the time in fp32, the originals and the port in fp64.
+    """
     pytest.importorskip("transformers.models.pi0", reason="transformers has no pi0 before 5")
     from transformers import PI0Config, PI0ForConditionalGeneration
 
+    monkeypatch.setattr(modeling, "sinusoid", coarse_sinusoid)
     model = make()
     config, vision, image = model.config, model.config.vision, 300
     text = {

@@ -38,7 +38,7 @@ class Pi0Adapter(Adapter):
 
     def attach(self, undo: ExitStack) -> None:
         """Count the flow steps of each call."""
-        for stack, hook in ((self.decoder, self._restart), (self.reader, self._count)):
+        for stack, hook in ((self.decoder, self._restart), (self.model.expert, self._count)):
             undo.callback(stack.register_forward_pre_hook(hook).remove)
 
     def _restart(self, *unused: Any) -> None:

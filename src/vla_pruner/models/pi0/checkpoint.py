@@ -350,8 +350,8 @@ def _lerobot_config(config: Pi0Config) -> dict[str, Any]:
     }
     inputs["observation.state"] = {"type": "STATE", "shape": [config.proprio_dim]}
     own = asdict(replace(config, norm_stats={}))
-    kept = ("vision", "prefix", "expert", "vocab_size", "activation", "max_tokens", "pad_state")
-    kept += ("epsilon", "crop_area", "resample", "noise_seed")
+    kept = ["vision", "prefix", "expert", "vocab_size", "activation", "max_tokens", "pad_state"]
+    kept += ["epsilon", "crop_area", "resample", "noise_seed"]
     return {
         "type": config.kind,
         "input_features": inputs,

@@ -55,7 +55,8 @@ def feature_cache(policy: Pi0, *, every: int = 5) -> Iterator[None]:
         undo.callback(policy.language_model.register_forward_pre_hook(restart).remove)
         undo.callback(policy.expert.register_forward_pre_hook(advance).remove)
         for layer in policy.expert.layers:
-            for block in (layer.self_attn, layer.mlp):
+            blocks: tuple[Any, ...] = (layer.self_attn, layer.mlp)
+            for block in blocks:
                 _replace_forward(block, reusing(block.forward), undo)
         yield
 
