@@ -134,6 +134,16 @@ def test_a_folder_as_openpi_converts_it(kind, tmp_path):
     same_actions(model, loaded)
 
 
+def test_a_head_of_its_own_does_not_replace_the_table(tmp_path):
+    model = make()
+    save_pretrained(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    table = f"model.{PALIGEMMA}.language_model.embed_tokens.weight"
+    state["model.paligemma_with_expert.paligemma.lm_head.weight"] = torch.zeros_like(state[table])
+    save_file(state, tmp_path / "model.safetensors")
+    same_actions(model, from_pretrained(tmp_path, norm_stats=statistics()))
+
+
 def test_names_of_newer_transformers_are_understood(tmp_path):
     model = make()
     save_pretrained(model, tmp_path)

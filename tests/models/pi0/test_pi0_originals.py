@@ -81,6 +81,8 @@ def test_equal_to_the_class_of_transformers(monkeypatch):
         "action_out_proj.": "action_out_proj.",
         "": "embed_action_time.",
     }
+    if any(".vision_model." in name for name in theirs.state_dict()):  # older transformers
+        places["vision_tower."] += "vision_model."
     state = {}
     for name, value in model.state_dict().items():
         ours = next(place for place in places if name.startswith(place))
@@ -160,8 +162,6 @@ def test_equal_to_the_class_of_lerobot(kind, tmp_path, monkeypatch):
             torch.nn.init.normal_(parameter, std=0.12)
     policy.config._save_pretrained(tmp_path)
     state = {name: value.contiguous() for name, value in policy.state_dict().items()}
-    tied = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-    state.pop(tied, None)
     save_file(state, tmp_path / "model.safetensors")
     model = from_pretrained(
         tmp_path,

@@ -243,8 +243,8 @@ def _openpi(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def load_tensors(model: Pi0, folder: Path) -> None:
     """Fill a model from a policy folder, tensor by tensor.
 
-    The token table may be stored under the name of the head that shares it; the expert's own head,
-    which nothing reads, is dropped.
+    The token table may be stored under the name of the head that shares it alone; the expert's own
+    head, which nothing reads, is dropped.
 
     Errors: CheckpointError with the tensors that are missing, unexpected or of another shape.
     """
@@ -254,6 +254,8 @@ def load_tensors(model: Pi0, folder: Path) -> None:
         if name == _UNUSED:
             continue
         if name == _TIED:
+            if _TABLE not in missing:
+                continue  # the table itself came first; if it comes later, it stays
             name = _TABLE
         if name not in target:
             unexpected.append(name)
