@@ -35,7 +35,7 @@ test: lint  ## lint, types and tests on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-lerobot: $(VENV)-lerobot/.installed  ## lerobot's own policy classes, in their own environment
-	OMP_NUM_THREADS=1 $(VENV)-lerobot/bin/python -m pytest -q tests/lerobot --record $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-lerobot/bin/python -m pytest -q tests/lerobot_policies --record $(ARGS)
 
 models: $(DEV)  ## the table of tested models, from the tests that fill it
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)

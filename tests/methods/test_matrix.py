@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_hf_vlm import IMAGE, inputs_for, llava, qwen
 from tiny_openvla import make_oft, make_openvla, observation
+from tiny_pi0 import make as make_pi0
+from tiny_pi0 import observation as pi0_observation
 from torch import Tensor, nn
 
 import vla_pruner as vp
@@ -44,6 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fixed": dict(indices=(1, 4, 7)),
 }
 
+COMPACT = ("sparsevlm", "divprune", "holov", "vla-adp")
+"""Methods that renumber positions unless told not to."""
+
 
 @dataclass(eq=False)
 class Family:
@@ -54,6 +59,7 @@ class Family:
     run: Callable[[Sequence[int], int], list[Tensor]]
     visual: int
     sends_frames: bool = False
+    renumbers: bool = True  # whether positions="compact" is possible
 
     @cached_property
     def untouched(self) -> list[Tensor]:
@@ -63,9 +69,14 @@ class Family:
     def layers(self) -> int:
         return len(self.adapter().layers)
 
+    def can_run(self, name: str) -> bool:
+        return self.adapter().gives_frames or "frame" not in self.method(name).needs
+
     def method(self, name: str, **changes: Any) -> Method:
         """A method by its name, with a recipe for this model where it follows one."""
         options, layers = {**OPTIONS.get(name, {}), **changes}, self.layers()
+        if not self.renumbers and name in COMPACT:
+            options["positions"] = "keep"
         values: dict[str, dict[str, Any]] = {
             "fitprune": {"left": [self.visual, 9, 9] + [2] * (layers - 3)},
             "vtw": {"layer": 2},
@@ -130,6 +141,16 @@ def vlm(made: tuple[nn.Module, list[int], tuple[int, ...]]) -> Family:
     return Family(model, lambda: find_adapter(model), run, ids.count(IMAGE))
 
 
+def pi0() -> Family:
+    model = make_pi0()
+
+    def run(scenes: Sequence[int], step: int) -> list[Tensor]:
+        rows = [pi0_observation(step + 7 * i) | {"instruction": SENTENCES[i]} for i in scenes]
+        return [model.sample(model.prepare(rows))]
+
+    return Family(model, lambda: find_adapter(model), run, sum(model.config.views), renumbers=False)
+
+
 @pytest.fixture(scope="module")
 def families(make, rollout) -> dict[str, Family]:
     with torch.no_grad():
@@ -139,6 +160,7 @@ def families(make, rollout) -> dict[str, Family]:
             "oft": openvla(make_oft()),
             "llava": vlm(llava()),
             "qwen2-vl": vlm(qwen("2")),
+            "pi0": pi0(),
         }
     pads = (0, 4)
 
@@ -242,7 +264,7 @@ def check_counts(family: Family, method: Method, report: Any) -> None:
 
 
 METHODS = pytest.mark.parametrize("name", list(vp.methods()))
-FAMILIES = pytest.mark.parametrize("on", ["openvla", "oft", "llava", "decoder"])
+FAMILIES = pytest.mark.parametrize("on", ["openvla", "oft", "llava", "decoder", "pi0"])
 
 
 def test_the_matrix_knows_every_method():
@@ -253,6 +275,8 @@ def test_the_matrix_knows_every_method():
 @FAMILIES
 def test_method_on_family(families, name, on):
     family = families[on]
+    if not family.can_run(name):
+        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
     method, untouched = family.method(name), family.untouched
     shared = method.adaptive and not recalls(method, family)
     with pruned(family, method) as session:
@@ -277,16 +301,23 @@ def test_method_on_family(families, name, on):
         assert equal(masks(session), kept)
 
 
+def test_a_family_whose_images_cannot_be_compared_refuses_to(families):
+    with pytest.raises(ValueError, match="compares the images of two steps"):
+        pruned(families["pi0"], families["pi0"].method("vla-cache"))
+
+
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("fitprune", "vtw", "fixed")])
 @FAMILIES
 def test_keeping_everything_is_exact(families, name, on):
     family = families[on]
+    if not family.can_run(name):
+        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
     changes = {"efficientvla": {"skip": 0}, "pact": {"levels": ()}}.get(name, {})
     with pruned(family, family.method(name, keep=1.0, **changes)) as session:
         assert equal(steps(family, session, (0, 1)), family.untouched)
 
 
-@pytest.mark.parametrize("name", ["sparsevlm", "divprune", "holov", "vla-adp"])
+@pytest.mark.parametrize("name", COMPACT)
 @pytest.mark.parametrize("on", ["oft", "decoder"])
 def test_the_other_position_convention(families, name, on):
     """It changes what the model says, not what is kept at the first cut."""

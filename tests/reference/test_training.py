@@ -1,17 +1,22 @@
 """Training data, the three stages, resuming, and the policy folder that comes out."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import vla_pruner as vp
 from vla_pruner.models import load
 from vla_pruner.models.openvla.processing import PROMPT
+from vla_pruner.models.pi0.gemma import SharedKV
 from vla_pruner.reference import policies
+from vla_pruner.reference.__main__ import main
 from vla_pruner.reference.dataset import CHUNK, Demonstrations
 from vla_pruner.reference.demonstrations import FORMAT_VERSION, _to_jpeg
+from vla_pruner.reference.flow import FlowTrainer
 from vla_pruner.reference.task import CAMERAS, IMAGE_SIZE, OBJECT_NAMES
 from vla_pruner.reference.training import STAGES, Settings, Trainer, export, plain_attention
 
@@ -138,6 +143,80 @@ def trained(data, tmp_path_factory):
         for stage in STAGES[:3]:
             Trainer(Settings(stage=stage, steps=2, batch=2), data, out).run()
     return out
+
+
+@pytest.fixture(scope="module")
+def flow(data, tmp_path_factory):
+    """Folder of the flow stage after three steps."""
+    out = tmp_path_factory.mktemp("flow")
+    with torch.enable_grad():
+        FlowTrainer(Settings(stage="mini-pi0", steps=3, batch=2), data, out).run()
+    return out
+
+
+def test_mini_pi0_starts_as_mini_oft_reads(data, tmp_path):
+    """The same embeddings go through the same decoder, and the same pixels through the tower."""
+    trainer, policy = FlowTrainer(Settings(stage="mini-pi0"), data, tmp_path), load("mini-oft")
+    model = trainer.model.eval()
+    embeds, shared = torch.randn(1, 6, 128), SharedKV()
+    mask, positions = torch.zeros(1, 1, 6, 6), torch.arange(6)[None]
+    found = model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=shared
+    ).last_hidden_state
+    expected = (
+        policy.float()
+        .language_model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+        .last_hidden_state
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    ids, width = torch.arange(20), 128
+    words = policy.language_model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model.language_model.embed_tokens(ids) * width**0.5, words)
+    image = torch.rand(1, 3, 140, 140) * 2 - 1
+    near = model.vision_tower.post_layernorm(policy.vision_backbone.fused_featurizer(image))
+    assert (model.vision_tower(image) - near).abs().mean() < 0.01  # another GELU
+
+
+def test_mini_pi0_trains_resumes_and_acts(flow, data, tmp_path):
+    before = FlowTrainer(Settings(stage="mini-pi0", steps=3, batch=2), data, tmp_path)
+    state = torch.load(flow / "mini-pi0.pt", weights_only=True)
+    same = {n for n, p in before.model.named_parameters() if torch.equal(p, state["model"][n])}
+    # Of the prefix's last layer nothing is read but keys and values.
+    unread = [f"layers.7.{name}" for name in ("self_attn.q", "self_attn.o", "mlp", "post_att")]
+    unread = [f"language_model.{name}" for name in (*unread, "norm")]
+    assert state["step"] == 3
+    assert not [n for n in same if not n.startswith(tuple(unread)) and "k_proj.bias" not in n]
+    resumed = FlowTrainer(Settings(stage="mini-pi0", steps=4, batch=2), data, flow)
+    with torch.enable_grad():
+        resumed.run()
+    assert resumed.step == 4
+    assert main(["export", "mini-pi0", "--checkpoints", str(flow), "--out", str(tmp_path)]) == 0
+    policy = load(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["control"]["execute"] == 2
+    image = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    with vp.prune(policy, "vla-pruner", keep=0.25, window=1) as session:
+        for _ in range(2):
+            actions = policy.predict_action([image] * 2, "put the can in its bin", np.zeros(8))
+        assert session.last.visual_kept == 50
+    assert actions.shape == (CHUNK, 7) and np.isfinite(actions).all()
+    again = FlowTrainer(Settings(stage="mini-pi0"), data, tmp_path / "next", start=tmp_path)
+    expected = policy.state_dict()["action_out_proj.weight"].float()
+    assert torch.equal(again.model.action_out_proj.weight, expected)
+
+
+def test_unknown_actions_tell_the_flow_nothing(data, tmp_path):
+    """Where an action is not valid, its value does not reach the loss."""
+    trainer = FlowTrainer(Settings(stage="mini-pi0"), data, tmp_path)
+    batch = data.sample(np.random.default_rng(0), 2)
+    valid = batch.action_valid.copy()
+    valid[:, 2:] = False
+    losses = []
+    for filler in (0.0, 0.9):
+        actions = np.where(valid[..., None], batch.actions, np.float32(filler))
+        torch.manual_seed(0)
+        changed = replace(batch, actions=actions, action_valid=valid)
+        losses.append(trainer.loss(changed)[1]["flow"])
+    assert losses[0] == losses[1]
 
 
 def test_a_stage_starts_from_the_averaged_weights_of_the_one_before(trained, data):

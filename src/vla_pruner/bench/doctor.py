@@ -19,6 +19,7 @@ from vla_pruner.bench.workloads import DTYPES
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import load, locate
 from vla_pruner.models.openvla import OpenVLA, OpenVLAOFTConfig
+from vla_pruner.models.pi0 import Pi0
 from vla_pruner.models.prune import prune
 from vla_pruner.surgery import probe
 from vla_pruner.surgery.layout import Adapter, Layout
@@ -110,6 +111,9 @@ def _act_of(model: nn.Module, name: str, instruction: str) -> Act:
         return lambda frame: model.predict_action(
             [frame] * config.num_images, instruction, proprio, unnorm_key=key
         )
+    if isinstance(model, Pi0):
+        cameras, state = model.config.num_images, np.zeros(model.config.proprio_dim)
+        return lambda frame: model.predict_action([frame] * cameras, instruction, state)
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -346,7 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a policy that ships with the package (mini-oft, mini-openvla), or a folder or hub id "
-        "of an OpenVLA, OpenVLA-OFT or vision-language model",
+        "of an OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")

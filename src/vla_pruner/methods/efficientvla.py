@@ -49,7 +49,7 @@ class EfficientVLA(CalibratedMethod):
     Differences: the paper lets visual tokens attend to the context, which a causal mask makes zero;
     text rows vote on visual columns here. Layer 0, by which caches tell their length, and the layer
     whose attention is read always run. The cache of diffusion features belongs to policies with a
-    diffusion head and is not part of this method. No code was released to compare with.
+    diffusion head: `vla_pruner.models.pi0.feature_cache`. No code was released to compare with.
     """
 
     name: ClassVar[str] = "efficientvla"

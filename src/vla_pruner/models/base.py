@@ -72,6 +72,12 @@ _BUILT_IN = (
         _made_by("vla_pruner.models.adapters.smolvla"),
     ),
     Family(
+        "pi0",
+        "pi0 and pi0.5, the port of this package",
+        class_named("Pi0"),
+        _made_by("vla_pruner.models.pi0"),
+    ),
+    Family(
         "hf-vlm",
         "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, Idefics3, SmolVLM, InternVL of transformers",
         class_named(

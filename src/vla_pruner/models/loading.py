@@ -33,28 +33,34 @@ def load(
     """A model ready to act, in evaluation mode.
 
     Args:
-        name_or_path: a policy that ships here (`shipped()`), a folder, or a hub id. OpenVLA and
-            OpenVLA-OFT become the ports of this package; any other vision-language model is loaded
-            by transformers.
+        name_or_path: a policy that ships here (`shipped()`), a folder, or a hub id. OpenVLA,
+            OpenVLA-OFT, pi0 and pi0.5 become the ports of this package; any other vision-language
+            model is loaded by transformers.
         device, dtype: where to put the weights; `dtype=None` keeps the checkpoint's.
-        options: for `vla_pruner.models.openvla.from_pretrained`, or for transformers.
+        options: for `from_pretrained` of the port (`vla_pruner.models.openvla`, `.pi0`), or for
+            transformers.
 
     Raises:
         ValueError: there is no such model, or its files do not fit.
     """
     where = locate(name_or_path)
-    if _model_type(where) == "openvla":
-        from vla_pruner.models.openvla import from_pretrained
+    config = _read_config(where)
+    if config.get("model_type") == "openvla":
+        from vla_pruner.models import openvla
 
-        return from_pretrained(where, device=device, dtype=dtype, **options)
+        return openvla.from_pretrained(where, device=device, dtype=dtype, **options)
+    if config.get("type") in ("pi0", "pi05") or "action_horizon" in config:
+        from vla_pruner.models import pi0
+
+        return pi0.from_pretrained(where, device=device, dtype=dtype, **options)
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype or "auto", **options)
     return model.to(device).eval()
 
 
-def _model_type(where: str) -> str | None:
-    """`model_type` in the config.json of a folder or hub id. Raises ValueError: there is none."""
+def _read_config(where: str) -> dict[str, Any]:
+    """The config.json of a folder or hub id. Raises ValueError: there is none."""
     if Path(where).is_dir():
         file = Path(where) / "config.json"
         if not file.is_file():
@@ -75,6 +81,9 @@ def _model_type(where: str) -> str | None:
                 f"config.json ({str(error).strip().splitlines()[0]})"
             ) from error
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, AttributeError):
-        raise ValueError(f"{file} is not a JSON object") from None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return found

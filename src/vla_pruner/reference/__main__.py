@@ -9,6 +9,7 @@ from pathlib import Path
 from .libero.suites import FRAME_STRIDE, SUITES, TASKS
 
 WEIGHTS = Path(__file__).parent / "weights"
+POLICIES = ("mini-openvla", "mini-oft", "mini-pi0", "mini-oft-libero")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     expert.set_defaults(run=_expert)
 
     train = commands.add_parser("train", help="train one stage; run again to continue")
-    train.add_argument("stage", choices=("vision", "mini-openvla", "mini-oft", "mini-oft-libero"))
+    train.add_argument("stage", choices=("vision", *POLICIES))
     train.add_argument("--data", type=Path, required=True, help="folder with demonstrations")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
     train.add_argument("--minutes", type=float, default=60.0, help="length of the stage")
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.set_defaults(run=_train)
 
     export = commands.add_parser("export", help="write a trained stage as a policy folder")
-    export.add_argument("stage", choices=("mini-openvla", "mini-oft", "mini-oft-libero"))
+    export.add_argument("stage", choices=POLICIES)
     export.add_argument("--checkpoints", type=Path, required=True, help="the --out of train")
     export.add_argument("--out", type=Path, help="default: the weights that the package ships")
     export.set_defaults(run=_export)
@@ -105,20 +106,25 @@ def _expert(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .dataset import Demonstrations
+    from .flow import FlowTrainer
     from .libero.dataset import LiberoDemonstrations
     from .training import Settings, Trainer
 
     names = ("stage", "minutes", "steps", "batch", "learning_rate", "grid", "seed", "device")
     settings = Settings(**{name: getattr(options, name) for name in names})
-    kind = LiberoDemonstrations if settings.stage == "mini-oft-libero" else Demonstrations
-    data = kind(options.data, pixels=14 * settings.grid)
+    source = LiberoDemonstrations if settings.stage == "mini-oft-libero" else Demonstrations
+    data = source(options.data, pixels=14 * settings.grid)
     print(f"reading the demonstrations in {options.data} ...", flush=True)
     print(f"{data.refresh()} episodes, {len(data)} steps", flush=True)
-    Trainer(settings, data, options.out, options.start).run()
+    trainer = FlowTrainer if settings.stage == "mini-pi0" else Trainer
+    trainer(settings, data, options.out, options.start).run()
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .training import export
+    if options.stage == "mini-pi0":
+        from .flow import export
+    else:
+        from .training import export
 
     folder = options.out or WEIGHTS / options.stage
     export(options.checkpoints / f"{options.stage}.pt", folder)

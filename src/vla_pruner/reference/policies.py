@@ -1,4 +1,4 @@
-"""Sizes, tokenizer and control settings of the two policies that are trained here."""
+"""Sizes, tokenizer and control settings of the policies that are trained here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ..models.openvla.config import (
     TowerConfig,
 )
 from ..models.openvla.processing import PROMPT
+from ..models.pi0.config import Pi0Config, StackConfig, VisionConfig
 from .libero.suites import INSTRUCTIONS
-from .task import INSTRUCTION_TEMPLATES, OBJECT_NAMES
+from .task import ACTION_DIM, CAMERAS, INSTRUCTION_TEMPLATES, OBJECT_NAMES, PROPRIO_DIM
 
 VOCABULARY = 512
 """Embedding rows: words first, then 256 action tokens, then 64 rows of padding."""
@@ -32,6 +33,7 @@ CONTROL: dict[str, dict[str, Any]] = {
     "mini-openvla": {"cameras": ["agentview"], "execute": 1},
     "mini-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
     "mini-oft-libero": {"cameras": ["agentview", "wrist"], "execute": 8},
+    "mini-pi0": {"cameras": ["agentview", "wrist"], "execute": 2},
 }
 """How each policy is driven; `evaluation.episode.Control` says what the entries mean."""
 
@@ -92,6 +94,31 @@ def config(name: str, grid: int = 10) -> OpenVLAConfig:
     if name in ("mini-oft", "mini-oft-libero"):
         return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)
     raise ValueError(f"There is no reference policy `{name}`; choose from {', '.join(CONTROL)}.")
+
+
+def flow_config(grid: int = 10) -> Pi0Config:
+    """Configuration of "mini-pi0": the prefix takes over the weights of mini-oft's decoder."""
+    stack: dict[str, Any] = {"depth": 8, "heads": 4, "kv_heads": 4, "head_dim": 32}
+    return Pi0Config(
+        vision=VisionConfig(width=96, depth=4, heads=3, mlp=384, image_size=14 * grid),
+        prefix=StackConfig(width=128, mlp=384, **stack),
+        expert=StackConfig(width=96, mlp=256, **stack),
+        vocab_size=VOCABULARY,
+        activation="silu",
+        cameras=CAMERAS,
+        chunk=8,
+        max_action_dim=ACTION_DIM,
+        max_state_dim=PROPRIO_DIM,
+        action_dim=ACTION_DIM,
+        proprio_dim=PROPRIO_DIM,
+        flow_steps=5,
+        max_tokens=None,
+        action_scaling="quantiles",
+        state_scaling="quantiles",
+        crop_area=0.9,
+        resample="lanczos",
+        noise_seed=0,
+    )
 
 
 def tokenizer(policy: str = "mini-oft") -> PreTrainedTokenizerFast:

@@ -1,10 +1,11 @@
 """Training of the reference policies: behaviour cloning with resumable checkpoints.
 
-Three stages, each on all visual tokens:
+Stages, each on all visual tokens:
 
 1. `vision`: both towers and the projector learn to point at the four objects and at the gripper.
 2. `mini-openvla`: starts from stage 1; next-token prediction of the seven action tokens.
 3. `mini-oft`: starts from stage 2, as OpenVLA-OFT starts from OpenVLA; L1 on the action chunk.
+4. `mini-pi0`: see `flow.py`.
 
 `mini-oft-libero` is the third stage on LIBERO's demonstrations; it starts from a finished mini-oft.
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from .task import CAMERAS
 STAGES = ("vision", "mini-openvla", "mini-oft", "mini-oft-libero")
 _POINTS = 5
 _RELATION_SCALE_M = 0.2
-_MIDDLE = 4
+MIDDLE = 4
 """Decoder layers after which it should be known where the named object is."""
 _SMALLEST_REACH = 0.1
 """Action dimensions that hardly move are not blown up to the full range."""
@@ -141,6 +142,8 @@ class Helpers(nn.Module):
 class Trainer:
     """One stage: model, helpers, optimiser and averaged weights; saved and resumed as one file."""
 
+    stages: ClassVar[tuple[str, ...]] = STAGES
+
     def __init__(
         self,
         settings: Settings,
@@ -152,41 +155,26 @@ class Trainer:
 
         Without `start` a stage begins from the one before.
         """
-        if settings.stage not in STAGES:
+        if settings.stage not in self.stages:
             raise ValueError(
-                f"There is no stage `{settings.stage}`; choose from {', '.join(STAGES)}."
+                f"There is no stage `{settings.stage}`; choose from {', '.join(self.stages)}."
             )
         if not hasattr(torch.optim, "Muon"):
             raise ImportError(f"training needs torch >= 2.9 (Muon); this is {torch.__version__}")
         torch.manual_seed(settings.seed)
         self.settings, self.data, self.folder = settings, data, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = "mini-openvla" if settings.stage == "vision" else settings.stage
-        self.config = policies.config(name, settings.grid)
-        build = _model_class(name)
         self.device = torch.device(settings.device)
-        self.model = build.build(self.config, device=self.device)
-        self.model.train()
+        stage = settings.stage
+        self.tokenizer = policies.tokenizer("mini-openvla" if stage == "vision" else stage)
         self._visual: list[Tensor] = []
-        self.model.projector.register_forward_hook(self._keep_visual)
         self._middle: list[Tensor] = []
-        self.model.language_model.model.layers[_MIDDLE - 1].register_forward_hook(self._keep_middle)
-        self.tokenizer = policies.tokenizer(name)
-        self.helpers = Helpers(int(self.config.text["hidden_size"])).to(self.device)
+        hidden = self._build()
+        self.model.train()
+        self.helpers = Helpers(hidden).to(self.device)
         self.action_bounds = _wide_enough(*data.action_quantiles())
         self.proprio_bounds = data.proprio_quantiles()
-        before = {"mini-openvla": "vision.pt", "mini-oft": "mini-openvla.pt"}
-        if start is not None and Path(start).is_dir():
-            self.load_policy(start)
-        elif start is not None:
-            self.load_weights(start)
-        elif settings.stage == "mini-oft-libero":
-            raise ValueError(
-                "Stage `mini-oft-libero` starts from a trained mini-oft; name one with --start, "
-                "such as src/vla_pruner/reference/weights/mini-oft."
-            )
-        elif settings.stage in before:
-            self.load_weights(self.folder / before[settings.stage])
+        self._begin(start)
         self.parameters = [*self.model.parameters(), *self.helpers.parameters()]
         matrices = [p for name, p in self.model.named_parameters() if _is_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
@@ -202,10 +190,35 @@ class Trainer:
         self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]
         self.step, self.elapsed_s = 0, 0.0
         self.rng = np.random.default_rng(settings.seed)
+
+    def _build(self) -> int:
+        """Make configuration and model, listen to what the helpers read; its hidden size."""
+        stage = self.settings.stage
+        name = "mini-openvla" if stage == "vision" else stage
+        self.config: Any = policies.config(name, self.settings.grid)
+        self.model: Any = _model_class(name).build(self.config, device=self.device)
+        self.model.projector.register_forward_hook(self._keep_visual)
+        self.model.language_model.model.layers[MIDDLE - 1].register_forward_hook(self._keep_middle)
         self.colours = [
             torch.tensor([getattr(tower, name) for tower in self.config.towers], device=self.device)
             for name in ("mean", "std")
         ]
+        return int(self.config.text["hidden_size"])
+
+    def _begin(self, start: Path | None) -> None:
+        """Load what the stage starts from."""
+        before = {"mini-openvla": "vision.pt", "mini-oft": "mini-openvla.pt"}
+        if start is not None and Path(start).is_dir():
+            self.load_policy(start)
+        elif start is not None:
+            self.load_weights(start)
+        elif self.settings.stage == "mini-oft-libero":
+            raise ValueError(
+                "Stage `mini-oft-libero` starts from a trained mini-oft; name one with --start, "
+                "such as src/vla_pruner/reference/weights/mini-oft."
+            )
+        elif self.settings.stage in before:
+            self.load_weights(self.folder / before[self.settings.stage])
 
     # ------------------------------------------------------------------ losses
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -218,7 +231,7 @@ class Trainer:
             loss, error = self.helpers.point_loss(visual, points.flatten(0, 1), self.settings.grid)
             return loss, {"points": loss.item(), "error": error.item()}
 
-        actions = self._tensor(_normalised(batch.actions, self.action_bounds))
+        actions = self._tensor(normalised(batch.actions, self.action_bounds))
         ids, mask = self.prompts(batch.instructions)
         if isinstance(model, OpenVLAOFT):
             row, acting, parts = self._chunk_loss(batch, pixels, ids, mask, actions)
@@ -247,7 +260,7 @@ class Trainer:
         }
 
     def _middle_visual(self, mask: Tensor) -> Tensor:
-        """Visual tokens [B, V, D] as they leave layer `_MIDDLE`; they follow padding and BOS."""
+        """Visual tokens [B, V, D] as they leave layer `MIDDLE`; they follow padding and BOS."""
         hidden, count = self._middle[0], sum(self.config.views)
         first = (mask.shape[1] - mask.sum(1) + 1)[:, None]
         index = first + torch.arange(count, device=hidden.device)
@@ -305,7 +318,7 @@ class Trainer:
         """L1 over the known actions of the chunk."""
         model = self.model
         assert isinstance(model, OpenVLAOFT)
-        proprio = self._tensor(_normalised(batch.proprio, self.proprio_bounds))
+        proprio = self._tensor(normalised(batch.proprio, self.proprio_bounds))
         hidden = model.action_hidden(ids, pixels, proprio, mask)
         said = model.action_head(hidden).float()
         valid = self._tensor(batch.action_valid).float()[..., None]
@@ -328,16 +341,20 @@ class Trainer:
     # ------------------------------------------------------------------ inputs
     def pixels(self, images: np.ndarray) -> Tensor:
         """uint8 `[B, C, P, P, 3]` to `[B, 6 C, P, P]`, with random brightness and contrast."""
-        batch = images.shape[0]
         if self.settings.stage == "mini-openvla":
             images = images[:, :1]
-        x = self._tensor(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
-        contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, device=self.device) - 1)
-        light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, device=self.device) - 1)
-        x = ((x - 0.5) * contrast + 0.5 + light).clamp(0, 1)
+        x = self.lit(images)
         both = torch.cat([x, x], dim=2)  # [B, C, 6, P, P]
         mean, std = (values.reshape(1, 6, 1, 1) for values in self.colours)
         return ((both - mean) / std).flatten(1, 2)
+
+    def lit(self, images: np.ndarray) -> Tensor:
+        """uint8 `[B, C, P, P, 3]` to `[B, C, 3, P, P]` in [0, 1] at random light and contrast."""
+        batch = images.shape[0]
+        x = self._tensor(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
+        contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, device=self.device) - 1)
+        light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, device=self.device) - 1)
+        return ((x - 0.5) * contrast + 0.5 + light).clamp(0, 1)
 
     def prompts(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left."""
@@ -526,8 +543,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     action_low, action_high, proprio_low, proprio_high = state["bounds"]
     statistics = {
         policies.STATISTICS[name]: {
-            "action": _quantiles(action_low, action_high) | {"mask": [True] * 6 + [False]},
-            "proprio": _quantiles(proprio_low, proprio_high),
+            "action": quantiles(action_low, action_high) | {"mask": [True] * 6 + [False]},
+            "proprio": quantiles(proprio_low, proprio_high),
         }
     }
     model.export(folder, tokenizer=policies.tokenizer(name), norm_stats=statistics)
@@ -599,12 +616,12 @@ def _wide_enough(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndar
     return middle - reach, middle + reach
 
 
-def _normalised(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def normalised(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """float32 values `[..., n]` with `bounds` on [-1, 1], clipped."""
     low, high = bounds
     span = np.maximum(high - low, 1e-6)
     return np.clip(2 * (values - low) / span - 1, -1, 1).astype(np.float32)
 
 
-def _quantiles(low: Tensor, high: Tensor) -> dict[str, list[float]]:
+def quantiles(low: Tensor, high: Tensor) -> dict[str, list[float]]:
     return {"q01": low.tolist(), "q99": high.tolist()}

@@ -12,9 +12,8 @@ from ladder import Ladder
 # Not "lerobot" alone, which is also the name of this folder.
 pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
 
-from tiny_lerobot import CHUNK, batch_of, pi, smolvla
-
 from lerobot import __version__ as lerobot_version
+from tiny_lerobot import CHUNK, batch_of, pi, smolvla
 
 M = 16
 FLOW = ("pi0", "pi05", "smolvla", "smolvla-special")

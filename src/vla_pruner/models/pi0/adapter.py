@@ -1,0 +1,74 @@
+"""Tell a pruning session where visual tokens and action queries are in pi0 and pi0.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vla_pruner.surgery.layout import Adapter, Layout
+
+from .modeling import Pi0
+
+
+class Pi0Adapter(Adapter):
+    """The prefix is pruned, the expert reads what is left; its chunk rows are the action queries.
+
+    Args:
+        model: the policy.
+        flow_steps: Euler steps whose action attention is averaged: the "latter-half" (the paper's
+            appendix B.1.1) or "all" (its section 4.2).
+
+    Raises:
+        ValueError: another `flow_steps`.
+    """
+
+    def __init__(
+        self, model: Pi0, *, flow_steps: Literal["latter-half", "all"] = "latter-half"
+    ) -> None:
+        if flow_steps not in ("latter-half", "all"):
+            raise ValueError(f'`flow_steps={flow_steps!r}` is unknown; use "latter-half" or "all".')
+        self.model = model
+        self.decoder, self.reader = model.language_model, model.expert
+        self.flow_steps = flow_steps
+        self._step = 0
+
+    def attach(self, undo: ExitStack) -> None:
+        """Count the flow steps of each call."""
+        for stack, hook in ((self.decoder, self._restart), (self.model.expert, self._count)):
+            undo.callback(stack.register_forward_pre_hook(hook).remove)
+
+    def _restart(self, *unused: Any) -> None:
+        self._step = 0
+
+    def _count(self, *unused: Any) -> None:
+        self._step += 1
+
+    def reader_rows(self, length: int) -> slice | None:
+        """The chunk, behind pi0's state token; None in flow steps that are not averaged."""
+        config = self.model.config
+        if self.flow_steps == "latter-half" and self._step <= config.flow_steps // 2:
+            return None
+        return slice(length - config.chunk, length)
+
+    def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout:
+        """Cameras first, then the prompt; a missing camera is padding."""
+        config, length = self.model.config, inputs.shape[1]
+        valid = kwargs["attention_mask"][:, 0, 0] >= 0  # [B, S]
+        count, device = sum(config.views), inputs.device
+        positions = torch.arange(length, device=device)[None]
+        return Layout(
+            visual=positions[:, :count],
+            views=config.views,
+            valid_rows=valid,
+            visual_valid=valid[:, :count],
+            text_rows=positions[:, count:],
+        )
+
+
+def adapter(model: Pi0) -> Pi0Adapter:
+    """The adapter of a pi0 or pi0.5 policy."""
+    return Pi0Adapter(model)

@@ -1,0 +1,265 @@
+"""Observations to model inputs and back: images, prompt, scaling, with checks that explain.
+
+Images are resized without distortion, padded with black and scaled to [-1, 1], as openpi's client
+does. What a dataset does beyond that (joint actions relative to the state, flipped grippers)
+belongs to the robot and is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import Pi0Config
+
+OBSERVATION_KEYS = ("images", "instruction", "proprio")
+_STATE_BINS = 256
+_RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a policy reads.
+
+    `images` fp32 [B, cameras, 3, H, W] in [-1, 1]; `image_mask` [B, cameras] bool, False for a
+    missing camera; `tokens` [B, T] int64 and `token_mask` [B, T] bool; `state` fp32
+    [B, max_state_dim], scaled and padded with zeros.
+    """
+
+    images: Tensor
+    image_mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    state: Tensor
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on another device."""
+        return Inputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokenizer: Any) -> Inputs:
+    """Inputs of observations, see `Pi0.predict_actions`.
+
+    Errors: TypeError and ValueError that name the entry.
+    """
+    if not len(observations):
+        raise ValueError("no observation given; expected a list with at least one")
+    if tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer; give `tokenizer=` to from_pretrained (published policies "
+            "use that of google/paligemma-3b-pt-224), or set `model.tokenizer`"
+        )
+    images, seen, states, instructions = [], [], [], []
+    for observation in observations:
+        _check_keys(observation)
+        views = check_images(observation["images"], config.cameras)
+        images.append([prepare_image(view, config) for view in views])
+        seen.append([view is not None for view in views])
+        state = check_proprio(observation.get("proprio"), config)
+        states.append(scale(config, "state").normalise(state))
+        instructions.append(check_instruction(observation["instruction"]))
+    padded = np.zeros((len(states), config.max_state_dim))
+    padded[:, : config.proprio_dim] = states
+    prompts = [prompt(text, row, config) for text, row in zip(instructions, padded, strict=True)]
+    tokens, mask = tokenize(prompts, tokenizer, config.max_tokens)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return Inputs(
+        images=pixels,
+        image_mask=torch.tensor(seen),
+        tokens=tokens,
+        token_mask=mask,
+        state=torch.from_numpy(padded).float(),
+    )
+
+
+# ---------------------------------------------------------------------- images
+def check_images(images: Any, cameras: tuple[str, ...]) -> list[np.ndarray | None]:
+    """One uint8 array [H, W, 3] per camera, None where it is missing.
+
+    Errors: TypeError for another type or dtype, ValueError for unknown cameras, another number of
+    them, another shape, or no image at all.
+    """
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        images = [images]
+    if isinstance(images, Mapping):
+        unknown = sorted(set(images) - set(cameras))
+        if unknown:
+            raise ValueError(
+                f"this policy has no camera {', '.join(unknown)}; it has {', '.join(cameras)}"
+            )
+        images = [images.get(camera) for camera in cameras]
+    if not isinstance(images, list | tuple | np.ndarray):
+        raise TypeError(
+            f"images must be a list with one image per camera, or a dict by camera name; got "
+            f"{type(images).__name__}"
+        )
+    if len(images) != len(cameras):
+        raise ValueError(
+            f"this policy sees {len(cameras)} camera(s) ({', '.join(cameras)}), got {len(images)} "
+            "image(s); give one per camera, and None for one that is missing"
+        )
+    if all(image is None for image in images):
+        raise ValueError("every camera is missing; give at least one image")
+    return [
+        None if image is None else _check_image(image, camera)
+        for image, camera in zip(images, cameras, strict=True)
+    ]
+
+
+def _check_image(image: Any, camera: str) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"image of camera {camera} must be a numpy array or a PIL image, got "
+            f"{type(image).__name__}"
+        )
+    if image.dtype != np.uint8:
+        raise TypeError(
+            f"image of camera {camera} has dtype {image.dtype}; expected uint8 values 0..255 "
+            "(multiply by 255 and round if yours are in [0, 1])"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image of camera {camera} has shape {image.shape}; expected [height, width, 3]"
+        )
+    return image
+
+
+def prepare_image(image: np.ndarray | None, config: Pi0Config) -> np.ndarray:
+    """uint8 [size, size, 3]: the middle of an image, resized and padded; black if it is missing."""
+    size = config.image_size
+    canvas = np.zeros((size, size, 3), dtype=np.uint8)
+    if image is None:
+        return canvas
+    height, width = image.shape[:2]
+    margin = (1 - config.crop_area**0.5) / 2
+    box = (margin * width, margin * height, (1 - margin) * width, (1 - margin) * height)
+    ratio = max(height, width) / size
+    new = (max(int(width / ratio), 1), max(int(height / ratio), 1))
+    filter_ = _RESAMPLE[config.resample]
+    if (width, height) == new and config.crop_area == 1:
+        resized = image
+    else:
+        resized = np.asarray(Image.fromarray(image).resize(new, filter_, box=box))
+    top, left = (size - new[1]) // 2, (size - new[0]) // 2
+    canvas[top : top + new[1], left : left + new[0]] = resized
+    return canvas
+
+
+# ---------------------------------------------------------------------- prompt
+def prompt(instruction: str, state: np.ndarray, config: Pi0Config) -> str:
+    """What the language model reads; `state` [max_state_dim] is scaled and padded."""
+    text = instruction.strip().replace("_", " ").replace("\n", " ")
+    if config.kind == "pi0":
+        return f"{text}\n"
+    shown = state if config.pad_state else state[: config.proprio_dim]
+    edges = np.linspace(-1, 1, _STATE_BINS + 1)[:-1]
+    bins = " ".join(str(i) for i in np.digitize(shown, edges) - 1)
+    return f"Task: {text}, State: {bins};\nAction: "
+
+
+def tokenize(
+    prompts: Sequence[str], tokenizer: Any, max_tokens: int | None
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] padded on the right with 0, and which are real."""
+    rows = [list(tokenizer(text)["input_ids"])[:max_tokens] for text in prompts]
+    length = max_tokens or max(map(len, rows))
+    tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
+    lengths = torch.tensor([len(ids) for ids in rows])
+    return tokens, torch.arange(length) < lengths[:, None]
+
+
+# ---------------------------------------------------------------------- other entries
+def _check_keys(observation: Any) -> None:
+    if not isinstance(observation, Mapping):
+        raise TypeError(
+            f"an observation is a dict with {', '.join(OBSERVATION_KEYS)}; got "
+            f"{type(observation).__name__}"
+        )
+    unknown = sorted(set(observation) - set(OBSERVATION_KEYS))
+    missing = [key for key in ("images", "instruction") if key not in observation]
+    if unknown or missing:
+        raise ValueError(
+            f"observation has unknown entries {unknown} and lacks {missing}; expected "
+            f"{', '.join(OBSERVATION_KEYS)}"
+        )
+
+
+def check_instruction(instruction: Any) -> str:
+    """A non-empty sentence. Errors: TypeError or ValueError."""
+    if not isinstance(instruction, str):
+        raise TypeError(
+            f"instruction must be a string such as 'pick up the can', got "
+            f"{type(instruction).__name__}"
+        )
+    if not instruction.strip():
+        raise ValueError("instruction is empty; say what the robot should do")
+    return instruction
+
+
+def check_proprio(proprio: Any, config: Pi0Config) -> np.ndarray:
+    """Robot state fp64 [proprio_dim]. Errors: ValueError."""
+    if proprio is None:
+        raise ValueError(
+            f"this policy reads a robot state: give `proprio` with {config.proprio_dim} numbers"
+        )
+    state = np.asarray(proprio, dtype=np.float64)
+    if state.shape != (config.proprio_dim,):
+        raise ValueError(f"proprio has shape {state.shape}; expected ({config.proprio_dim},)")
+    if not np.isfinite(state).all():
+        raise ValueError(f"proprio is not finite: {state.tolist()}")
+    return state
+
+
+# ---------------------------------------------------------------------- scaling
+@dataclass(frozen=True)
+class Scale:
+    """Robot units are `offset + span * scaled`, entry by entry; arrays [dim]."""
+
+    offset: np.ndarray
+    span: np.ndarray
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Robot units to the policy's."""
+        return (values - self.offset) / self.span
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """The policy's units to the robot's."""
+        return values * self.span + self.offset
+
+
+def scale(config: Pi0Config, what: str) -> Scale:
+    """Scale of "action" or "state".
+
+    Errors: ValueError when statistics are missing or of another size.
+    """
+    size = config.action_dim if what == "action" else config.proprio_dim
+    kind = config.action_scaling if what == "action" else config.state_scaling
+    if kind == "identity":
+        return Scale(np.zeros(size), np.ones(size))
+    names = {"quantiles": ("q01", "q99"), "mean-std": ("mean", "std"), "min-max": ("min", "max")}
+    entry = config.norm_stats.get(what, {})
+    absent = [name for name in names[kind] if name not in entry]
+    if absent:
+        raise ValueError(
+            f"this policy has no {'/'.join(absent)} of the {what}, which its scaling {kind!r} "
+            f"needs; give `norm_stats={{{what!r}: {{...}}, ...}}` to from_pretrained (base models "
+            f'are published without), or `{what}_scaling="identity"`'
+        )
+    first, second = (np.asarray(entry[name], dtype=np.float64) for name in names[kind])
+    if first.shape != (size,) or second.shape != (size,):
+        raise ValueError(
+            f"the {what} statistics have {first.shape} and {second.shape} entries; this policy has "
+            f"{size} dimensions"
+        )
+    if kind == "mean-std":
+        return Scale(first, second + config.epsilon)
+    half = (second - first + config.epsilon) / 2
+    return Scale(first + half, half)
