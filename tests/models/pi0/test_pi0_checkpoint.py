@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pi0 import CAMERAS, make, make_config, observation, statistics
 
 import vla_pruner as vp
-from vla_pruner.models.openvla.checkpoint import CheckpointError
 from vla_pruner.models.pi0 import Pi0, from_pretrained, save_pretrained
+from vla_pruner.models.port import CheckpointError
 
 PALIGEMMA = "paligemma_with_expert.paligemma.model"
 EXPERT = "paligemma_with_expert.gemma_expert"
@@ -226,7 +226,7 @@ def edited(folder, **changes):
 def test_bad_folders_are_explained(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         from_pretrained(tmp_path)
     save_pretrained(make(), tmp_path)
     with pytest.raises(TypeError, match="unknown options"):
@@ -244,5 +244,5 @@ def test_bad_folders_are_explained(tmp_path):
     with pytest.raises(CheckpointError, match="is no pi0 policy"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="no valid JSON"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         from_pretrained(tmp_path)

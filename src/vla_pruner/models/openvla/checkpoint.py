@@ -9,8 +9,6 @@ for OpenVLA-OFT, the two heads: `action_head--<step>_checkpoint.pt` and
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ..port import CheckpointError, fill, listed, local_folder, read_json, shards, write_json
 from .config import (
     PUBLISHED_TOWERS,
     OpenVLAConfig,
@@ -41,10 +40,6 @@ FOREIGN_HEADS = {
 OWN = "vla_pruner"
 """Entry of config.json that holds what the published layout has no place for."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class CheckpointError(ValueError):
-    """A policy folder that cannot be loaded, and why."""
 
 
 # ---------------------------------------------------------------------- loading
@@ -85,36 +80,11 @@ def from_pretrained(
     return model
 
 
-def local_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or a snapshot of the hub repository. Errors: CheckpointError."""
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id of the form 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.pt"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"there is no folder {name!r}, and fetching it from the Hugging Face hub failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, copy the "
-            "checkpoint here and give the folder."
-        ) from error
-
-
 def read_config(
     folder: Path, overrides: Mapping[str, Any] | None = None
 ) -> tuple[OpenVLAConfig, torch.dtype]:
     """Configuration of a policy folder and the dtype of its tensors. Errors: CheckpointError."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     own = raw.get(OWN, {})
     oft = own.get("kind") == "openvla-oft" or _head_file(folder, "action_head") is not None
     kind = OpenVLAOFTConfig if oft else OpenVLAConfig
@@ -126,7 +96,7 @@ def read_config(
     values: dict[str, Any] = {
         "towers": _read_towers(raw, folder),
         "text": {k: v for k, v in raw.get("text_config", {}).items() if k not in _TEXT_IGNORED},
-        "norm_stats": _read_json(statistics) if statistics.exists() else raw.get("norm_stats", {}),
+        "norm_stats": read_json(statistics) if statistics.exists() else raw.get("norm_stats", {}),
         # Fine-tuned policies, which carry statistics of their own, were trained on random crops.
         "center_crop": oft or statistics.exists(),
     }
@@ -175,7 +145,7 @@ def _read_towers(raw: Mapping[str, Any], folder: Path) -> tuple[TowerConfig, Tow
         ]
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        colours = _read_json(preprocessor)
+        colours = read_json(preprocessor)
         strategy = colours.get("image_resize_strategy", "resize-naive")
         if strategy != "resize-naive":
             raise CheckpointError(
@@ -218,38 +188,16 @@ def load_tensors(model: OpenVLA, folder: Path) -> None:
         name: tower.depth
         for name, tower in zip(("featurizer", "fused_featurizer"), model.config.towers, strict=True)
     }
-    missing, unexpected, wrong = set(target), [], []
-    for name, tensor in _all_tensors(folder, model):
-        if unused_tensor(name, depths) or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name not in target:
-            unexpected.append(name)
-            continue
-        missing.discard(name)
-        if target[name].shape != tensor.shape:
-            wrong.append(f"{name} {list(tensor.shape)} instead of {list(target[name].shape)}")
-            continue
-        if not target[name].is_meta:
-            with torch.no_grad():
-                target[name].copy_(tensor)
-    problems = [
-        f"{what} ({len(names)}): {_listed(names)}"
-        for what, names in (
-            ("missing tensors", sorted(missing)),
-            ("unexpected tensors", unexpected),
-            ("tensors of another shape", wrong),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not fit a {type(model).__name__} of its config.json. "
-            + "; ".join(problems)
-        )
+    tensors = (
+        (name, tensor)
+        for name, tensor in _all_tensors(folder, model)
+        if not unused_tensor(name, depths) and not name.endswith("rotary_emb.inv_freq")
+    )
+    fill(target, tensors, f"{folder} does not fit a {type(model).__name__} of its config.json")
 
 
 def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[tuple[str, Tensor]]:
-    for file in _shards(folder):
+    for file in shards(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 yield name, tensors.get_tensor(name)
@@ -259,27 +207,12 @@ def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[tuple[str, Tensor]]:
                 yield f"{head}.{name}", tensor
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors. Errors: CheckpointError when one is absent."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).exists()]
-        if absent:
-            raise CheckpointError(f"{folder} lacks {_listed(absent)}, named in {index.name}")
-        return [folder / name for name in names]
-    if single.exists():
-        return [single]
-    raise CheckpointError(f"{folder} holds no model.safetensors and no {index.name}")
-
-
 def _head_file(folder: Path, head: str) -> Path | None:
     """File of a head, ours or the published one. Errors: CheckpointError when there are several."""
     found = sorted([*folder.glob(f"{head}.safetensors"), *folder.glob(f"{head}--*.pt")])
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} holds several {head} files ({_listed([f.name for f in found])}); keep one"
+            f"{folder} holds several {head} files ({listed([f.name for f in found])}); keep one"
         )
     return found[0] if found else None
 
@@ -337,9 +270,9 @@ def save_pretrained(
         if own:
             save_file(own, folder / f"{head}.safetensors", metadata={"format": "pt"})
     _save_shards(state, folder, max_shard_bytes)
-    _write_json(folder / "config.json", _published_config(model.config, dtype))
-    _write_json(folder / "preprocessor_config.json", _preprocessor_config(model.config))
-    _write_json(folder / "dataset_statistics.json", model.config.norm_stats)
+    write_json(folder / "config.json", _published_config(model.config, dtype))
+    write_json(folder / "preprocessor_config.json", _preprocessor_config(model.config))
+    write_json(folder / "dataset_statistics.json", model.config.norm_stats)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(folder))
 
@@ -365,7 +298,7 @@ def _save_shards(state: dict[str, Tensor], folder: Path, max_bytes: int) -> None
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _published_config(config: OpenVLAConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -400,22 +333,3 @@ def _preprocessor_config(config: OpenVLAConfig) -> dict[str, Any]:
         "stds": [list(tower.std) for tower in config.towers],
         "use_fused_vision_backbone": True,
     }
-
-
-# ---------------------------------------------------------------------- small things
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} is no policy folder: it has no {path.name}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

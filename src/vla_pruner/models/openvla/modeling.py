@@ -6,8 +6,7 @@ Sequence that the language model reads, one row per batch entry, padded on the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..port import Port
 from . import processing
 from .config import PUBLISHED, OpenVLAConfig
 from .processing import Inputs
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ATTENTION = ("sdpa", "eager")
 
 
-class OpenVLA(nn.Module):
+class OpenVLA(Port):
     """Vision-language-action policy that writes an action as seven tokens (arXiv:2406.09246).
 
     `attn_implementation` ("sdpa" or "eager") is the language model's attention. Weights are random
@@ -329,30 +329,6 @@ class OpenVLA(nn.Module):
             config, device=device, dtype=dtype, attn_implementation=attn_implementation
         )
 
-    @classmethod
-    def build(
-        cls,
-        config: Any,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str = "sdpa",
-        random: bool = True,
-    ) -> Self:
-        """A model of any size, allocated once, in its final dtype and place.
-
-        With `random=False` the memory is left as it is, for weights that are loaded next.
-        """
-        with torch.device("meta"), default_dtype(dtype):
-            model = cls(config, attn_implementation=attn_implementation)
-        model.eval()
-        if torch.device(device).type == "meta":
-            return model
-        model.to_empty(device=device)
-        if random:
-            model.reset_parameters()
-        return model
-
     def export(
         self,
         folder: str | Path,
@@ -372,17 +348,6 @@ class OpenVLA(nn.Module):
         if norm_stats is not None:
             self.config = replace(self.config, norm_stats=dict(norm_stats))
         save_pretrained(self, folder, dtype=dtype)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating-point parameters made inside have this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def initialise(model: nn.Module, *, std: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..port import check_image
 from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -59,27 +60,7 @@ def check_images(images: Any, cameras: int) -> list[np.ndarray]:
             f"this policy sees {cameras} camera(s), got {len(images)} image(s); give one image per "
             "camera, the third-person view first"
         )
-    return [_check_image(image, index) for index, image in enumerate(images)]
-
-
-def _check_image(image: Any, camera: int) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        raise TypeError(
-            f"image of camera {camera} must be a numpy array or a PIL image, got "
-            f"{type(image).__name__}"
-        )
-    if image.dtype != np.uint8:
-        raise TypeError(
-            f"image of camera {camera} has dtype {image.dtype}; expected uint8 values 0..255 "
-            "(multiply by 255 and round if yours are in [0, 1])"
-        )
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"image of camera {camera} has shape {image.shape}; expected [height, width, 3]"
-        )
-    return image
+    return [check_image(image, index) for index, image in enumerate(images)]
 
 
 def prepare_image(

@@ -8,7 +8,6 @@ file of the normalizer that `policy_preprocessor.json` names. openpi's PyTorch c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..openvla.checkpoint import CheckpointError, local_folder
+from ..port import CheckpointError, fill, local_folder, read_json, shards, write_json
 from .config import VARIANTS, Pi0Config, StackConfig, VisionConfig
 from .modeling import Pi0
 
@@ -87,7 +86,7 @@ def from_pretrained(
     folder = local_folder(path_or_hub_id, revision)
     config = read_config(folder, overrides)
     if dtype is None:
-        with safe_open(_shards(folder)[0], framework="pt") as tensors:
+        with safe_open(shards(folder)[0], framework="pt") as tensors:
             names = [n for n in tensors.keys() if n.endswith("action_out_proj.weight")]  # noqa: SIM118
             dtype = tensors.get_tensor(names[0]).dtype if names else torch.float32
     model = Pi0.build(
@@ -106,7 +105,7 @@ def from_pretrained(
 
 def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Pi0Config:
     """Configuration of a policy folder. Errors: CheckpointError, TypeError (unknown override)."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if not is_pi0_config(raw):
         raise CheckpointError(
             f"{folder} is no pi0 policy: its config.json has neither `type` pi0 or pi05 (lerobot) "
@@ -191,7 +190,7 @@ def _lerobot_statistics(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     found: dict[str, Any] = {}
-    for step in _read_json(file).get("steps", []):
+    for step in read_json(file).get("steps", []):
         if step.get("registry_name") != "normalizer_processor" or "state_file" not in step:
             continue
         path = folder / step["state_file"]
@@ -209,7 +208,7 @@ def _lerobot_statistics(folder: Path) -> dict[str, Any]:
 
 def _openpi(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Fields that a conversion of openpi says; whether it is pi0.5 only its tensors tell."""
-    with safe_open(_shards(folder)[0], framework="pt") as tensors:
+    with safe_open(shards(folder)[0], framework="pt") as tensors:
         pi05 = any(name.endswith("time_mlp_in.weight") for name in tensors.keys()) and not any(  # noqa: SIM118
             name.endswith("action_time_mlp_in.weight")
             for name in tensors.keys()  # noqa: SIM118
@@ -233,7 +232,7 @@ def _openpi(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"({', '.join(str(f.parent.relative_to(folder)) for f in files)}); keep one"
         )
     if files:
-        found = _read_json(files[0])["norm_stats"]
+        found = read_json(files[0])["norm_stats"]
         values["norm_stats"] = {"state": found["state"], "action": found["actions"]}
         values["proprio_dim"] = len(found["state"]["mean"])
         values["action_dim"] = len(found["actions"]["mean"])
@@ -249,43 +248,22 @@ def load_tensors(model: Pi0, folder: Path) -> None:
     Errors: CheckpointError with the tensors that are missing, unexpected or of another shape.
     """
     target = {published_name(n): p for n, p in model.state_dict(keep_vars=True).items()}
-    missing, unexpected, wrong = set(target), [], []
-    for name, tensor in _all_tensors(folder):
-        if name == _UNUSED:
-            continue
-        if name == _TIED:
-            if _TABLE not in missing:
+    seen: set[str] = set()
+
+    def wanted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in _all_tensors(folder):
+            if name == _TIED and _TABLE in seen:
                 continue  # the table itself came first; if it comes later, it stays
-            name = _TABLE
-        if name not in target:
-            unexpected.append(name)
-            continue
-        missing.discard(name)
-        if target[name].shape != tensor.shape:
-            wrong.append(f"{name} {list(tensor.shape)} instead of {list(target[name].shape)}")
-            continue
-        if not target[name].is_meta:
-            with torch.no_grad():
-                target[name].copy_(tensor)
-    problems = [
-        f"{what} ({len(names)}): {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (
-            ("missing tensors", sorted(missing)),
-            ("unexpected tensors", unexpected),
-            ("tensors of another shape", wrong),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not fit a {model.config.kind} of its config.json. "
-            + "; ".join(problems)
-        )
+            if name != _UNUSED:
+                seen.add(_TABLE if name == _TIED else name)
+                yield _TABLE if name == _TIED else name, tensor
+
+    fill(target, wanted(), f"{folder} does not fit a {model.config.kind} of its config.json")
 
 
 def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors by the names that openpi gives them."""
-    for file in _shards(folder):
+    for file in shards(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 plain = name.removeprefix("model.")
@@ -293,18 +271,6 @@ def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 if ".vision_tower." in plain and ".vision_model." not in plain:
                     plain = plain.replace(".vision_tower.", ".vision_tower.vision_model.")
                 yield plain, tensors.get_tensor(name)
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors. Errors: CheckpointError when one is absent."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    files = [single]
-    if index.exists():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}")
-    return files
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
@@ -327,7 +293,7 @@ def save_pretrained(model: Pi0, folder: str | Path, *, dtype: torch.dtype | None
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", _lerobot_config(model.config))
+    write_json(folder / "config.json", _lerobot_config(model.config))
     statistics = {
         f"{theirs}.{name}": torch.tensor(values, dtype=torch.float32)
         for ours, theirs in (("state", "observation.state"), ("action", "action"))
@@ -336,9 +302,7 @@ def save_pretrained(model: Pi0, folder: str | Path, *, dtype: torch.dtype | None
     }
     steps = [{"registry_name": "normalizer_processor", "config": {}, "state_file": _STATE_FILE}]
     save_file(statistics, folder / _STATE_FILE)
-    _write_json(
-        folder / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": steps}
-    )
+    write_json(folder / "policy_preprocessor.json", {"name": "policy_preprocessor", "steps": steps})
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(folder))
 
@@ -372,19 +336,3 @@ def _lerobot_config(config: Pi0Config) -> dict[str, Any]:
         },
         OWN: {name: own[name] for name in kept},
     }
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} holds no {file.name}") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is no valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return found
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

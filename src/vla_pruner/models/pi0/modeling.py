@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from ..openvla.modeling import default_dtype
+from ..port import Port
 from . import processing
 from .config import Pi0Config
 from .gemma import GemmaStack, SharedKV
@@ -40,7 +40,7 @@ class Prefix:
         return Prefix(self.shared.repeat(times), self.valid.repeat_interleave(times, dim=0))
 
 
-class Pi0(nn.Module):
+class Pi0(Port):
     """Vision-language-action policy with a flow-matching expert (arXiv:2410.24164, 2504.16054).
 
     Weights are random until loaded. `tokenizer` is needed by `predict_action` alone.
@@ -231,31 +231,6 @@ class Pi0(nn.Module):
     def prepare(self, observations: Sequence[Mapping[str, Any]]) -> Inputs:
         """Model inputs of a list of observations, on the model's device; as `predict_actions`."""
         return processing.prepare(observations, self.config, self.tokenizer).to(self.device)
-
-    # ------------------------------------------------------------------ building
-    @classmethod
-    def build(
-        cls,
-        config: Pi0Config,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str = "sdpa",
-        random: bool = True,
-    ) -> Self:
-        """A model of any size, allocated once, in its final dtype and place.
-
-        With `random=False` the memory is left as it is, for weights that are loaded next.
-        """
-        with torch.device("meta"), default_dtype(dtype):
-            model = cls(config, attn_implementation=attn_implementation)
-        model.eval()
-        if torch.device(device).type == "meta":
-            return model
-        model.to_empty(device=device)
-        if random:
-            model.reset_parameters()
-        return model
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

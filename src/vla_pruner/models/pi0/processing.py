@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..port import check_image
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")
@@ -107,29 +108,9 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> list[np.ndarray | Non
     if all(image is None for image in images):
         raise ValueError("every camera is missing; give at least one image")
     return [
-        None if image is None else _check_image(image, camera)
+        None if image is None else check_image(image, camera)
         for image, camera in zip(images, cameras, strict=True)
     ]
-
-
-def _check_image(image: Any, camera: str) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        raise TypeError(
-            f"image of camera {camera} must be a numpy array or a PIL image, got "
-            f"{type(image).__name__}"
-        )
-    if image.dtype != np.uint8:
-        raise TypeError(
-            f"image of camera {camera} has dtype {image.dtype}; expected uint8 values 0..255 "
-            "(multiply by 255 and round if yours are in [0, 1])"
-        )
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"image of camera {camera} has shape {image.shape}; expected [height, width, 3]"
-        )
-    return image
 
 
 def prepare_image(image: np.ndarray | None, config: Pi0Config) -> np.ndarray:
