@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from html import escape
 
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;"
     "color:#1c2733;background:#fff}h1{font-size:1.6rem}h2{margin-top:2.4rem;font-size:1.2rem}"
     "table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .7rem;text-align:left;"
     "border-bottom:1px solid #8884}svg{width:100%;max-width:640px;font-size:11px}"
     "th[scope=row]{white-space:nowrap}svg text{fill:currentColor}"
     "img{max-width:100%;display:block;margin:.4rem 0}.legend span{margin-right:1rem;"
     "white-space:nowrap}"
-    ".scroll{overflow-x:auto}.notice{background:#fdf0d5;padding:.6rem}"
+    ".scroll{overflow-x:auto}.scroll td{white-space:nowrap}.notice{background:#fdf0d5;"
+    "padding:.6rem}"
     "pre{white-space:pre-wrap}dt{font-weight:600}.square{font-size:.75rem}"
     ".square td{text-align:center}"
     "@media(prefers-color-scheme:dark){body{color:#dfe6ee;background:#12181f}"
