@@ -54,7 +54,8 @@ class Row:
         prefill_macs: mean cost of a prefill by formula, over all calls; `prefill_ratio` of it to
             the same calls on all tokens; `pruned_prefill_ratio` over the calls that drop tokens.
         visual: visual tokens of a call, `visual_kept` those that stay in calls that drop tokens.
-        warm_up_calls: share of calls that ran on all tokens because an episode had just begun.
+        warm_up_calls: share of calls that ran on all tokens: an episode had just begun, or the
+            method asked for a full step.
     """
 
     name: str

@@ -23,7 +23,7 @@ from vla_pruner.methods.base import (
 from vla_pruner.pruning.clustering import keep_and_recycle
 from vla_pruner.pruning.lots import lots, no_seeds
 from vla_pruner.pruning.raters import rater_weights
-from vla_pruner.pruning.schedule import scaled_cuts, stages_by_last, stages_by_total
+from vla_pruner.pruning.schedule import cuts_in, stages_by_last, stages_by_total
 from vla_pruner.pruning.selection import top_k
 
 _SOURCE_LAYERS, _SOURCE_CUTS = 32, (3, 7, 16)
@@ -139,14 +139,7 @@ class SparseVLM(Method):
         Raises:
             ValueError: a decoder that is too shallow.
         """
-        if self.layers is None:
-            return scaled_cuts(_SOURCE_CUTS, _SOURCE_LAYERS, num_layers)
-        if self.layers[-1] >= num_layers:
-            raise ValueError(
-                f"`layers={self.layers}` cut before layer {self.layers[-1]}, but the decoder has "
-                f"{num_layers} layers; use at most {num_layers - 1}."
-            )
-        return self.layers
+        return cuts_in(self.layers, _SOURCE_CUTS, _SOURCE_LAYERS, num_layers)
 
     def kept(self, views: tuple[int, ...]) -> int:
         """Visual tokens left in the end, if `keep` says so.

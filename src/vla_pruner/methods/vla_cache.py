@@ -13,7 +13,7 @@ from vla_pruner.methods.base import Method, require_choice, require_int
 from vla_pruner.methods.recall import Recall, Reuse
 from vla_pruner.pruning.entropy import layer_shares
 from vla_pruner.pruning.reuse import reusable, reuse_counts, reuse_order
-from vla_pruner.pruning.schedule import scaled_cuts
+from vla_pruner.pruning.schedule import cuts_in
 
 _SOURCE_LAYERS, _SOURCE_CUTS = 32, (2, 6, 9, 11)
 # Most static and most task-relevant tokens that the public code takes, of 256 in each camera.
@@ -125,14 +125,7 @@ class VLACache(Method):
         Raises:
             ValueError: a decoder that is too shallow.
         """
-        if self.layers is None:
-            return scaled_cuts(_SOURCE_CUTS, _SOURCE_LAYERS, num_layers)
-        if self.layers[-1] >= num_layers:
-            raise ValueError(
-                f"`layers={self.layers}`: the decoder has {num_layers} layers; use at most "
-                f"{num_layers - 1}."
-            )
-        return self.layers
+        return cuts_in(self.layers, _SOURCE_CUTS, _SOURCE_LAYERS, num_layers)
 
     def recalled_layer(self, num_layers: int) -> int:
         """`text_layer`, or the last of the first half.

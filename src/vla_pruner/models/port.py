@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -166,7 +166,7 @@ def listed(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more
 
 
-# -- images --------------------------------------------------------------------------------------
+# -- observations --------------------------------------------------------------------------------
 
 
 def check_image(image: Any, camera: int | str) -> np.ndarray:
@@ -188,3 +188,33 @@ def check_image(image: Any, camera: int | str) -> np.ndarray:
             f"image of camera {camera} has shape {image.shape}; expected [height, width, 3]"
         )
     return image
+
+
+def check_instruction(instruction: Any) -> str:
+    """A non-empty sentence. Errors: TypeError or ValueError."""
+    if not isinstance(instruction, str):
+        raise TypeError(
+            f"instruction must be a string such as 'pick up the can', got "
+            f"{type(instruction).__name__}"
+        )
+    if not instruction.strip():
+        raise ValueError("instruction is empty; say what the robot should do")
+    return instruction
+
+
+def check_keys(observation: Any, known: Sequence[str]) -> None:
+    """Refuse what is no dict of known entries with images and an instruction.
+
+    Errors: TypeError, ValueError.
+    """
+    if not isinstance(observation, Mapping):
+        raise TypeError(
+            f"an observation is a dict with {', '.join(known)}; got {type(observation).__name__}"
+        )
+    unknown = sorted(set(observation) - set(known))
+    missing = [key for key in ("images", "instruction") if key not in observation]
+    if unknown or missing:
+        raise ValueError(
+            f"observation has unknown entries {unknown} and lacks {missing}; expected "
+            f"{', '.join(known)} (only the first two are always needed)"
+        )

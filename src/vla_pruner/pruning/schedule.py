@@ -104,3 +104,25 @@ def stages_by_last(table: Table, visual: int, last: int) -> tuple[int, ...]:
     part = (last - low[-1] * visual) / span if span else Fraction(0)
     exact = [visual * (a + part * (b - a)) for a, b in zip(low, high, strict=True)]
     return (*(max(last, math.floor(n + Fraction(1, 2))) for n in exact[:-1]), last)
+
+
+def cuts_in(
+    layers: tuple[int, ...] | None, source: Sequence[int], source_layers: int, num_layers: int
+) -> tuple[int, ...]:
+    """Cut layers that were asked for, or the source's at the same relative depth.
+
+    Args:
+        layers: ascending; None: the source's.
+        source, source_layers, num_layers: see `scaled_cuts`.
+
+    Raises:
+        ValueError: a layer that the decoder does not have, or a decoder that is too shallow.
+    """
+    if layers is None:
+        return scaled_cuts(source, source_layers, num_layers)
+    if layers[-1] >= num_layers:
+        raise ValueError(
+            f"`layers={layers}` cut before layer {layers[-1]}, but the decoder has {num_layers} "
+            f"layers; use at most {num_layers - 1}."
+        )
+    return layers

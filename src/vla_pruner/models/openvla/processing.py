@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..port import check_image
+from ..port import check_image, check_instruction, check_keys
 from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -157,35 +157,12 @@ def tokenize(
     return torch.tensor(padded), torch.tensor(mask)
 
 
-def check_instruction(instruction: Any) -> str:
-    """A non-empty sentence. Errors: TypeError or ValueError."""
-    if not isinstance(instruction, str):
-        raise TypeError(
-            f"instruction must be a string such as 'pick up the can', got "
-            f"{type(instruction).__name__}"
-        )
-    if not instruction.strip():
-        raise ValueError("instruction is empty; say what the robot should do")
-    return instruction
-
-
 def check_observation(observation: Any, config: OpenVLAConfig) -> dict[str, Any]:
     """Checked copy of one observation: `images` as a list, `instruction`, `proprio`, `unnorm_key`.
 
     Errors: TypeError and ValueError that name the entry.
     """
-    if not isinstance(observation, Mapping):
-        raise TypeError(
-            f"an observation is a dict with {', '.join(OBSERVATION_KEYS)}; got "
-            f"{type(observation).__name__}"
-        )
-    unknown = sorted(set(observation) - set(OBSERVATION_KEYS))
-    missing = [key for key in ("images", "instruction") if key not in observation]
-    if unknown or missing:
-        raise ValueError(
-            f"observation has unknown entries {unknown} and lacks {missing}; expected "
-            f"{', '.join(OBSERVATION_KEYS)} (the last two where the policy needs them)"
-        )
+    check_keys(observation, OBSERVATION_KEYS)
     return {
         "images": check_images(observation["images"], config.num_images),
         "instruction": check_instruction(observation["instruction"]),

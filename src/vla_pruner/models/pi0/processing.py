@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..port import check_image
+from ..port import check_image, check_instruction, check_keys
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")
@@ -58,7 +58,7 @@ def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokeni
         )
     images, seen, states, instructions = [], [], [], []
     for observation in observations:
-        _check_keys(observation)
+        check_keys(observation, OBSERVATION_KEYS)
         views = check_images(observation["images"], config.cameras)
         images.append([prepare_image(view, config) for view in views])
         seen.append([view is not None for view in views])
@@ -158,33 +158,6 @@ def tokenize(
 
 
 # ---------------------------------------------------------------------- other entries
-def _check_keys(observation: Any) -> None:
-    if not isinstance(observation, Mapping):
-        raise TypeError(
-            f"an observation is a dict with {', '.join(OBSERVATION_KEYS)}; got "
-            f"{type(observation).__name__}"
-        )
-    unknown = sorted(set(observation) - set(OBSERVATION_KEYS))
-    missing = [key for key in ("images", "instruction") if key not in observation]
-    if unknown or missing:
-        raise ValueError(
-            f"observation has unknown entries {unknown} and lacks {missing}; expected "
-            f"{', '.join(OBSERVATION_KEYS)}"
-        )
-
-
-def check_instruction(instruction: Any) -> str:
-    """A non-empty sentence. Errors: TypeError or ValueError."""
-    if not isinstance(instruction, str):
-        raise TypeError(
-            f"instruction must be a string such as 'pick up the can', got "
-            f"{type(instruction).__name__}"
-        )
-    if not instruction.strip():
-        raise ValueError("instruction is empty; say what the robot should do")
-    return instruction
-
-
 def check_proprio(proprio: Any, config: Pi0Config) -> np.ndarray:
     """Robot state fp64 [proprio_dim]. Errors: ValueError."""
     if proprio is None:
