@@ -202,6 +202,11 @@ def test_mini_pi0_trains_resumes_and_acts(flow, data, tmp_path):
     again = FlowTrainer(Settings(stage="mini-pi0"), data, tmp_path / "next", start=tmp_path)
     expected = policy.state_dict()["action_out_proj.weight"].float()
     assert torch.equal(again.model.action_out_proj.weight, expected)
+    checkpoint = flow / "mini-pi0.pt"
+    longer = FlowTrainer(Settings(stage="mini-pi0"), data, tmp_path / "longer", start=checkpoint)
+    average = dict(zip(state["model"], torch.load(checkpoint)["average"], strict=False))
+    found = longer.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in average.items())
 
 
 def test_unknown_actions_tell_the_flow_nothing(data, tmp_path):

@@ -502,6 +502,8 @@ class Trainer:
         A word that `source` does not know starts as the mean of the known ones.
         """
         wanted = self.tokenizer.get_vocab()
+        if source == wanted:
+            return
         table = self.model.language_model.get_input_embeddings().weight
         before = table.clone()
         mean = before[list(source.values())].mean(0)
