@@ -1,4 +1,4 @@
-"""Two tiny policies with random weights, as folders on disk."""
+"""Three tiny policies with random weights, as folders on disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,8 @@ from vla_pruner.models.openvla import (
     TowerConfig,
     save_pretrained,
 )
+from vla_pruner.models.pi0 import Pi0, Pi0Config, StackConfig, VisionConfig
+from vla_pruner.models.pi0 import save_pretrained as save_pi0
 
 TEXT = {
     "vocab_size": 384,
@@ -69,3 +71,21 @@ def openvla_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = OpenVLAOFTConfig(**SMALL, proprio_dim=7, chunk=2, head_blocks=1)
     return _save(OpenVLAOFT.build(config), tmp_path_factory.mktemp("tiny-oft"))
+
+
+@pytest.fixture(scope="session")
+def pi0_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    stack = {"depth": 6, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    config = Pi0Config(
+        vision=VisionConfig(width=16, depth=2, heads=2, mlp=32, image_size=56),
+        prefix=StackConfig(width=32, mlp=64, **stack),
+        expert=StackConfig(width=16, mlp=32, **stack),
+        vocab_size=384,
+        cameras=("front", "wrist"),
+        chunk=4,
+        flow_steps=3,
+        max_tokens=9,
+    )
+    folder = tmp_path_factory.mktemp("tiny-pi0")
+    save_pi0(Pi0.build(config), folder)
+    return folder

@@ -8,6 +8,7 @@ import torch
 
 from vla_pruner.bench.command import _keep
 from vla_pruner.bench.compare import FULL, compare, steps_to_prepare
+from vla_pruner.bench.measure import PassClock
 from vla_pruner.bench.workloads import build_workload
 from vla_pruner.cli import main
 from vla_pruner.methods import build
@@ -31,7 +32,7 @@ def test_copies_share_weights_but_not_hooks(oft_folder: Path) -> None:
     job.step(job.policy)
 
 
-@pytest.mark.parametrize("kind", ["oft_folder", "openvla_folder"])
+@pytest.mark.parametrize("kind", ["oft_folder", "openvla_folder", "pi0_folder"])
 def test_compare_reports_each_variant_against_the_full_model(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
@@ -58,16 +59,16 @@ def test_compare_reports_each_variant_against_the_full_model(
     for row in result.rows:
         assert row.prefill_ms.count == 3
         assert row.total_ms.median >= row.prefill_ms.median > 0
-        assert (row.decode_ms is not None) == (kind == "openvla_folder")
+        assert (row.decode_ms is not None) == (kind != "oft_folder")
         assert row.of_bound == pytest.approx(row.speedup.median / row.bound)
         measured = row.scoring_ms is not None and row.selection_ms is not None
         assert measured == (row.name != FULL)
 
 
 def test_the_length_of_the_prefill_is_what_the_decoder_sees(
-    oft_folder: Path, openvla_folder: Path
+    oft_folder: Path, openvla_folder: Path, pi0_folder: Path
 ) -> None:
-    for folder in (oft_folder, openvla_folder):
+    for folder in (oft_folder, openvla_folder, pi0_folder):
         job, seen = workload(folder), []
         job.decoder(job.policy).register_forward_pre_hook(
             lambda _, args, kwargs, seen=seen: (
@@ -87,6 +88,19 @@ def test_published_sizes_have_the_sequences_of_libero(monkeypatch: pytest.Monkey
         assert (job.tokens, job.visual) == (tokens, visual)
         assert job.policy.language_model.config.hidden_size == 4096
         assert job.policy.dtype == torch.bfloat16
+    for name, tokens in (("pi0", 768 + 48), ("pi05", 768 + 200)):
+        job = build_workload(name, layers=2, vision=False, dtype=None, device=torch.device("meta"))
+        assert (job.tokens, job.visual) == (tokens, 768)
+        assert [len(stack.layers) for stack in job.stacks(job.policy)] == [2, 2]
+        assert job.policy.language_model.config.hidden_size == 2048
+
+
+def test_the_flow_steps_of_pi0_are_its_decoding(pi0_folder: Path) -> None:
+    """The first pass is the prefix's, each flow step one of the expert's."""
+    job = workload(pi0_folder)
+    clock = PassClock(job.stacks(job.policy), CPU)
+    job.step(job.policy)
+    assert len(clock.take()) == 1 + job.policy.config.flow_steps
 
 
 def test_the_command_prints_a_table_and_writes_json_and_markdown(

@@ -42,7 +42,7 @@ class Slow(nn.Module):
 def test_pass_clock_times_each_pass_with_the_hooks_inside_and_leaves_no_trace() -> None:
     module = Slow()
     module.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    clock = PassClock(module, CPU)
+    clock = PassClock([module], CPU)
     module(0.0)
     module(0.03)
     first, second = clock.take()

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="openvla-oft-7b",
-        help=f"{' or '.join(PUBLISHED)} (published sizes, random weights), a policy that ships "
-        "with the package (mini-oft, mini-openvla), or a folder or hub id of a checkpoint",
+        help=f"{', '.join(PUBLISHED)} (published sizes, random weights), a policy that ships "
+        "with the package (such as mini-oft), or a folder or hub id of a checkpoint",
     )
     parser.add_argument(
         "--methods", default="vla-pruner", help="comma-separated; see `vla-pruner methods`"

@@ -106,7 +106,7 @@ class _Variant:
                 tick()
         self.memory_mb = measure.peak_memory_mb(self.step, self.device)
         tick()
-        self.clock = PassClock(decoder, self.device)
+        self.clock = PassClock(self.workload.stacks(self.policy), self.device)
 
     def step(self) -> None:
         self.workload.step(self.policy)

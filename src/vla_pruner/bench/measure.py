@@ -46,18 +46,22 @@ def synchronize(device: torch.device) -> None:
 
 
 class PassClock:
-    """Times each forward pass of a decoder, hooks of a pruning session included.
+    """Times each forward pass of some decoders, hooks of a pruning session included.
 
     Create it after the session is attached: its own hooks then lie outside of the session's.
     """
 
-    def __init__(self, decoder: nn.Module, device: torch.device) -> None:
+    def __init__(self, decoders: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
         self._started = 0.0
         self._passes_ms: list[float] = []
         self._handles = [
-            decoder.register_forward_pre_hook(self._start, prepend=True),
-            decoder.register_forward_hook(self._stop),
+            handle
+            for decoder in decoders
+            for handle in (
+                decoder.register_forward_pre_hook(self._start, prepend=True),
+                decoder.register_forward_hook(self._stop),
+            )
         ]
 
     def _start(self, *_: object) -> None:
@@ -74,7 +78,7 @@ class PassClock:
         return taken
 
     def remove(self) -> None:
-        """Take the hooks off the decoder."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 
