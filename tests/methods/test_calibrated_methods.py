@@ -152,6 +152,7 @@ def test_the_least_important_layers_do_not_run():
         ({"skip": 1.0}, r"skip=1\.0"),
         ({"skip": -1}, "skip=-1"),
         ({"layer": 0}, "layer=0"),
+        ({"flow_interval": 0}, "flow_interval=0"),
     ],
 )
 def test_bad_options_of_efficientvla_are_refused(options, message):

@@ -84,3 +84,13 @@ class Imageless(vp.models.Decoder):
 
     def layout(self, inputs, kwargs):
         return None
+
+
+def test_flow_steps_are_left_out_of_action_experts_alone(decoders, embeds):
+    """Refused where there is none, and the model stays free for another session."""
+    model = decoders()
+    adapter = vp.models.Decoder("model.layers", visual=slice(1, 1 + M))
+    with pytest.raises(ValueError, match="action expert"):
+        vp.prune(model, "efficientvla", keep=KEEP, adapter=adapter, flow_interval=2)
+    with attach(model):
+        show(model, embeds(1))

@@ -385,6 +385,11 @@ class Method:
         """
         raise NotImplementedError(f'method {self.name!r} asks for rows="voters"; define `voters`.')
 
+    @property
+    def flow_interval(self) -> int:
+        """An action expert runs its layers in every N-th flow step; 1: in all."""
+        return 1
+
     def skipped(self, num_layers: int) -> tuple[int, ...]:
         """Decoder layers that do not run at all: their output is their input. Never layer 0."""
         return ()

@@ -1,4 +1,4 @@
-"""EfficientVLA: key, task-relevant and diverse visual tokens; layers that do little left out."""
+"""EfficientVLA: key, task-relevant and diverse tokens; idle layers and flow steps left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vla_pruner.pruning.selection import top_k
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientVLA(CalibratedMethod):
-    """The token module and the layer reduction of EfficientVLA, each alone or both.
+    """The token module and the layer reduction of EfficientVLA, and its cache of the action head.
 
     Tokens: with A [H, S, S] the attention of layer K-1, the relevance of visual token i is what the
     text rows give it, scaled to [0, 1] over the n candidates; k tokens are kept in three parts:
@@ -34,12 +34,16 @@ class EfficientVLA(CalibratedMethod):
     Layers: a layer's importance is `1 - mean cos(x^l, x^(l+1))` over observations and positions
     (`vla-pruner calibrate efficientvla`); the least important ones do not run at all.
 
+    Cache: layers of an expert that denoises actions run in flow steps t with `t mod N == 0`; in the
+    others they add what they added last.
+
     Args:
         parts: "tokens", "layers" or "both".
         layer: K.
         key: key tokens K_key, at least 1 (the paper uses 4 to 8).
         alpha: share of the remaining budget that goes to relevance, in [0, 1].
         skip: layers to leave out, as a share of T below 1 (rounded) or a number.
+        flow_interval: N, at least 1; above 1 for policies with an action expert alone (pi0).
         recipe: see `CalibratedMethod`; its values are `{"importance": [I_0, ..., I_(T-1)]}`. Not
             needed for "tokens".
 
@@ -48,8 +52,7 @@ class EfficientVLA(CalibratedMethod):
 
     Differences: the paper lets visual tokens attend to the context, which a causal mask makes zero;
     text rows vote on visual columns here. Layer 0, by which caches tell their length, and the layer
-    whose attention is read always run. The cache of diffusion features belongs to policies with a
-    diffusion head: `vla_pruner.models.pi0.feature_cache`. No code was released to compare with.
+    whose attention is read always run. No code was released to compare with.
     """
 
     name: ClassVar[str] = "efficientvla"
@@ -62,12 +65,14 @@ class EfficientVLA(CalibratedMethod):
     key: int = 4
     alpha: float = 0.5
     skip: float | int = 0.25
+    flow_interval: int = 1
 
     def __post_init__(self) -> None:
         require_choice("parts", self.parts, ("tokens", "layers", "both"))
         super().__post_init__()
         require_int("layer", self.layer, 1)
         require_int("key", self.key, 1)
+        require_int("flow_interval", self.flow_interval, 1)
         if isinstance(self.alpha, bool) or not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"`alpha={self.alpha}` must lie in [0, 1].")
         if isinstance(self.skip, float):

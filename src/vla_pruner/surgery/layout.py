@@ -131,6 +131,17 @@ class Adapter(ABC):
     def attach(self, undo: ExitStack) -> None:  # noqa: B027 - optional
         """Listen to other modules if need be; whatever is done is undone by what goes on `undo`."""
 
+    def cache_flow(self, interval: int, undo: ExitStack) -> None:
+        """Run the layers of an action expert in every `interval`-th flow step only, until `undo`.
+
+        Raises:
+            ValueError: the model has no such expert.
+        """
+        raise ValueError(
+            f"`flow_interval={interval}` leaves out flow steps of an action expert, and "
+            f"{type(self).__name__} knows of none in this model; use `flow_interval=1`."
+        )
+
     def send_frames(self, take: Callable[[Tensor], None], undo: ExitStack) -> None:  # noqa: B027
         """Call `take` with the camera images of each call, before the decoder runs.
 

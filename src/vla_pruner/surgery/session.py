@@ -87,6 +87,8 @@ class Session(Attached):
             adapter.attach(self._undo)
             if "frame" in method.needs:
                 adapter.send_frames(self.frame, self._undo)
+            if method.flow_interval > 1:
+                adapter.cache_flow(method.flow_interval, self._undo)
             self._cut.attach(self._undo)
             for stack in (self.decoder, adapter.reader):
                 if stack is not None:

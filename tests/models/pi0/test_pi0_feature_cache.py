@@ -68,6 +68,19 @@ def test_with_pruning_dropped_still_equals_masked(kind, cache_first):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@KINDS
+def test_efficientvla_brings_it_along(kind):
+    model = make(kind)
+    inputs = model.prepare([observation()])
+    untouched = model.sample(inputs)
+    with feature_cache(model, every=2):
+        expected = model.sample(inputs)
+    with vp.prune(model, "efficientvla", keep=1.0, flow_interval=2):
+        found = model.sample(inputs)
+    assert torch.equal(found, expected) and not torch.equal(found, untouched)
+    assert torch.equal(model.sample(inputs), untouched), "something was left behind"
+
+
 @pytest.mark.parametrize("every", [0, 2.0, True])
 def test_other_intervals_are_refused(every):
     with (

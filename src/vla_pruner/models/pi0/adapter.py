@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vla_pruner.surgery.layout import Adapter, Layout
 
+from .feature_cache import feature_cache
 from .modeling import Pi0
 
 
@@ -40,6 +41,10 @@ class Pi0Adapter(Adapter):
         """Count the flow steps of each call."""
         for stack, hook in ((self.decoder, self._restart), (self.model.expert, self._count)):
             undo.callback(stack.register_forward_pre_hook(hook).remove)
+
+    def cache_flow(self, interval: int, undo: ExitStack) -> None:
+        """The expert's feature cache."""
+        undo.enter_context(feature_cache(self.model, every=interval))
 
     def _restart(self, *unused: Any) -> None:
         self._step = 0
