@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         default="mini-oft",
-        help="a policy that ships with the package (mini-oft, mini-openvla), or a folder",
+        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), or a folder",
     )
     parser.add_argument(
         "--methods",

@@ -349,8 +349,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a policy that ships with the package (mini-oft, mini-openvla), or a folder or hub id "
-        "of an OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
+        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), or a folder "
+        "or hub id of an OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")

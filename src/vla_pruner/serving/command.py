@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         default="mini-oft",
-        help="a policy that ships with the package (mini-oft, mini-openvla), a folder, or a hub id",
+        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), a folder, "
+        "or a hub id",
     )
     parser.add_argument("--method", default="none", help="see `vla-pruner methods`")
     parser.add_argument(
