@@ -98,11 +98,19 @@ class Planned:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One episode to be run."""
+    """One episode to be run.
+
+    Args:
+        planned: under which condition.
+        suite: where the scene is.
+        seed: number of the scene.
+        record: also keep images, kept tokens and scores.
+    """
 
     planned: Planned
     suite: Suite
     seed: int
+    record: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -136,12 +144,8 @@ class Runner:
         self._opened: tuple[str, str] | None = None
         self._warmed: set[str] = set()
 
-    def run(self, job: Job, *, record: bool = False) -> Episode:
+    def run(self, job: Job) -> Episode:
         """One episode, from its beginning to its end.
-
-        Args:
-            job: the episode.
-            record: also keep images, kept tokens and scores.
 
         Raises:
             ValueError: the policy's weights are not those of the job.
@@ -150,7 +154,7 @@ class Runner:
         if job.condition.name not in self._warmed:
             _run(policy, scene, job, warm_up=True)
             self._warmed.add(job.condition.name)
-        return _run(policy, scene, job, record=record)
+        return _run(policy, scene, job)
 
     def close(self) -> None:
         """Free the simulator."""
@@ -178,9 +182,7 @@ class Runner:
         return self._policy, self._scene
 
 
-def _run(
-    policy: nn.Module, scene: Scene, job: Job, *, record: bool = False, warm_up: bool = False
-) -> Episode:
+def _run(policy: nn.Module, scene: Scene, job: Job, *, warm_up: bool = False) -> Episode:
     """One episode under one condition; with `warm_up` only its first calls."""
     session = job.condition.attach(policy)
     steps = job.setup.step_limit
@@ -197,7 +199,7 @@ def _run(
             step_limit=steps,
             session=session,
             condition=job.condition.name,
-            record=record,
+            record=job.record and not warm_up,
         )
     finally:
         if session is not None:
