@@ -108,5 +108,5 @@ def test_weights_that_changed_since_are_refused():
     changed = tiny_policy()
     changed.projector.fc1.bias[0] += 1
     runner, (job,) = Runner(lambda name: changed), jobs(ToyScene(), (NONE, 100))
-    with pytest.raises(ValueError, match="weights of toy changed"):
+    with pytest.raises(ValueError, match="weights of toy are not those of the run"):
         runner.run(job)
