@@ -88,7 +88,10 @@ def write_video(path: Path, recording: Mapping[str, Any], hz: float) -> None:
     ]
     words += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", "-threads", "1", "-f", "mp4"]
     process = subprocess.Popen(
-        [*words, str(partial)], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        [*words, str(partial)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C ends the sweep after this episode, not its video.
     )
     assert process.stdin is not None
     try:
