@@ -356,6 +356,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run in this Ray cluster; `auto` is the one that this machine belongs to",
     )
+    parser.add_argument(
+        "--policy-actors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --ray: N actors hold the policy, and the workers only simulators, which ask "
+        "them; 0: every worker holds both",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=float,
+        help="with --ray: GPUs that an actor with a policy reserves, such as 0.5; default: 1 with "
+        "--device cuda",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where policies run")
     parser.add_argument(
         "--time-limit",
@@ -390,11 +404,15 @@ def run(args: argparse.Namespace) -> int:
 def open_crew(args: argparse.Namespace) -> Crew:
     """What runs the episodes: processes of this machine, or actors of a Ray cluster."""
     if args.ray is None:
+        if args.policy_actors or args.gpus is not None:
+            raise ValueError("--policy-actors and --gpus are for a Ray cluster: add --ray auto")
         return Processes(args.workers, args.time_limit, args.device)
     from vla_pruner.evaluation.cluster import RayActors
 
-    gpus = 0 if args.device == "cpu" else 1
-    return RayActors(args.ray, args.workers, args.time_limit, args.device, gpus)
+    gpus = args.gpus
+    if gpus is None:
+        gpus = 0 if args.device == "cpu" else 1
+    return RayActors(args.ray, args.workers, args.time_limit, args.device, gpus, args.policy_actors)
 
 
 def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
