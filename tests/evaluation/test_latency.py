@@ -56,6 +56,8 @@ def test_what_is_recorded_is_what_the_policy_saw(tmp_path):
     assert episode.motion == pytest.approx([0.02 * 3**0.5] * 6)
     assert len(recorded(tmp_path, calls=4).observations) == 4
     assert read_episode(tmp_path / "a.npz")[1] == 102
+    with pytest.raises(ValueError, match="from scene 102, too"):
+        read_recorded([tmp_path / "a.npz", tmp_path / "a.npz"], 9)
 
 
 # -- the replay ------------------------------------------------------------------------------------

@@ -99,14 +99,17 @@ def read_recorded(paths: Sequence[Path], calls: int) -> list[Recorded]:
     """Recorded episodes, the first `calls` moments of each.
 
     Raises:
-        ValueError: a file that holds something else.
+        ValueError: a file that holds something else, or a scene that is there twice.
     """
-    found = []
+    found: list[Recorded] = []
     for number, path in enumerate(paths):
         items, seed = read_episode(path)
         with np.load(path, allow_pickle=False) as file:
             motion = tuple(map(float, file["motion"][:calls])) if "motion" in file else None
-        found.append(Recorded(number if seed is None else seed, tuple(items[:calls]), motion))
+        scene = number if seed is None else seed
+        if any(one.scene == scene for one in found):
+            raise ValueError(f"{path}: another file of this folder comes from scene {scene}, too")
+        found.append(Recorded(scene, tuple(items[:calls]), motion))
     return found
 
 
