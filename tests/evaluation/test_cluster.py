@@ -84,7 +84,7 @@ def test_policies_apart_answer_several_simulators_and_either_may_die(
     cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
     policy = save_policy(tmp_path / "policy")
-    cells = [Cell(policy, "faulty:slow", condition, 4) for condition in (NONE, HALF)]
+    cells = [Cell(policy, "faulty:meeting", condition, 4) for condition in (NONE, HALF)]
     dispatches, killed = [], []
 
     class Watched(_Dispatch):
