@@ -178,6 +178,12 @@ COMMANDS = {
         "next one, and resumes where it stopped.",
         _module("vla_pruner.evaluation.sweep"),
     ),
+    "latency": Command(
+        "time the conditions of a run apart, on recorded observations",
+        "Records what each policy of a run sees, replays it through every condition in turn, and "
+        "keeps latency and memory beside the episodes; `vla-pruner report` then shows these.",
+        _module("vla_pruner.evaluation.latency"),
+    ),
     "report": Command(
         "tables from what eval and sweep have run",
         "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "

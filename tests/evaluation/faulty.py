@@ -72,6 +72,19 @@ class SlowScene(LoggingScene):
         super().step(action)
 
 
+class MeetingScene(SlowScene):
+    """The first step waits until scenes of two processes have begun."""
+
+    def step(self, action: Any) -> None:
+        deadline = time.monotonic() + 600
+        while not self.actions and time.monotonic() < deadline:
+            lines = (Path(os.environ[FOLDER]) / "resets").read_text().split()
+            if len({line.partition(":")[2] for line in lines}) >= 2:
+                break
+            time.sleep(0.05)
+        super().step(action)
+
+
 def _suite(name: str, scene: type[ToyScene]) -> Suite:
     return dataclasses.replace(toy_task(), name=f"faulty:{name}", open_scene=scene)
 
@@ -94,3 +107,7 @@ def broken() -> Suite:
 
 def slow() -> Suite:
     return _suite("slow", SlowScene)
+
+
+def meeting() -> Suite:
+    return _suite("meeting", MeetingScene)

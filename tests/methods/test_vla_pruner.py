@@ -7,7 +7,7 @@ import torch
 
 import vla_pruner as vp
 from ladder import VISUAL, M
-from vla_pruner.evaluation.episode import _describe_call
+from vla_pruner.evaluation.pilot import describe_call
 from vla_pruner.methods import Evidence, HistorySpec, StepContext, build
 from vla_pruner.pruning.flops import layered_prefill_flops
 from vla_pruner.pruning.history import discrepancy
@@ -26,7 +26,7 @@ def run(decoders, embeds, rollout, steps, **options):
         for step in range(steps):
             rollout(model, embeds(step), steps=1)
             reports.append(session.last)
-            calls.append(_describe_call(step, 0.0, session.last, session))
+            calls.append(describe_call(step, 0.0, session.last, session))
     return reports, calls
 
 

@@ -59,7 +59,7 @@ def read_observations(folder: str | Path, *, held_out: Sequence[int] = ()) -> Ob
     items: list[Observation] = []
     seeds: set[int] = set()
     for path in paths:
-        found, seed = _read(path)
+        found, seed = read_episode(path)
         items.extend(found)
         if seed is not None:
             if seed in held_out:
@@ -108,7 +108,7 @@ def record_observations(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [seed for seed in seeds if not _path(folder, seed).exists()]
+    missing = [seed for seed in seeds if not episode_path(folder, seed).exists()]
     for _ in range(len(seeds) - len(missing)):
         on_episode()
     if not missing:
@@ -117,7 +117,9 @@ def record_observations(
     try:
         for seed in missing:
             seen = _watch(policy, scene, seed, suite, control)
-            _write(_path(folder, seed), seen, seed, per_episode)
+            moments = np.linspace(0, len(seen) - 1, min(per_episode, len(seen)))
+            chosen = [seen[moment] for moment in np.unique(moments.round().astype(int))]
+            write_episode(episode_path(folder, seed), chosen, seed)
             on_episode()
     finally:
         scene.close()
@@ -145,27 +147,40 @@ def _watch(
     return seen
 
 
-def _path(folder: Path, seed: int) -> Path:
+def episode_path(folder: Path, seed: int) -> Path:
+    """File of a scene."""
     return folder / f"scene_{seed:07d}.npz"
 
 
-def _write(path: Path, seen: list[Observation], seed: int, count: int) -> None:
-    moments = np.unique(np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int))
-    chosen = [seen[moment] for moment in moments]
+def write_episode(path: Path, seen: Sequence[Observation], seed: int, **more: np.ndarray) -> None:
+    """Write moments of one episode; the file appears when it is complete.
+
+    Args:
+        path: of the file.
+        seen: one dict per moment, as in `Observations`.
+        seed: of the scene.
+        more: further arrays, which `read_episode` leaves alone.
+    """
     arrays = {
-        "images": np.stack([np.stack(one["images"]) for one in chosen]),
-        "instruction": np.array(chosen[0]["instruction"]),
+        "images": np.stack([np.stack(one["images"]) for one in seen]),
+        "instruction": np.array(seen[0]["instruction"]),
         "seed": np.array(seed),
+        **more,
     }
-    if chosen[0]["proprio"] is not None:
-        arrays["proprio"] = np.stack([one["proprio"] for one in chosen])
+    if seen[0]["proprio"] is not None:
+        arrays["proprio"] = np.stack([one["proprio"] for one in seen])
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     partial.replace(path)
 
 
-def _read(path: Path) -> tuple[list[Observation], int | None]:
+def read_episode(path: Path) -> tuple[list[Observation], int | None]:
+    """The moments of one file, and the scene they come from, if it is known.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}

@@ -8,11 +8,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from vla_pruner.evaluation.episode import Episode
+from vla_pruner.evaluation.remote import PolicyActor, PolicyGone, SimulatorActor
 from vla_pruner.evaluation.rollouts import Job, Runner
 from vla_pruner.evaluation.workers import Queue, attempt, check_limits, one_thread
 from vla_pruner.models.loading import load
+
+PATIENCE = 30.0
+"""Seconds within which an actor with a policy has to give a sign of life."""
 
 
 class _Actor:
@@ -32,18 +37,21 @@ class _Actor:
 
 @dataclass
 class RayActors:
-    """Episodes in actors of a Ray cluster, each with its own policy and scene.
+    """Episodes in actors of a Ray cluster: each with a policy and a scene, or policies apart.
 
     An actor that dies, with its process or its node, or that is silent for longer than
     `time_limit`, is replaced, and its episode begun anew. An actor that finds no free place in the
-    cluster is waited for, but holds no episode.
+    cluster is waited for, but holds no episode. With `policies`, that many actors hold the policy
+    and act for the scenes of the others; when one dies, the episodes that asked it are begun anew.
 
     Args:
         address: of a running cluster; "auto" is the one on this machine.
-        workers: number of actors.
+        workers: number of actors with a scene.
         time_limit: seconds that an episode may take.
-        gpus: that an actor reserves, besides one CPU; a fraction shares one.
         device: where policies run.
+        gpus: that an actor with a policy reserves; a fraction shares one. Every actor also
+            reserves one CPU, but for those that hold a policy alone, on a GPU.
+        policies: number of actors that hold a policy alone; 0: each has one beside its scene.
     """
 
     address: str = "auto"
@@ -51,9 +59,12 @@ class RayActors:
     time_limit: float = 1800.0
     device: str = "cpu"
     gpus: float = 0
+    policies: int = 0
 
     def __post_init__(self) -> None:
         check_limits(self.workers, self.time_limit)
+        if self.policies < 0 or self.gpus < 0:
+            raise ValueError(f"policies={self.policies}, gpus={self.gpus}: 0 or more are needed")
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished; see `workers.Crew.run`.
@@ -88,69 +99,161 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+@dataclass(eq=False)
+class _Desk:
+    """An actor with a policy, and how many simulators it acts for."""
+
+    actor: Any
+    ready: bool = False
+    busy: int = 0
+
+
+@dataclass(eq=False)
+class _Awaited:
+    """What a result is awaited for: an episode, or (no job) an actor that starts."""
+
+    actor: Any
+    job: Job | None = None
+    deadline: float = float("inf")
+    desk: _Desk | None = None
+    key: str = ""
+
+
 class _Dispatch:
     """Which actor does what, as long as `RayActors.run` lasts."""
 
     def __init__(self, crew: RayActors) -> None:
         import ray
 
-        self._ray, self._crew = ray, crew
-        self._class = ray.remote(num_cpus=1, num_gpus=crew.gpus)(_Actor)
+        self._ray, self._crew, self._split = ray, crew, crew.policies > 0
+        if self._split:
+            # Beside a GPU, a policy needs hardly any of a CPU.
+            cpus = 0 if crew.gpus else 1
+            self._desk_class = ray.remote(num_cpus=cpus, num_gpus=crew.gpus)(PolicyActor)
+            self._class = ray.remote(num_cpus=1)(SimulatorActor)
+        else:
+            self._class = ray.remote(num_cpus=1, num_gpus=crew.gpus)(_Actor)
+        self._desks: list[_Desk] = []
         self._idle: list[Any] = []
-        self._waited: dict[Any, tuple[Any, Job | None, float]] = {}
-        """By reference to a result: the actor, its job (None: it is starting) and its deadline."""
+        self._waited: dict[Any, _Awaited] = {}
+        """By reference to a result."""
 
     def run(self, queue: Queue) -> Iterator[tuple[Job, Episode]]:
         """Each episode when it has finished."""
         try:
             while self._hand_out(queue):
                 now = time.monotonic()
-                patience = min(deadline for _, _, deadline in self._waited.values()) - now
+                patience = min(one.deadline for one in self._waited.values()) - now
                 ready, _ = self._ray.wait(
                     list(self._waited),
                     timeout=None if patience == float("inf") else max(0, patience),
                 )
                 for result in ready:
-                    actor, job, _ = self._waited.pop(result)
-                    try:
-                        answer = self._ray.get(result)
-                    except self._ray.exceptions.RayError as error:
-                        self._discard(actor)
-                        if job is not None:
-                            queue.died(job, f"its actor died ({type(error).__name__})")
-                        continue
-                    self._idle.append(actor)
-                    if job is not None:
-                        if isinstance(answer, Exception):
-                            raise answer
-                        yield job, answer
+                    if (done := self._receive(result, queue)) is not None:
+                        yield done
                 self._replace_late(queue)
         finally:
-            for actor in [*self._idle, *(actor for actor, _, _ in self._waited.values())]:
+            starting = [one.actor for one in self._waited.values()]
+            for actor in [*self._idle, *starting, *(desk.actor for desk in self._desks)]:
                 self._discard(actor)
         queue.finish()
 
+    def _receive(self, result: Any, queue: Queue) -> tuple[Job, Episode] | None:
+        """What became of an actor that was awaited; the episode, if it was one."""
+        awaited = self._waited.pop(result)
+        job, desk = awaited.job, awaited.desk
+        try:
+            answer = self._ray.get(result)
+        except self._ray.exceptions.RayError as error:
+            self._lose(awaited, f"its actor died ({type(error).__name__})", queue)
+            return None
+        if job is None and desk is not None:
+            desk.ready = True
+            return None
+        self._idle.append(awaited.actor)
+        if desk is not None:
+            desk.busy -= 1
+        if job is None:
+            return None
+        if isinstance(answer, PolicyGone):
+            assert desk is not None
+            self._close(desk)
+            queue.died(job, "the actor with its policy died")
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return job, answer
+
     def _hand_out(self, queue: Queue) -> bool:
         """Give jobs to idle actors, and start actors for those left. False: all is done."""
-        while self._idle and (job := queue.take()) is not None:
+        while self._idle and (job := queue.peek()) is not None and self._may_begin(job):
+            queue.take()
             actor = self._idle.pop()
             deadline = time.monotonic() + self._crew.time_limit
-            self._waited[actor.run.remote(job)] = actor, job, deadline
-        busy = sum(job is not None for _, job, _ in self._waited.values())
+            if not self._split:
+                self._waited[actor.run.remote(job)] = _Awaited(actor, job, deadline)
+                continue
+            desk = min(self._open_desks(), key=lambda desk: desk.busy)
+            desk.busy += 1
+            key = uuid4().hex
+            result = actor.run.remote(job, desk.actor, key)
+            self._waited[result] = _Awaited(actor, job, deadline, desk, key)
         if queue.empty():
-            return busy > 0
-        while len(self._waited) + len(self._idle) < self._crew.workers:
-            actor = self._class.remote(self._crew.device)
-            self._waited[actor.ready.remote()] = actor, None, float("inf")
+            return any(one.job is not None for one in self._waited.values())
+        while len(self._desks) < self._crew.policies:
+            desk = _Desk(self._desk_class.remote(self._crew.device))
+            self._desks.append(desk)
+            self._waited[desk.actor.ready.remote()] = _Awaited(desk.actor, desk=desk)
+        if self._split and not self._open_desks():
+            return True  # Simulators come later: they must not take a policy's place.
+        while len(self._simulators()) + len(self._idle) < self._crew.workers:
+            actor = self._class.remote(*(() if self._split else (self._crew.device,)))
+            self._waited[actor.ready.remote()] = _Awaited(actor)
         return True
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether a policy can act in it: another one waits until that before is not needed."""
+        if not self._split:
+            return True
+        busy = [one.job.setup.policy for one in self._waited.values() if one.job is not None]
+        return bool(self._open_desks()) and all(name == job.setup.policy for name in busy)
+
+    def _open_desks(self) -> list[_Desk]:
+        return [desk for desk in self._desks if desk.ready]
+
+    def _simulators(self) -> list[_Awaited]:
+        """Those at work or starting."""
+        return [one for one in self._waited.values() if one.job is not None or one.desk is None]
 
     def _replace_late(self, queue: Queue) -> None:
         now = time.monotonic()
-        for result, (actor, job, deadline) in list(self._waited.items()):
-            if job is not None and now >= deadline:
+        for result, awaited in list(self._waited.items()):
+            if awaited.job is not None and now >= awaited.deadline:
                 del self._waited[result]
-                self._discard(actor)
-                queue.died(job, f"it took longer than {self._crew.time_limit:g} s")
+                self._lose(awaited, f"it took longer than {self._crew.time_limit:g} s", queue)
+                if awaited.desk is not None and not self._answers(awaited.desk):
+                    self._close(awaited.desk)
+
+    def _lose(self, awaited: _Awaited, reason: str, queue: Queue) -> None:
+        """An actor is not there any more, and what it did has no result."""
+        self._discard(awaited.actor)
+        if awaited.job is None:
+            if awaited.desk is not None:
+                self._close(awaited.desk)
+            return
+        if awaited.desk is not None:
+            awaited.desk.busy -= 1
+            awaited.desk.actor.end.remote(awaited.key)
+        queue.died(awaited.job, reason)
+
+    def _answers(self, desk: _Desk) -> bool:
+        ready, _ = self._ray.wait([desk.actor.ready.remote()], timeout=PATIENCE)
+        return bool(ready)
+
+    def _close(self, desk: _Desk) -> None:
+        if desk in self._desks:
+            self._desks.remove(desk)
+            self._discard(desk.actor)
 
     def _discard(self, actor: Any) -> None:
         self._ray.kill(actor)

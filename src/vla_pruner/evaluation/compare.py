@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition, Episode
+from vla_pruner.evaluation.replay import Timing, timings
 from vla_pruner.evaluation.rollouts import Setup
 from vla_pruner.evaluation.statistics import PairedSuccess, paired_success
 from vla_pruner.evaluation.store import Store
@@ -25,6 +26,8 @@ class Group:
         episodes: finished ones.
         planned: number of episodes, the missing ones included.
         environments: stamps of what they were run on.
+        timings: by name of the condition, what `vla-pruner latency` measured; maybe nothing.
+        timed_on: stamp of that.
     """
 
     setup: Setup
@@ -32,6 +35,8 @@ class Group:
     episodes: list[Episode]
     planned: int
     environments: list[dict[str, Any]]
+    timings: Mapping[str, Timing] = field(default_factory=dict)
+    timed_on: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def suite(self) -> str:
@@ -94,7 +99,16 @@ def _groups(folder: str | Path) -> Iterator[Group]:
             if episodes := store.episodes(setup, conditions):
                 done = Counter(episode.condition for episode in episodes)
                 planned_or_more = sum(max(i.episodes, done[i.condition.name]) for i in items)
-                yield Group(setup, conditions, episodes, planned_or_more, environments)
+                replays, timed_on = store.replays(setup)
+                yield Group(
+                    setup,
+                    conditions,
+                    episodes,
+                    planned_or_more,
+                    environments,
+                    timings(replays),
+                    timed_on,
+                )
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ class Line:
         policy: name.
         label: the condition, for people.
         rows: of each suite that it was run in.
+        timings: of each suite in which it was timed apart.
         relative_accuracy: mean over suites of the success rate relative to all tokens, on the
             scenes that both finished; None: a suite without such scenes, or without success there.
         prefill_ratio, pruned_prefill_ratio: mean over suites of the prefill FLOPs relative to all
@@ -115,6 +130,7 @@ class Line:
     policy: str
     label: str
     rows: dict[str, Row]
+    timings: dict[str, Timing]
     relative_accuracy: float | None
     prefill_ratio: float
     pruned_prefill_ratio: float
@@ -145,15 +161,16 @@ def _line(
         policy,
         label,
         {group.suite: row for group, row in found.items()},
-        _mean(relative(group, name) for group in found) if whole else None,
+        {group.suite: group.timings[name] for group in found if name in group.timings},
+        mean_of(relative(group, name) for group in found) if whole else None,
         sum(row.prefill_ratio for row in rows) / len(rows),
         sum(row.pruned_prefill_ratio for row in rows) / len(rows),
-        _mean(row.all_calls.speedup for row in rows),
-        _mean(row.pruned_calls.speedup if row.pruned_calls else None for row in rows),
+        mean_of(row.all_calls.speedup for row in rows),
+        mean_of(row.pruned_calls.speedup if row.pruned_calls else None for row in rows),
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of(values: Iterable[float | None]) -> float | None:
     """The mean; None if a value is missing."""
     known, number = 0.0, 0
     for value in values:

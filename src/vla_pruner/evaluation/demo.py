@@ -95,12 +95,12 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     with Store(args.out, write=True) as store, closing(Runner(lambda name: policy)) as runner:
         planned = plan(cells, {suite.name: suite}, lambda name: policy)
         store.begin(list(planned), stamp())
-        jobs = missing_jobs(planned, store)
+        jobs = missing_jobs(planned, store, record=len(seeds))
         try:
             with progress_bar(console) as bar:
                 line = bar.add_task("episodes", total=total, completed=total - len(jobs))
                 for job in jobs:
-                    episode = runner.run(job, record=True)
+                    episode = runner.run(job)
                     name = _recording(args.out, episode.condition, episode.seed)
                     write_text(name, json.dumps(episode.recording))
                     store.add(job, episode)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import nn
 
-from vla_pruner.bench.measure import time_ms
+from vla_pruner.evaluation.pilot import ALL_TOKENS, Call, LocalPilot, Pilot
 from vla_pruner.evaluation.recording import Recorder
 from vla_pruner.methods import build
 from vla_pruner.models.prune import prune
-from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
-from vla_pruner.surgery.session import Session, StepReport
-
-ALL_TOKENS = "none"
-"""Name of the condition without pruning, the baseline of every comparison."""
+from vla_pruner.surgery.session import Session
 
 Gripper = Literal["robosuite", "rlds"]
 """How a policy writes the gripper: +1 close and -1 open, or 0 close and 1 open."""
@@ -205,32 +201,6 @@ def _read(text: str) -> Any:
 
 
 @dataclass
-class Call:
-    """One call of the policy.
-
-    Args:
-        step: steps of the scene that had been taken before.
-        latency_ms: duration of `predict_action`, images in, actions out.
-        warm_up: whether a pruning method still ran on all tokens.
-        tokens: length of the prefill, before pruning.
-        visual: visual tokens among them.
-        visual_kept: visual tokens that stay after the last cut.
-        prefill_macs: multiply-accumulates of the decoder's prefill by formula (Eq. 12), layer by
-            layer.
-        full_macs: the same without pruning (Eq. 11).
-    """
-
-    step: int
-    latency_ms: float
-    warm_up: bool
-    tokens: int
-    visual: int
-    visual_kept: int
-    prefill_macs: int
-    full_macs: int
-
-
-@dataclass
 class Episode:
     """What happened in one episode.
 
@@ -266,8 +236,10 @@ class Episode:
     def from_dict(cls, values: Mapping[str, Any]) -> Episode:
         """The episode that `as_dict` described."""
         columns = values["calls"]
-        rows = zip(*(columns[f.name] for f in fields(Call)), strict=True)
-        return cls(**{**values, "calls": [Call(*row) for row in rows]})
+        known = [f.name for f in fields(Call) if f.name in columns]
+        rows = zip(*(columns[name] for name in known), strict=True)
+        calls = [Call(**dict(zip(known, row, strict=True))) for row in rows]
+        return cls(**{**values, "calls": calls})
 
 
 def rollout(
@@ -282,31 +254,53 @@ def rollout(
     condition: str = ALL_TOKENS,
     record: bool = False,
 ) -> Episode:
-    """Let a policy act from the initial state of `seed` until it succeeds or the limit is reached.
-
-    Without a session the model is timed untouched: not even a hook is attached. Its tokens are
-    counted in one extra, untimed call. A method that decides by motion is told how far the hand got
-    between two calls.
+    """Let a policy of this process act in an episode; see `fly`.
 
     Args:
-        policy: a `torch.nn.Module` whose `predict_action(images, instruction, proprio=None)` gives
-            actions `[dim]` or a chunk `[chunk, dim]`.
+        policy, session: see `pilot.LocalPilot`.
+        scene, seed, target, control, step_limit, condition, record: see `fly`.
+    """
+    pilot = LocalPilot(policy, session)
+    return fly(
+        pilot,
+        scene,
+        seed,
+        target,
+        control=control,
+        step_limit=step_limit,
+        condition=condition,
+        record=record,
+    )
+
+
+def fly(
+    pilot: Pilot,
+    scene: Scene,
+    seed: int,
+    target: int,
+    *,
+    control: Control,
+    step_limit: int,
+    condition: str = ALL_TOKENS,
+    record: bool = False,
+) -> Episode:
+    """Act from the initial state of `seed` until success, or until the limit is reached.
+
+    A method that decides by motion is told how far the hand got between two calls.
+
+    Args:
+        pilot: who acts; it begins anew.
         scene: a `Scene`; it is reset first.
         seed, target: the episode.
         control: how the policy is driven.
         step_limit: the episode fails after this many steps.
-        session: the pruning session attached to `policy`; it is reset first.
         condition: name of what is being done, kept with the result.
         record: also keep images, kept tokens and scores.
     """
     instruction = str(scene.reset(seed, target)["instruction"])
-    reports_motion = session is not None and "motion" in session.method.needs
-    if session is not None:
-        session.reset()
-        session.episodes([seed])
-    meter: Session | None = session
+    pilot.begin(seed)
     calls: list[Call] = []
-    recorder = Recorder(policy, control.cameras) if record else None
+    recorder = Recorder(pilot.side, control.cameras) if record else None
     steps, done = 0, False
     while not done and steps < step_limit:
         images = scene.observe(control.cameras)
@@ -314,16 +308,12 @@ def rollout(
             recorder.frame(images)
         state = scene.proprio() if control.reads_state else None
         views = [images[camera] for camera in control.cameras]
-        if meter is None:
-            with prune(policy, ALL_TOKENS) as meter:
-                policy.predict_action(views, instruction, proprio=state)
-        actions, latency_ms = _timed_call(policy, views, instruction, state)
-        report = _report_of(meter)
-        calls.append(_describe_call(steps, latency_ms, report, meter))
-        if recorder is not None:
-            recorder.call(steps, report)
-        before = scene.proprio()[:3] if reports_motion else None
-        for number, action in enumerate(np.atleast_2d(actions)[: control.execute]):
+        answer = pilot.act(views, instruction, state, draw=record)
+        calls.append(replace(answer.call, step=steps))
+        if recorder is not None and answer.drawn is not None:
+            recorder.call(steps, answer.drawn)
+        before = scene.proprio()[:3] if pilot.wants_motion else None
+        for number, action in enumerate(np.atleast_2d(answer.actions)[: control.execute]):
             if number > 0 and recorder is not None:
                 recorder.frame(scene.observe(control.cameras))
             scene.step(control.command(action))
@@ -331,51 +321,10 @@ def rollout(
             done = scene.success()
             if done or steps >= step_limit:
                 break
-        if before is not None and session is not None:
-            session.motion(float(np.linalg.norm(scene.proprio()[:3] - before)), seed)
+        if before is not None:
+            pilot.moved(float(np.linalg.norm(scene.proprio()[:3] - before)))
     recording = None
     if recorder is not None:
         recorder.frame(scene.observe(control.cameras))
         recording = recorder.finish()
     return Episode(condition, seed, target, instruction, done, steps, calls, recording)
-
-
-def _timed_call(
-    policy: Any, images: list[np.ndarray], instruction: str, state: Any
-) -> tuple[np.ndarray, float]:
-    """Actions of one call and how long it took, in ms."""
-    actions: list[np.ndarray] = []
-    latency_ms = time_ms(
-        lambda: actions.append(policy.predict_action(images, instruction, proprio=state)),
-        next(policy.parameters()).device,
-    )
-    return actions[0], latency_ms
-
-
-def _report_of(session: Session) -> StepReport:
-    if session.last is None:
-        raise RuntimeError(
-            "no image reached the language model in a call of `predict_action`; run "
-            "`vla-pruner doctor` on this policy"
-        )
-    return session.last
-
-
-def _describe_call(step: int, latency_ms: float, report: StepReport, session: Session) -> Call:
-    """Counts and cost of a call, from what the session saw."""
-    config: Any = session.decoder.config
-    sizes = {"hidden": config.hidden_size, "ffn": config.intermediate_size}
-    tokens, visual, kept = report.tokens_full, report.visual_full, report.visual_kept
-    full_macs = prefill_flops(tokens, layers=config.num_hidden_layers, **sizes)
-    keys = report.keys_per_layer
-    macs = layered_prefill_flops(report.tokens_per_layer, keys_per_layer=keys, **sizes)
-    return Call(
-        step=step,
-        latency_ms=latency_ms,
-        warm_up=bool(report.warm_up[0]),
-        tokens=tokens,
-        visual=visual,
-        visual_kept=kept,
-        prefill_macs=macs,
-        full_macs=full_macs,
-    )

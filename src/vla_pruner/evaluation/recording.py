@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ class Recorder:
     A frame is what the policy sees of a camera image: cropped as the policy crops it.
     """
 
-    def __init__(self, policy: Any, cameras: tuple[str, ...]) -> None:
+    def __init__(self, side: float, cameras: tuple[str, ...]) -> None:
+        """Record these cameras, `side` of an image's height and width."""
         self._cameras = cameras
-        self._side = visible_side(policy)
+        self._side = side
         self._frames: dict[str, list[Image.Image]] = {camera: [] for camera in cameras}
         self._grids: list[int] = []
         self._calls: list[dict[str, Any]] = []
@@ -40,27 +42,11 @@ class Recorder:
         for camera in self._cameras:
             self._frames[camera].append(crop(images[camera], self._side))
 
-    def call(self, step: int, report: StepReport) -> None:
-        """Keep what a call at `step` did with its visual tokens (the batch's first row).
-
-        Raises:
-            ValueError: a camera whose tokens are no square grid.
-        """
-        if not self._grids:
-            self._grids = [_grid(tokens) for tokens in report.views]
-        kept = ["0"] * report.visual_full
-        indices = report.kept_mask[0].nonzero()[:, 0].tolist()
-        for index, reason in zip(indices, report.reasons()[0], strict=True):
-            kept[index] = REASONS[reason]
-        self._calls.append(
-            {
-                "step": step,
-                "warm_up": bool(report.warm_up[0]),
-                "kept": "".join(kept),
-                "semantic": _bytes(report.semantic),
-                "forecast": _bytes(report.forecast),
-            }
-        )
+    def call(self, step: int, call: Mapping[str, Any]) -> None:
+        """Keep what a call at `step` did with its visual tokens, as `drawn` gives it."""
+        values = {"step": step, **call}
+        self._grids = values.pop("grids")
+        self._calls.append(values)
 
     def finish(self) -> dict[str, Any]:
         """The recording: frames as one contact sheet per camera, calls with one string each.
@@ -78,6 +64,25 @@ class Recorder:
             "sheets": [_sheet(frames) for frames in self._frames.values()],
             "calls": self._calls,
         }
+
+
+def drawn(report: StepReport) -> dict[str, Any]:
+    """What a call did with its visual tokens (the batch's first row), as plain values.
+
+    Raises:
+        ValueError: a camera whose tokens are no square grid.
+    """
+    kept = ["0"] * report.visual_full
+    indices = report.kept_mask[0].nonzero()[:, 0].tolist()
+    for index, reason in zip(indices, report.reasons()[0], strict=True):
+        kept[index] = REASONS[reason]
+    return {
+        "grids": [_grid(tokens) for tokens in report.views],
+        "warm_up": bool(report.warm_up[0]),
+        "kept": "".join(kept),
+        "semantic": _bytes(report.semantic),
+        "forecast": _bytes(report.forecast),
+    }
 
 
 def visible_side(policy: Any) -> float:

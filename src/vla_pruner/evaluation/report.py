@@ -5,10 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vla_pruner.evaluation.compare import Group, Line, compare, per_task, read_runs, table_one
+from vla_pruner.evaluation import identical, replay
+from vla_pruner.evaluation.compare import (
+    Group,
+    Line,
+    compare,
+    mean_of,
+    per_task,
+    read_runs,
+    table_one,
+)
 from vla_pruner.evaluation.document import (
     Block,
     Heading,
@@ -22,6 +32,7 @@ from vla_pruner.evaluation.document import (
 )
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
 from vla_pruner.evaluation.plots import Point, curves
+from vla_pruner.evaluation.replay import Speed, Timing
 from vla_pruner.evaluation.statistics import PairedSuccess
 from vla_pruner.evaluation.summary import (
     COLUMNS,
@@ -30,6 +41,7 @@ from vla_pruner.evaluation.summary import (
     Row,
     cells,
     difference_text,
+    flat,
     flat_row,
     percent,
     speedup_text,
@@ -41,11 +53,19 @@ DEFINITIONS = (
     "Success: share of the finished episodes that were solved within the step limit of the suite. "
     "Relative accuracy: mean over suites of the success rate divided by that of all tokens, on "
     "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
-    "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens; speed-up: "
-    "median latency of a call with all tokens over that of this row. Both are means over suites. "
-    "Latency is that of calls in the closed loop, with the other processes of the run at work: it "
-    "compares within a run alone, and `vla-pruner bench` measures it apart. Pruned calls leave out "
-    "the first calls of an episode, which run on all tokens; all other figures include them."
+    "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens. Pruned "
+    "calls leave out the first calls of an episode, which run on all tokens; all other figures "
+    "include them. Cost is a mean over suites. "
+)
+IN_THE_LOOP = (
+    "Speed-up: median latency of a call with all tokens over that of this row. Latency is that of "
+    "calls in the closed loop, with the other processes of the run at work: it compares within a "
+    "run alone; `vla-pruner latency RUN` measures it apart."
+)
+APART = (
+    "Latency, speed-up and memory (the largest over suites) were measured apart, on recorded "
+    "observations that every condition replayed in turn; the tables of each suite say how. A row "
+    "that was not measured so has none."
 )
 STAND_IN = (
     "Stand-in assets: some objects of this suite look other than in the published one. Success "
@@ -71,10 +91,15 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
     if any(group.setup.stand_in_assets for group in groups):
         blocks.append(Text(STAND_IN, notice=True))
     suites = list(dict.fromkeys(group.suite for group in groups))
-    blocks += [_table_one(table_one(summaries), suites), Text(DEFINITIONS)]
+    apart = any(group.timings for group in groups)
+    blocks.append(_table_one(table_one(summaries), suites, apart))
+    blocks.append(Text(DEFINITIONS + (APART if apart else IN_THE_LOOP)))
     for group, summary in summaries.items():
         rows = [[*cells(row)] for row in summary.rows]
-        blocks += [Heading(group.title), Table(group.title, COLUMNS, rows), *_curves(summary.rows)]
+        blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
+        if group.timings:
+            blocks += _timings(group)
+        blocks += _curves(summary.rows, group.timings)
         if against and any(condition.name == against for condition in group.conditions):
             blocks += [
                 Heading(f"Against {against}", 3),
@@ -85,9 +110,9 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
     return blocks
 
 
-def _table_one(lines: Sequence[Line], suites: Sequence[str]) -> Table:
+def _table_one(lines: Sequence[Line], suites: Sequence[str], apart: bool) -> Table:
     header = ["policy", "tokens", *suites, "relative accuracy", "prefill FLOPs"]
-    header += ["in pruned calls", "speed-up", "of pruned calls"]
+    header += ["in pruned calls", *(APART_COLUMNS if apart else ("speed-up", "of pruned calls"))]
     return Table(
         "Success per suite, and cost, of every policy with all and with few visual tokens",
         header,
@@ -99,20 +124,78 @@ def _table_one(lines: Sequence[Line], suites: Sequence[str]) -> Table:
                 "-" if line.relative_accuracy is None else percent(line.relative_accuracy),
                 percent(line.prefill_ratio),
                 percent(line.pruned_prefill_ratio),
-                _speedup(line.speedup, [row.all_calls for row in line.rows.values()]),
-                _speedup(line.pruned_speedup, [row.pruned_calls for row in line.rows.values()]),
+                *(_cost_apart(line) if apart else _cost_in_the_loop(line)),
             ]
             for line in lines
         ],
     )
 
 
-def _speedup(mean: float | None, latencies: Sequence[Latency | None]) -> str:
+def _cost_in_the_loop(line: Line) -> list[str]:
+    rows = line.rows.values()
+    return [
+        _speedup(line.speedup, [row.all_calls for row in rows]),
+        _speedup(line.pruned_speedup, [row.pruned_calls for row in rows]),
+    ]
+
+
+APART_COLUMNS = (
+    "latency ms",
+    "speed-up",
+    "warm-up calls ms",
+    "pruned calls ms",
+    "speed-up of pruned calls",
+    "peak memory",
+)
+
+
+def _cost_apart(line: Line) -> list[str]:
+    """What was measured apart, if it was in every suite of the line."""
+    found = list(line.timings.values())
+    if len(found) < len(line.rows):
+        return ["-"] * len(APART_COLUMNS)
+    every, pruned = [one.every for one in found], [one.pruned for one in found]
+    known = [speed.peak_mb for speed in every if speed.peak_mb is not None]
+    return [
+        _milliseconds(every),
+        _speedup_apart(every),
+        _milliseconds([one.warm_up for one in found]),
+        _milliseconds(pruned),
+        _speedup_apart(pruned),
+        replay.memory_text(max(known) if len(known) == len(found) else None),
+    ]
+
+
+def _milliseconds(speeds: Sequence[Speed | None]) -> str:
+    mean = mean_of(speed.latency_ms if speed else None for speed in speeds)
+    return "-" if mean is None else f"{mean:.1f}"
+
+
+def _speedup_apart(speeds: Sequence[Speed | None]) -> str:
+    mean = mean_of(speed.speedup if speed else None for speed in speeds)
+    return _speedup(mean, speeds)
+
+
+def _speedup(mean: float | None, latencies: Sequence[Latency | Speed | None]) -> str:
     """The mean over suites; of a single suite with its interval."""
     if mean is None:
         return "-"
     only = latencies[0] if len(latencies) == 1 else None
-    return f"{mean:.2f}x" if only is None else speedup_text(only)
+    return f"{mean:.2f}x" if only is None else speedup_text(only.speedup, only.interval)
+
+
+def _timings(group: Group) -> list[Block]:
+    """What was measured apart."""
+    labels = {condition.name: condition.label for condition in group.conditions}
+    rows = [
+        replay.cells(labels[name], group.timings[name]) for name in labels if name in group.timings
+    ]
+    said = (f"{name}: {value}" for name, value in group.timed_on.items() if value is not None)
+    return [
+        Heading("Latency on replayed observations", 3),
+        Table(f"{group.title}: latency on replayed observations", replay.COLUMNS, rows),
+        Text(f"{replay.notes(group.timings)} Measured with: {', '.join(said)}."),
+    ]
 
 
 def _success(row: Row | None) -> str:
@@ -145,8 +228,11 @@ def _tasks(group: Group) -> Table:
     return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
 
 
-def _curves(rows: Sequence[Row]) -> list[Block]:
-    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4)."""
+def _curves(rows: Sequence[Row], timings: Mapping[str, Timing]) -> list[Block]:
+    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4).
+
+    The speed-up is that measured apart, if any was.
+    """
     success: dict[str, list[Point]] = {}
     speed: dict[str, list[Point]] = {}
     full = next((row for row in rows if row.name == ALL_TOKENS), None)
@@ -160,7 +246,9 @@ def _curves(rows: Sequence[Row]) -> list[Block]:
             success[name] = [(1.0, full.success, interval.low, interval.high)]
         share, interval = row.pruned_prefill_ratio, row.success_interval
         success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
-        speedup, spread = row.all_calls.speedup, row.all_calls.interval
+        timing = timings.get(row.name)
+        latency = timing.every if timing else None if timings else row.all_calls
+        speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
         if speedup is not None and spread is not None:
             speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
             speed[name].append((share, speedup, spread.low, spread.high))
@@ -196,10 +284,15 @@ def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "policy": group.setup.policy,
             "stand_in_assets": group.setup.stand_in_assets,
             **flat_row(row),
+            **_flat_timing(group.timings.get(row.name)),
         }
         for group in groups
         for row in group.summary().rows
     ]
+
+
+def _flat_timing(timing: Timing | None) -> dict[str, Any]:
+    return {} if timing is None else flat(asdict(timing), "replayed.")
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -209,11 +302,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner report`."""
     parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
     parser.add_argument("--against", help="also compare with this condition: vla-pruner@0.25")
+    parser.add_argument(
+        "--identical",
+        action="store_true",
+        help="instead of a report: say whether other runs gave the same episodes as the first, one "
+        "for one; exit code 1 if not",
+    )
     parser.add_argument("--out", type=Path, help="folder for the report; default: the first run")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write report.md, .html, .tex and .csv, and print the first."""
+    if args.identical:
+        return _identical(args.runs)
     against = Condition.parse(args.against).name if args.against else None
     groups = read_runs(args.runs)
     names = dict.fromkeys(condition.name for group in groups for condition in group.conditions)
@@ -228,3 +329,12 @@ def run(args: argparse.Namespace) -> int:
     print(to_markdown(blocks))
     print(f"Report: {out / 'report.html'} (also .md, .tex, .csv)")
     return 0
+
+
+def _identical(runs: Sequence[Path]) -> int:
+    """Print whether the runs gave the same episodes as the first; 1 if not."""
+    if len(runs) < 2:
+        raise ValueError("--identical: name two runs or more")
+    found = [pairs for run in runs[1:] for pairs in identical.compare_runs(runs[0], run)]
+    print(to_markdown(identical.blocks_of(found)))
+    return int(any(pairs.differences for pairs in found))

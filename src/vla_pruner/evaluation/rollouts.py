@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vla_pruner.evaluation.episode import Condition, Control, Episode, Scene, rollout
+from vla_pruner.evaluation.episode import Condition, Control, Episode, Scene, fly
+from vla_pruner.evaluation.pilot import LocalPilot, Pilot
 from vla_pruner.evaluation.suites import Suite
+from vla_pruner.methods import build
 from vla_pruner.models.loading import load, locate
 
 OpenPolicy = Callable[[str], nn.Module]
@@ -98,11 +101,19 @@ class Planned:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One episode to be run."""
+    """One episode to be run.
+
+    Args:
+        planned: under which condition.
+        suite: where the scene is.
+        seed: number of the scene.
+        record: also keep images, kept tokens and scores.
+    """
 
     planned: Planned
     suite: Suite
     seed: int
+    record: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -119,6 +130,36 @@ class Job:
         return f"{setup.policy} in {setup.suite}, {self.condition.name}, scene {self.seed}"
 
 
+class Policies:
+    """One policy, kept open until another one is needed.
+
+    Args:
+        open_policy: loads a policy by name.
+    """
+
+    def __init__(self, open_policy: OpenPolicy = load) -> None:
+        self._open_policy = open_policy
+        self._policy: nn.Module | None = None
+        self._name: str | None = None
+
+    def get(self, setup: Setup) -> nn.Module:
+        """The policy of a setup.
+
+        Raises:
+            ValueError: its weights are not those of the setup.
+        """
+        if self._policy is None or self._name != setup.policy:
+            self._policy = None  # Its memory is free before the next one is loaded.
+            self._policy, self._name = self._open_policy(setup.policy), setup.policy
+            if (found := fingerprint(self._policy)) != setup.weights:
+                self._policy = None
+                raise ValueError(
+                    f"the weights of {setup.policy} are not those of the run ({found} instead of "
+                    f"{setup.weights}); put the old ones back, or begin another run"
+                )
+        return self._policy
+
+
 class Runner:
     """Runs episodes one after the other, and keeps the policy and the scene open between them.
 
@@ -130,27 +171,22 @@ class Runner:
     """
 
     def __init__(self, open_policy: OpenPolicy = load) -> None:
-        self._open_policy = open_policy
-        self._policy: nn.Module | None = None
+        self._policies = Policies(open_policy)
         self._scene: Scene | None = None
         self._opened: tuple[str, str] | None = None
         self._warmed: set[str] = set()
 
-    def run(self, job: Job, *, record: bool = False) -> Episode:
+    def run(self, job: Job) -> Episode:
         """One episode, from its beginning to its end.
-
-        Args:
-            job: the episode.
-            record: also keep images, kept tokens and scores.
 
         Raises:
             ValueError: the policy's weights are not those of the job.
         """
-        policy, scene = self._open(job)
+        scene = self._open(job)
         if job.condition.name not in self._warmed:
-            _run(policy, scene, job, warm_up=True)
+            self._fly(scene, job, warm_up=True)
             self._warmed.add(job.condition.name)
-        return _run(policy, scene, job, record=record)
+        return self._fly(scene, job)
 
     def close(self) -> None:
         """Free the simulator."""
@@ -159,46 +195,48 @@ class Runner:
         self._scene = self._opened = None
         self._warmed.clear()
 
-    def _open(self, job: Job) -> tuple[nn.Module, Scene]:
+    @contextmanager
+    def pilot(self, job: Job) -> Iterator[Pilot]:
+        """The policy of a job, under its condition."""
+        policy = self._policies.get(job.setup)
+        session = job.condition.attach(policy)
+        try:
+            yield LocalPilot(policy, session)
+        finally:
+            if session is not None:
+                session.remove()
+
+    def _open(self, job: Job) -> Scene:
         policy, suite = job.setup.policy, job.suite.name
-        if self._opened is None or self._opened[0] != policy:
-            self._policy = self._open_policy(policy)
-            if (found := fingerprint(self._policy)) != job.setup.weights:
-                raise ValueError(
-                    f"the weights of {policy} changed while it was evaluated ({found} instead of "
-                    f"{job.setup.weights}); put the old ones back, or begin another run"
-                )
         if self._opened is None or self._opened[1] != suite:
             self.close()
             self._scene = job.suite.open_scene()
         if self._opened != (policy, suite):
             self._warmed.clear()
             self._opened = policy, suite
-        assert self._policy is not None and self._scene is not None
-        return self._policy, self._scene
+        assert self._scene is not None
+        return self._scene
+
+    def _fly(self, scene: Scene, job: Job, *, warm_up: bool = False) -> Episode:
+        """One episode; with `warm_up` only its first calls."""
+        steps = job.setup.step_limit
+        if warm_up:
+            steps = min(steps, first_calls(job.condition) * job.setup.control.execute)
+        with self.pilot(job) as pilot:
+            return fly(
+                pilot,
+                scene,
+                job.seed,
+                job.suite.task_of(job.seed),
+                control=job.setup.control,
+                step_limit=steps,
+                condition=job.condition.name,
+                record=job.record and not warm_up,
+            )
 
 
-def _run(
-    policy: nn.Module, scene: Scene, job: Job, *, record: bool = False, warm_up: bool = False
-) -> Episode:
-    """One episode under one condition; with `warm_up` only its first calls."""
-    session = job.condition.attach(policy)
-    steps = job.setup.step_limit
-    if warm_up:
-        calls = 2 if session is None else session.method.warmup + 2
-        steps = min(steps, calls * job.setup.control.execute)
-    try:
-        return rollout(
-            policy,
-            scene,
-            job.seed,
-            job.suite.task_of(job.seed),
-            control=job.setup.control,
-            step_limit=steps,
-            session=session,
-            condition=job.condition.name,
-            record=record,
-        )
-    finally:
-        if session is not None:
-            session.remove()
+def first_calls(condition: Condition) -> int:
+    """Calls of a new episode up to the second one that drops tokens."""
+    if condition.keep is None:
+        return 2
+    return build(condition.method, keep=condition.keep, **dict(condition.options)).warmup + 2

@@ -20,11 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from vla_pruner.evaluation.episode import Condition, Episode
+from vla_pruner.evaluation.replay import Replay
 from vla_pruner.evaluation.rollouts import Job, Planned, Setup
 from vla_pruner.evaluation.statistics import median
 
 FILE = "episodes.sqlite"
 VERSION = 1
+
+_REPLAY_COLUMNS = ("latency_ms", "warm_up", "peak_mb")
 
 _SCHEMA = """
 CREATE TABLE setups (           -- what must be the same for episodes to be comparable
@@ -57,6 +60,16 @@ CREATE TABLE episodes (
     finished TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
     PRIMARY KEY (suite, policy, condition, seed)
 );
+"""
+
+_REPLAYS = """
+CREATE TABLE IF NOT EXISTS replays (  -- `vla-pruner latency`: the same observations in turn
+    suite TEXT NOT NULL, policy TEXT NOT NULL, condition TEXT NOT NULL,
+    scene INTEGER NOT NULL, round INTEGER NOT NULL,
+    calls TEXT NOT NULL,        -- JSON: latency_ms, warm_up, peak_mb (null: unknown), per call
+    environment INTEGER NOT NULL REFERENCES environments (id),
+    PRIMARY KEY (suite, policy, condition, scene, round)
+)
 """
 
 
@@ -147,6 +160,8 @@ class Store:
                     for statement in _SCHEMA.split(";"):
                         self._base.execute(statement)
                     self._base.execute(f"PRAGMA user_version = {VERSION}")
+            with self._transaction():
+                self._base.execute(_REPLAYS)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -266,6 +281,29 @@ class Store:
                 f"INSERT INTO episodes ({', '.join(values)}) VALUES ({marks})", [*values.values()]
             )
 
+    def keep_replays(self, setup: Setup, replays: Sequence[Replay]) -> None:
+        """Keep what was timed of a policy in a suite, in place of what was before.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        key = [setup.suite, setup.policy]
+        with self._transaction():
+            self._base.execute("DELETE FROM replays WHERE suite = ? AND policy = ?", key)
+            for one in replays:
+                calls = {name: getattr(one, name) for name in _REPLAY_COLUMNS}
+                self._base.execute(
+                    "INSERT INTO replays VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [
+                        *key,
+                        one.condition,
+                        one.scene,
+                        one.round,
+                        json.dumps(calls),
+                        self._environment,
+                    ],
+                )
+
     # -- reading -----------------------------------------------------------------------------------
 
     def finished(self, setup: Setup) -> set[tuple[str, int]]:
@@ -328,6 +366,31 @@ class Store:
                 "SELECT stamp FROM environments WHERE id IN (SELECT environment FROM episodes)"
             )
         ]
+
+    def replays(self, setup: Setup) -> tuple[list[Replay], dict[str, Any]]:
+        """What was timed of a policy in a suite, and the stamp of that; maybe nothing."""
+        if not self._one("SELECT count(*) FROM sqlite_master WHERE name = 'replays'", []):
+            return [], {}  # The file is from before there were any.
+        rows = self._base.execute(
+            "SELECT replays.*, stamp FROM replays JOIN environments ON environment = id "
+            "WHERE suite = ? AND policy = ? ORDER BY round, scene",
+            [setup.suite, setup.policy],
+        ).fetchall()
+        found = []
+        for row in rows:
+            calls = json.loads(row["calls"])
+            peak_mb = None if calls["peak_mb"] is None else tuple(calls["peak_mb"])
+            found.append(
+                Replay(
+                    row["condition"],
+                    row["scene"],
+                    row["round"],
+                    tuple(calls["latency_ms"]),
+                    tuple(calls["warm_up"]),
+                    peak_mb,
+                )
+            )
+        return found, json.loads(rows[0]["stamp"]) if rows else {}
 
 
 def _condition_values(condition: Condition) -> tuple[str, float | int | None, str]:

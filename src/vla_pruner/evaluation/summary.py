@@ -231,9 +231,9 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{percent(row.prefill_ratio)} ({giga(row.prefill_macs)})",
         f"{row.all_calls.median_ms:.1f}",
         f"{row.all_calls.p95_ms:.1f}",
-        speedup_text(row.all_calls),
+        speedup_text(row.all_calls.speedup, row.all_calls.interval),
         f"{pruned.median_ms:.1f}" if pruned else "-",
-        speedup_text(pruned) if pruned else "-",
+        speedup_text(pruned.speedup, pruned.interval) if pruned else "-",
     )
 
 
@@ -259,11 +259,11 @@ def difference_text(difference: float, interval: Interval, p_value: float) -> st
     return f"{100 * difference:+.0f} points ({low:+.0f} to {high:+.0f}), p = {p_value:.2g}"
 
 
-def speedup_text(latency: Latency) -> str:
+def speedup_text(speedup: float | None, interval: Interval | None) -> str:
     """Speed-up with its interval."""
-    if latency.speedup is None or latency.interval is None:
+    if speedup is None or interval is None:
         return "-"
-    return f"{latency.speedup:.2f}x ({latency.interval.low:.2f} to {latency.interval.high:.2f})"
+    return f"{speedup:.2f}x ({interval.low:.2f} to {interval.high:.2f})"
 
 
 NOTES = (
@@ -304,17 +304,18 @@ def episodes_csv(summary: Summary) -> str:
 
 def flat_row(row: Row) -> dict[str, Any]:
     """Every number of a row; nested values become entries such as `all_calls.median_ms`."""
-    return _flat(asdict(row))
+    return flat(asdict(row))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level, with names such as `outer.inner`."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -29,6 +29,7 @@ from vla_pruner.evaluation.episode import Condition, Gripper
 from vla_pruner.evaluation.rollouts import Job, OpenPolicy, Planned, Setup
 from vla_pruner.evaluation.store import Store
 from vla_pruner.evaluation.suites import Suite, open_suite
+from vla_pruner.evaluation.video import encoder, video_path, write_video
 from vla_pruner.evaluation.workers import Crew, Processes
 from vla_pruner.models.loading import load
 
@@ -170,6 +171,7 @@ def run_cells(
     crew: Crew,
     *,
     control: Mapping[str, Any] | None = None,
+    videos: int = 0,
     console: Console | None = None,
 ) -> bool:
     """Run what is missing of the cells, and keep each episode as soon as it has finished.
@@ -183,6 +185,7 @@ def run_cells(
         out: run folder; run again with the same one, it continues.
         crew: what runs the episodes.
         control: overrides how policies are driven, see `Control.of`.
+        videos: write a video of the first so many episodes of each cell.
         console: where the progress is shown.
 
     Returns:
@@ -191,17 +194,24 @@ def run_cells(
     Raises:
         ValueError: impossible cells, or a folder with episodes that do not compare.
         RuntimeError: another process writes to the folder, or episodes could not be run.
+        ModuleNotFoundError: videos are asked for, and nothing is installed to write them with.
         OSError: the disk is full.
     """
+    if videos < 0:
+        raise ValueError(f"--video {videos}: write the videos of 0 or more episodes of a condition")
+    if videos:
+        encoder()
     suites = {cell.suite: open_suite(cell.suite) for cell in cells}
     planned = plan(cells, suites, control=control)
     with Store(out, write=True) as store:
         store.begin(list(planned), {**stamp(crew.device), "threads": 1, "workers": crew.workers})
-        missing = missing_jobs(planned, store)
+        missing = missing_jobs(planned, store, record=videos)
         total = sum(item.episodes for item in planned)
         with progress_bar(console) as bar, _Interruption() as interruption:
             line = bar.add_task("episodes", total=total, completed=total - len(missing))
             for job, episode in crew.run(interruption.until(missing)):
+                if episode.recording is not None:
+                    write_video(video_path(Path(out), job), episode.recording, job.suite.hz)
                 store.add(job, episode)
                 bar.advance(line)
         return not interruption.asked
@@ -235,7 +245,7 @@ def plan(
             if cell.policy == name:
                 suite = suites[cell.suite]
                 suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
-                settings, recipe = _settings(cell.condition, policy)
+                settings, recipe = settings_of(cell.condition, policy)
                 item = Planned(
                     setups[cell.suite], cell.condition, settings, recipe, cell.first, cell.episodes
                 )
@@ -243,7 +253,7 @@ def plan(
     return planned
 
 
-def _settings(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any], str | None]:
+def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any], str | None]:
     """All options of the method on this policy, and the digest of the recipe that it follows."""
     session = condition.attach(policy)
     if session is None:
@@ -259,10 +269,11 @@ def _settings(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any], 
     return settings, digest
 
 
-def missing_jobs(planned: Mapping[Planned, Suite], store: Store) -> list[Job]:
+def missing_jobs(planned: Mapping[Planned, Suite], store: Store, *, record: int = 0) -> list[Job]:
     """What is left to run: scene by scene, under all conditions, each scene in another order.
 
-    Neighbours in time are thus the same scene, and no condition always comes first.
+    Neighbours in time are thus the same scene, and no condition always comes first. The first
+    `record` scenes of each are recorded.
     """
     groups: dict[tuple[str, str], list[Planned]] = {}
     for item in planned:
@@ -271,12 +282,12 @@ def missing_jobs(planned: Mapping[Planned, Suite], store: Store) -> list[Job]:
     for items in groups.values():
         suite, setup = planned[items[0]], items[0].setup
         done = store.finished(setup)
-        seeds = {item: set(suite.held_out(item.episodes, item.first)) for item in items}
+        seeds = {item: suite.held_out(item.episodes, item.first) for item in items}
         for number, seed in enumerate(sorted(set().union(*seeds.values()))):
             present = [item for item in items if seed in seeds[item]]
             turn = number % len(present)
             jobs += [
-                Job(item, suite, seed)
+                Job(item, suite, seed, record=seed in seeds[item][:record])
                 for item in present[turn:] + present[:turn]
                 if (item.condition.name, seed) not in done
             ]
@@ -345,12 +356,34 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run in this Ray cluster; `auto` is the one that this machine belongs to",
     )
+    parser.add_argument(
+        "--policy-actors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --ray: N actors hold the policy, and the workers only simulators, which ask "
+        "them; 0: every worker holds both",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=float,
+        help="with --ray: GPUs that an actor with a policy reserves, such as 0.5; default: 1 with "
+        "--device cuda",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where policies run")
     parser.add_argument(
         "--time-limit",
         type=float,
         default=1800.0,
         help="seconds after which an episode's process is replaced and the episode begun anew",
+    )
+    parser.add_argument(
+        "--video",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write an mp4 of the first N episodes of each condition into OUT/videos, dropped "
+        "patches dimmed; episodes that had finished before are not repeated for it",
     )
     parser.add_argument(
         "--execute", type=int, help="actions of a chunk to carry out before the policy is asked"
@@ -371,18 +404,24 @@ def run(args: argparse.Namespace) -> int:
 def open_crew(args: argparse.Namespace) -> Crew:
     """What runs the episodes: processes of this machine, or actors of a Ray cluster."""
     if args.ray is None:
+        if args.policy_actors or args.gpus is not None:
+            raise ValueError("--policy-actors and --gpus are for a Ray cluster: add --ray auto")
         return Processes(args.workers, args.time_limit, args.device)
     from vla_pruner.evaluation.cluster import RayActors
 
-    gpus = 0 if args.device == "cpu" else 1
-    return RayActors(args.ray, args.workers, args.time_limit, args.device, gpus)
+    gpus = args.gpus
+    if gpus is None:
+        gpus = 0 if args.device == "cpu" else 1
+    return RayActors(args.ray, args.workers, args.time_limit, args.device, gpus, args.policy_actors)
 
 
 def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
     """Run cells as the arguments say; print how to go on. Returns the exit code."""
     console = Console()
     control = {"execute": args.execute, "gripper": args.gripper}
-    complete = run_cells(cells, args.out, open_crew(args), control=control, console=console)
+    complete = run_cells(
+        cells, args.out, open_crew(args), control=control, videos=args.video, console=console
+    )
     if not complete:
         console.print("Interrupted. The same command continues.", highlight=False)
     console.print(f"Report: vla-pruner report {args.out}", highlight=False, soft_wrap=True)

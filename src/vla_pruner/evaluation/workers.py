@@ -74,6 +74,10 @@ class Queue:
             self._again.append(job)
         return not self._again
 
+    def peek(self) -> Job | None:
+        """What `take` would give."""
+        return None if self.empty() else self._again[0]
+
     def take(self) -> Job | None:
         """The next job; None: there is none now."""
         if self.empty():
