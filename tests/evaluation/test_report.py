@@ -144,8 +144,16 @@ def test_the_command_writes_all_formats(run_folder, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["report", str(run_folder), "--against", "vla-pruner@0.5", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
-        f"report.{e}" for e in ["md", "html", "tex", "csv"]
+        "episodes.csv",
+        *(f"report.{e}" for e in ["md", "html", "tex", "csv"]),
     }
+    (group, *_) = groups = read_runs([run_folder])
+    episodes = list(csv.DictReader((out / "episodes.csv").open()))
+    assert len(episodes) == sum(len(group.episodes) for group in groups)
+    assert sum(row["success"] == "True" for row in episodes) == sum(
+        episode.success for group in groups for episode in group.episodes
+    )
+    assert {row["weights"] for row in episodes} == {group.setup.weights}
     found = list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
     assert found[1]["successes"] == "3"
     assert (out / "report.md").read_text() in capsys.readouterr().out

@@ -41,6 +41,7 @@ from vla_pruner.evaluation.summary import (
     Row,
     cells,
     difference_text,
+    episode_row,
     flat,
     flat_row,
     percent,
@@ -312,7 +313,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write report.md, .html, .tex and .csv, and print the first."""
+    """Write report.md, .html, .tex and .csv and episodes.csv, and print the first."""
     if args.identical:
         return _identical(args.runs)
     against = Condition.parse(args.against).name if args.against else None
@@ -326,9 +327,25 @@ def run(args: argparse.Namespace) -> int:
     write_text(out / "report.html", to_html(blocks))
     write_text(out / "report.tex", to_latex(blocks))
     write_text(out / "report.csv", to_csv(rows_of(groups)))
+    write_text(out / "episodes.csv", to_csv(episode_rows_of(groups)))
     print(to_markdown(blocks))
-    print(f"Report: {out / 'report.html'} (also .md, .tex, .csv)")
+    print(f"Report: {out / 'report.html'} (also .md, .tex, .csv; episodes.csv)")
     return 0
+
+
+def episode_rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """All episodes, by policy, suite, condition and scene."""
+    rows = [
+        {
+            "suite": group.setup.suite,
+            "policy": group.setup.policy,
+            "weights": group.setup.weights,
+            **episode_row(episode),
+        }
+        for group in groups
+        for episode in group.episodes
+    ]
+    return sorted(rows, key=lambda r: (r["policy"], r["suite"], r["condition"], r["seed"]))
 
 
 def _identical(runs: Sequence[Path]) -> int:

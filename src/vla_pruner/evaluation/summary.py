@@ -281,25 +281,29 @@ def rows_csv(summary: Summary) -> str:
 
 
 def episodes_csv(summary: Summary) -> str:
-    """One line per episode, with the median latency of its calls."""
-    return to_csv(
-        [
-            {
-                "condition": episode.condition,
-                "seed": episode.seed,
-                "target": episode.target,
-                "instruction": episode.instruction,
-                "success": episode.success,
-                "steps": episode.steps,
-                "calls": len(episode.calls),
-                "median_ms": median([call.latency_ms for call in episode.calls]),
-                "pruned_median_ms": median(
-                    [call.latency_ms for call in episode.calls if not call.warm_up]
-                ),
-            }
-            for episode in summary.episodes
-        ]
-    )
+    """One line per episode."""
+    return to_csv([episode_row(episode) for episode in summary.episodes])
+
+
+def episode_row(episode: Episode) -> dict[str, Any]:
+    """An episode with sums over its calls, and their median latency."""
+    calls = episode.calls
+    return {
+        "condition": episode.condition,
+        "seed": episode.seed,
+        "target": episode.target,
+        "instruction": episode.instruction,
+        "success": episode.success,
+        "steps": episode.steps,
+        "calls": len(calls),
+        "warm_up_calls": sum(call.warm_up for call in calls),
+        "visual": max(call.visual for call in calls),
+        "visual_kept": min(call.visual_kept for call in calls),
+        "prefill_macs": sum(call.prefill_macs for call in calls),
+        "full_macs": sum(call.full_macs for call in calls),
+        "median_ms": median([call.latency_ms for call in calls]),
+        "pruned_median_ms": median([call.latency_ms for call in calls if not call.warm_up]),
+    }
 
 
 def flat_row(row: Row) -> dict[str, Any]:
