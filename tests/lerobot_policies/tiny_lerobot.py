@@ -130,8 +130,7 @@ def smolvla(patch: pytest.MonkeyPatch, special: bool = False, **options: object)
         chunk_size=CHUNK,
         n_action_steps=3,
         num_steps=4,
-        resize_imgs_with_padding=None,
         add_image_special_tokens=special,
-        **options,
+        **{"resize_imgs_with_padding": None, **options},
     )
     return randomise(SmolVLAPolicy(config).float())
