@@ -52,9 +52,12 @@ test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in the
 	OMP_NUM_THREADS=1 $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
 	  tests/models/pi0/test_pi0_originals.py --record $(ARGS)
 
-test-openpi: $(OPENPI_ENV)/.installed  ## openpi's own PyTorch class, from a checkout: OPENPI=FOLDER
-	OMP_NUM_THREADS=1 PYTHONPATH=$(PYTHONPATH):$(OPENPI)/src \
-	  $(OPENPI_ENV)/bin/python -m pytest -q -rs tests/openpi_policies --record $(ARGS)
+test-openpi: export PYTHONPATH := $(PYTHONPATH):$(OPENPI)/src
+test-openpi: $(OPENPI_ENV)/.installed $(DEV)  ## openpi's own PyTorch class, from a checkout: OPENPI=FOLDER
+	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python -m pytest -q -rs tests/openpi_policies --record $(ARGS)
+	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python tests/openpi_policies/tiny_openpi.py $(OPENPI_ENV)/reference
+	OMP_NUM_THREADS=1 OPENPI_REFERENCE=$(OPENPI_ENV)/reference \
+	  $(PY) -m pytest -q tests/models/pi0/test_pi0_originals.py -k openpi
 
 models: $(DEV)  ## the table of tested models, from the tests that fill it
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)
