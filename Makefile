@@ -25,16 +25,20 @@ JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$
 
 # lerobot pins its own torch and transformers. The newest needs Python 3.12; the newest for 3.11:
 #   make test-lerobot LEROBOT_PYTHON=python3.11 LEROBOT="lerobot[smolvla]==0.4.4" LEROBOT_WITH="peft dm-tree"
-# (its own list for GR00T builds flash-attn, which these tests do not need).
+# (its own list for GR00T builds flash-attn, which these tests do not need). LEROBOT_PATCH=FOLDER copies
+# files over those of transformers, which pi0 of lerobot 0.4 asks for (docs/lerobot.md).
 LEROBOT_PYTHON ?= python3.12
 LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
 LEROBOT_WITH ?=
+LEROBOT_PATCH ?=
 LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
 OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
   beartype==0.19.0 einops "numpy<2"
 OPENPI_ENV := $(VENV)-openpi
+# Prints the folder of transformers.
+TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-lerobot test-openpi models lint format bench libero gpu clean
@@ -98,6 +102,7 @@ $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_PYTHON) -m venv $(LEROBOT_ENV)
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
 	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
+	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
 	@touch $@
 
 # openpi's package index entry is empty, and its class wants files copied over those of transformers.
@@ -105,7 +110,7 @@ $(OPENPI_ENV)/.installed: Makefile | openpi-checkout
 	$(OPENPI_PYTHON) -m venv $(OPENPI_ENV)
 	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check $(OPENPI_NEEDS) pytest rich
 	cp -r "$(OPENPI)"/src/openpi/models_pytorch/transformers_replace/* \
-	  "$$($(OPENPI_ENV)/bin/python -c 'import os, transformers; print(os.path.dirname(transformers.__file__))')"
+	  "$$($(OPENPI_ENV)/bin/python $(TRANSFORMERS))"
 	@touch $@
 
 .PHONY: openpi-checkout

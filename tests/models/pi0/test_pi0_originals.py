@@ -155,7 +155,12 @@ def test_equal_to_the_class_of_lerobot(kind, tmp_path, monkeypatch):
         },
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(7,))},
     )
-    policy = getattr(module, f"{kind.upper()}Policy")(config).eval()
+    try:
+        policy = getattr(module, f"{kind.upper()}Policy")(config).eval()
+    except ValueError as error:
+        if "incorrect transformer version" not in str(error):
+            raise
+        pytest.skip("lerobot 0.4's pi0 wants files of transformers replaced")
     core = policy.model
     core.paligemma_with_expert.paligemma.model.multi_modal_projector.linear = torch.nn.Linear(
         48, 64
