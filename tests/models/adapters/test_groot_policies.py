@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from groot_double import HORIZON, PATCHES, GrootPolicy, observation
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
+from vla_pruner.bench.doctor import examine
 from vla_pruner.models.adapters.groot import GrootAdapter
 
 
@@ -83,6 +85,17 @@ def test_a_prompt_without_images_is_left_alone(policy):
         vlm.language_model(inputs_embeds=torch.randn(2, 6, 32))
         assert session.left is None
     assert session.last.steps == (0, 0)
+
+
+def test_doctor_finds_nothing_wrong(policy):
+    shown = observation(0)
+
+    def show(frame: np.ndarray):
+        image = torch.from_numpy(frame[:32, :32]).permute(2, 0, 1)[None].float() / 255
+        return policy.predict_action_chunk({**shown, "pixel_values": image.expand(4, -1, -1, -1)})
+
+    findings = examine(policy, show)
+    assert all(finding.well for finding in findings), findings
 
 
 def test_not_built_like_groot(policy):
