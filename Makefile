@@ -6,6 +6,7 @@
 #   ARGS="--episodes 4"  passed on to `vla-pruner demo` or `vla-pruner bench`
 #   LIBERO_ASSETS=FILE   meshes and textures for `make libero`, where they cannot be downloaded
 #   OUT=bench-results    where `make bench` and `make gpu` put their tables
+#   OPENPI=FOLDER        a checkout of openpi for `make test-openpi`
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -22,8 +23,25 @@ endif
 # Processes for pytest: small models gain nothing from more than one thread each.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
 
+# lerobot pins its own torch and transformers. The newest needs Python 3.12; the newest for 3.11:
+#   make test-lerobot LEROBOT_PYTHON=python3.11 LEROBOT="lerobot[smolvla]==0.4.4" LEROBOT_WITH="peft dm-tree"
+# (its own list for GR00T builds flash-attn, which these tests do not need). LEROBOT_PATCH=FOLDER copies
+# files over those of transformers, which pi0 of lerobot 0.4 asks for (docs/lerobot.md).
+LEROBOT_PYTHON ?= python3.12
+LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
+LEROBOT_WITH ?=
+LEROBOT_PATCH ?=
+LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
+OPENPI ?= ../openpi
+OPENPI_PYTHON ?= python3.11
+OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
+  beartype==0.19.0 einops "numpy<2"
+OPENPI_ENV := $(VENV)-openpi
+# Prints the folder of transformers.
+TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lerobot models lint format bench libero gpu clean
+.PHONY: help demo test test-lerobot test-openpi models lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -34,8 +52,16 @@ demo: $(SIM)  ## a small policy picks by language, with all and with a quarter o
 test: lint  ## lint, types and tests on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
-test-lerobot: $(VENV)-lerobot/.installed  ## lerobot's own policy classes, in their own environment
-	OMP_NUM_THREADS=1 $(VENV)-lerobot/bin/python -m pytest -q tests/lerobot_policies --record $(ARGS)
+test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
+	OMP_NUM_THREADS=1 $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
+	  tests/models/pi0/test_pi0_originals.py --record $(ARGS)
+
+test-openpi: export PYTHONPATH := $(PYTHONPATH):$(OPENPI)/src
+test-openpi: $(OPENPI_ENV)/.installed $(DEV)  ## openpi's own PyTorch class, from a checkout: OPENPI=FOLDER
+	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python -m pytest -q -rs tests/openpi_policies --record $(ARGS)
+	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python tests/openpi_policies/tiny_openpi.py $(OPENPI_ENV)/reference
+	OMP_NUM_THREADS=1 OPENPI_REFERENCE=$(OPENPI_ENV)/reference \
+	  $(PY) -m pytest -q tests/models/pi0/test_pi0_originals.py -k openpi
 
 models: $(DEV)  ## the table of tested models, from the tests that fill it
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)
@@ -69,16 +95,30 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-lerobot bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lerobot-* .venv-openpi bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# lerobot pins its own torch and transformers, and the newest one needs Python 3.12.
-LEROBOT_PYTHON ?= python3.12
-LEROBOT ?= lerobot[pi,smolvla]==0.6.1
-$(VENV)-lerobot/.installed: Makefile
-	$(LEROBOT_PYTHON) -m venv $(VENV)-lerobot
-	$(VENV)-lerobot/bin/python -m pip install --disable-pip-version-check "$(LEROBOT)" pytest rich
+$(LEROBOT_ENV)/.installed: Makefile
+	$(LEROBOT_PYTHON) -m venv $(LEROBOT_ENV)
+	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
+	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
+	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
 	@touch $@
+
+# openpi's package index entry is empty, and its class wants files copied over those of transformers.
+$(OPENPI_ENV)/.installed: Makefile | openpi-checkout
+	$(OPENPI_PYTHON) -m venv $(OPENPI_ENV)
+	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check $(OPENPI_NEEDS) pytest rich
+	cp -r "$(OPENPI)"/src/openpi/models_pytorch/transformers_replace/* \
+	  "$$($(OPENPI_ENV)/bin/python $(TRANSFORMERS))"
+	@touch $@
+
+.PHONY: openpi-checkout
+openpi-checkout:
+	@test -f "$(OPENPI)/src/openpi/models_pytorch/pi0_pytorch.py" || { echo "\
+	error: openpi cannot be installed from a package index. Clone its repository \
+	(https://github.com/Physical-Intelligence/openpi) and run: make test-openpi OPENPI=FOLDER. \
+	Without it, make test checks a double of its class." >&2; exit 1; }
 
 $(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh $(VENV) sim

@@ -31,7 +31,7 @@ FAMILIES = {
 HIDDEN = 32
 
 
-RECORDED = pytest.StashKey[dict[tuple[str, str, bool], matrix.Row]]()
+RECORDED = pytest.StashKey[dict[tuple[str, str, bool, str], matrix.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,9 +53,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def proves(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Called at the end of a test: what it has just shown of a class."""
 
-    def note(family: str, model: type, *checks: str, double: bool = False) -> None:
+    def note(family: str, model: type, *checks: str, double: bool = False, **versions: str) -> None:
         assert set(checks) <= set(matrix.CHECKS)
-        versions = {}
         for package in ("torch", "transformers", "lerobot"):
             try:
                 versions[package] = version(package)

@@ -12,7 +12,6 @@ from ladder import Ladder
 # Not "lerobot" alone, which is also the name of this folder.
 pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
 
-from lerobot import __version__ as lerobot_version
 from tiny_lerobot import CHUNK, batch_of, pi, smolvla
 
 M = 16
@@ -25,12 +24,15 @@ def policies():
     made = {}
 
     def get(name):
-        if name.startswith("pi") and lerobot_version.startswith("0.4"):
-            pytest.skip("lerobot 0.4's pi0 needs a patched transformers")
         if name not in made:
             with pytest.MonkeyPatch.context() as patch, torch.no_grad():
                 if name.startswith("pi"):
-                    made[name] = pi(patch, name)
+                    try:
+                        made[name] = pi(patch, name)
+                    except ValueError as error:
+                        if "incorrect transformer version" not in str(error):
+                            raise
+                        pytest.skip("lerobot 0.4's pi0 wants files of transformers replaced")
                 elif name == "smolvla":
                     made[name] = smolvla(patch)
                 else:

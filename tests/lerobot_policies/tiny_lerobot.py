@@ -89,7 +89,11 @@ def pi(patch: pytest.MonkeyPatch, version: str) -> nn.Module:
         stacks = model.model.paligemma_with_expert
     projector = stacks.paligemma.model.multi_modal_projector
     projector.linear = nn.Linear(16, 32)
-    return randomise(model)
+    randomise(model)
+    if version != "pi0_fast":
+        # With large flows, rounding in one step grows a hundredfold over four.
+        model.model.action_out_proj.weight.mul_(0.2)
+    return model
 
 
 def smolvla(patch: pytest.MonkeyPatch, special: bool = False, **options: object) -> nn.Module:
@@ -130,8 +134,7 @@ def smolvla(patch: pytest.MonkeyPatch, special: bool = False, **options: object)
         chunk_size=CHUNK,
         n_action_steps=3,
         num_steps=4,
-        resize_imgs_with_padding=None,
         add_image_special_tokens=special,
-        **options,
+        **{"resize_imgs_with_padding": None, **options},
     )
     return randomise(SmolVLAPolicy(config).float())

@@ -86,7 +86,7 @@ def _look(
 
     def note_reader(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if seen and not read:
-            read.append(output[0].clone())
+            read.append((output if isinstance(output, Tensor) else output[0]).clone())
 
     with ExitStack() as undo, torch.no_grad():
         if not in_session:

@@ -72,6 +72,12 @@ _BUILT_IN = (
         _made_by("vla_pruner.models.adapters.smolvla"),
     ),
     Family(
+        "groot",
+        "GR00T policies of lerobot (N1.5, N1.7), unmodified",
+        class_named("GrootPolicy", "GR00TN15", "GR00TN17"),
+        _made_by("vla_pruner.models.adapters.groot"),
+    ),
+    Family(
         "pi0",
         "pi0 and pi0.5, the port of this package",
         class_named("Pi0"),

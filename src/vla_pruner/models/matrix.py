@@ -34,7 +34,7 @@ class Row:
         model: the class.
         double: whether it is one of our own that stands for a class that cannot be installed.
         tests: for each check that passed, the tests that showed it.
-        versions: packages it was tested with, the last time.
+        versions: packages it was tested with, the last time with this version of lerobot.
     """
 
     family: str
@@ -44,9 +44,9 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, bool]:
-        """What tells rows apart."""
-        return self.family, self.model, self.double
+    def key(self) -> tuple[str, str, bool, str]:
+        """What tells rows apart; the classes of two versions of lerobot are two classes."""
+        return self.family, self.model, self.double, self.versions.get("lerobot", "")
 
 
 def read(file: Path = FILE) -> list[Row]:
@@ -57,7 +57,7 @@ def read(file: Path = FILE) -> list[Row]:
 
 
 def write(rows: list[Row], file: Path = FILE) -> None:
-    """Put rows into the table: each replaces the one of the same class, others stay."""
+    """Put rows into the table: each replaces the one with the same key, others stay."""
     merged = {row.key: row for row in [*read(file), *rows]}
     found = [asdict(row) for _, row in sorted(merged.items())]
     file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

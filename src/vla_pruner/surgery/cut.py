@@ -52,9 +52,10 @@ class Cut:
         for index in sorted(acting) if self.readers else ():
             attention = self.adapter.attention(self.readers[index])
             probe.install(attention, partial(self._observe, index), undo)
-        stacks = [self.layers, self.readers] if self.readers else [self.layers]
+        # Layer by layer, a reader follows what is done to the decoder.
+        followers = [] if self.adapter.reads_output else self.readers
         for index in sorted(plan.skipped):
-            for layers in stacks:
+            for layers in [self.layers, followers] if followers else [self.layers]:
                 self._skip(layers[index], undo)
 
         def before(index: int, hook: Any, layers: list[nn.Module] = self.layers) -> None:
@@ -69,8 +70,8 @@ class Cut:
         for index in range(plan.depth):
             if index >= plan.cuts[0] or index in projected:
                 before(index, partial(self._enter, index))
-            if self.readers and index >= plan.cuts[0]:
-                before(index, partial(self._enter, index), self.readers)
+            if followers and index >= plan.cuts[0]:
+                before(index, partial(self._enter, index), followers)
         if plan.cuts[0] == 0 and not self.readers:
             fill_up = self.layers[0].register_forward_hook(self._fill_up, with_kwargs=True)
             undo.callback(fill_up.remove)
@@ -408,7 +409,10 @@ class Cut:
         batch, queries, prefill = query.shape[0], query.shape[2], self.phase == "prefill"
         causal = self._is_causal(attention, mask, queries, kwargs)
         seen = readings.Seen.of(attention, query, key, mask, kwargs, prefill=prefill, causal=causal)
-        stage = prompt.stages[0 if prompt.mode == "full" else self.plan.stage(index)]
+        number = self.plan.stage(index)
+        if self.adapter.reads_output and not prefill:
+            number = self.plan.action_stage
+        stage = prompt.stages[0 if prompt.mode == "full" else number]
         for reading in self.plan.read_in(index, "attention") if prefill else ():
             if reading.number not in prompt.scores:
                 rows, weight = readings.votes(reading.spec, prompt, stage, query)

@@ -205,7 +205,7 @@ class Episodes:
             raise _cameras_changed(name, episode.memory.shape[1], observed.shape[1])
         number = self.plan.asked[0].get("semantic") if self.plan.asked else None
         semantic = None if number is None else prompt.scores.get(number)
-        seen = step.kept(rows[0], self.plan.stage(self.plan.action_layers[-1]))
+        seen = step.kept(rows[0], self.plan.action_stage)
         memory, _ = spec.update(
             episode.memory[None],
             torch.tensor([episode.observations], device=observed.device),

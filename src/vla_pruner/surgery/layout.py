@@ -58,6 +58,11 @@ class Adapter(ABC):
     values that the decoder's layer i left in `past_key_values`, and then to its own. Tokens are cut
     in the decoder; the reader's rows are the action queries."""
 
+    reads_output: bool = False
+    """Whether `reader` attends to the decoder's output instead, as a diffusion head with
+    cross-attention does, in as many layers as it has. The adapter then hands it what is left
+    (`Session.left`) and shows its attention (`probe.Shown`)."""
+
     skips_layers: bool = True
     """Whether layers can be left out, for methods that skip some."""
 

@@ -42,6 +42,7 @@ class Plan:
         readings: scores to be read.
         asked: for each cut, the reading behind each name that the method uses.
         action_layers: layers whose action attention is watched.
+        action_stage: cuts that have happened when the last of them runs.
         needs_text: whether the layout has to say which rows are text.
         recalls: whether tokens that are cut keep the keys and values of the last step.
     """
@@ -52,6 +53,7 @@ class Plan:
     readings: tuple[Reading, ...]
     asked: tuple[Mapping[str, int], ...]
     action_layers: tuple[int, ...]
+    action_stage: int
     needs_text: bool
     recalls: bool
 
@@ -113,13 +115,20 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
     if history is not None and history.censored == "impute":
         _check_impute(method, asked)
     text = any(r.spec.rows in ("text", "voters") for r in readings.values())
+    if adapter.reads_output:
+        action_layers = _action_layers(history, len(adapter.reader_layers), frozenset())
+        action_stage = len(cuts)
+    else:
+        action_layers = _action_layers(history, depth, skipped)
+        action_stage = sum(cut <= action_layers[-1] for cut in cuts) if action_layers else 0
     return Plan(
         depth=depth,
         cuts=cuts,
         skipped=skipped,
         readings=tuple(readings.values()),
         asked=tuple(asked),
-        action_layers=_action_layers(history, depth, skipped),
+        action_layers=action_layers,
+        action_stage=action_stage,
         needs_text=text or "text" in method.needs,
         recalls=method.recalled_layer(depth) is not None,
     )

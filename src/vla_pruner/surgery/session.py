@@ -73,6 +73,7 @@ class Session(Attached):
         self._copies = 1
         self._latest: Step | None = None
         self._open: Step | None = None
+        self._prefilled: Step | None = None  # Of the last prefill; None: it showed no image.
         self._in_step = False
         self._running: Step | None = None
         self._queries = 0
@@ -176,6 +177,15 @@ class Session(Attached):
             return None
         return report(self._latest, self._plan, per_view=self.method.budget == "view")
 
+    @property
+    def left(self) -> Stage | None:
+        """What the cuts left of the last prefill, for a head that reads the decoder's output.
+
+        None: nothing was cut.
+        """
+        prompt = None if self._prefilled is None else self._prefilled.prompt
+        return None if prompt is None or prompt.mode == "full" else prompt.stages[-1]
+
     def compile(self, **options: Any) -> None:
         """Run the decoder through `torch.compile(fullgraph=True, **options)` until `remove`.
 
@@ -214,21 +224,22 @@ class Session(Attached):
         if args:
             bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
             kwargs = dict(bound.arguments)
-        inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = kwargs["input_ids"]
+        names = ("inputs_embeds", "input_ids", "hidden_states")
+        inputs = next(kwargs[name] for name in names if kwargs.get(name) is not None)
         cache = kwargs.get("past_key_values")
         cut, batch, length = self._cut, inputs.shape[0], inputs.shape[1]
         cut.static_cache = bool(getattr(cache, "is_compileable", False))
-        if length > 1 and _is_empty(cache):
+        reads_output = self.adapter.reads_output and decoder is self.adapter.reader
+        if length > 1 and _is_empty(cache) and not reads_output:
             cut.phase = "prefill"
             layout = self.adapter.layout(inputs, kwargs)
             step = None if layout is None else self._start(layout, inputs, kwargs)
+            self._prefilled = step
             if cache is not None:
                 self._remember(cache, step)
         else:
             cut.phase = "decode"
-            step = self._find(cache)
+            step = self._prefilled if reads_output else self._find(cache)
             if step is not None and len(step.ids) != batch:
                 raise ValueError(
                     f"this cache was filled by {len(step.ids)} rows and is continued with {batch}; "
