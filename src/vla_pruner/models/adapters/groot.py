@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from vla_pruner.models.adapters.patching import replace, reset_with
+from vla_pruner.models.flow_steps import Averaged, FlowSteps
 from vla_pruner.models.hf_vlm import ImageTokenVLM
 from vla_pruner.surgery.arguments import take
 from vla_pruner.surgery.probe import Shown
@@ -38,11 +39,8 @@ class GrootAdapter(ImageTokenVLM):
 
     reads_output = True
 
-    def __init__(
-        self, policy: nn.Module, *, flow_steps: Literal["latter-half", "all"] = "latter-half"
-    ) -> None:
-        if flow_steps not in ("latter-half", "all"):
-            raise ValueError(f'`flow_steps={flow_steps!r}` is unknown; use "latter-half" or "all".')
+    def __init__(self, policy: nn.Module, *, flow_steps: Averaged = "latter-half") -> None:
+        self._steps = FlowSteps(flow_steps)
         core: Any = _core(policy)
         super().__init__(core.backbone.get_submodule(_vlm_name(core.backbone)))
         self.policy, self.head = policy, core.action_head
@@ -55,8 +53,6 @@ class GrootAdapter(ImageTokenVLM):
                 "it gets, which removed tokens would shift; this configuration cannot be pruned."
             )
         self._shown = {block: Shown() for block in self._blocks}
-        self._wanted = flow_steps
-        self._step = 0
         self._present: Tensor | None = None
 
     @property
@@ -71,7 +67,7 @@ class GrootAdapter(ImageTokenVLM):
 
     def reader_rows(self, length: int) -> slice | None:
         """The chunk, behind the state; None in flow steps that are not averaged."""
-        if self._wanted == "latter-half" and self._step <= self.head.num_inference_timesteps // 2:
+        if not self._steps.counts(self.head.num_inference_timesteps):
             return None
         return slice(length - self.head.action_horizon, length)
 
@@ -79,7 +75,7 @@ class GrootAdapter(ImageTokenVLM):
         """Listen to the ids, count the flow steps, and show the head's attentions."""
         super().attach(undo)
         assert self.reader is not None
-        undo.callback(self.reader.register_forward_pre_hook(self._count).remove)
+        undo.callback(self.reader.register_forward_pre_hook(self._steps.count).remove)
         for block, shown in self._shown.items():
             _show(cast(nn.Module, block.attn1), shown, undo)
 
@@ -88,7 +84,8 @@ class GrootAdapter(ImageTokenVLM):
         process: Callable[[Any], Any] = self.head.process_backbone_output
 
         def processed(output: Any) -> Any:
-            self._step, left = 0, session.left
+            self._steps.restart()
+            left = session.left
             self._present = None if left is None else left.present
             if left is not None and left.positions is not None:
                 self._shorten(output, left.positions)
@@ -101,9 +98,6 @@ class GrootAdapter(ImageTokenVLM):
             undo.callback(hide.remove)
         if hasattr(self.policy, "reset"):
             reset_with(self.policy, session, undo)
-
-    def _count(self, *_: Any) -> None:
-        self._step += 1
 
     def _shorten(self, output: Any, positions: Tensor) -> None:
         """Take what is at `positions` `[B, n]` of all that the backbone says of each token.

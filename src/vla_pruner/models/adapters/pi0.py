@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace as replace_fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla_pruner.models.adapters.patching import one_step, replace, run_hooks_on_forward
 from vla_pruner.models.adapters.prefix import PrefixAdapter
+from vla_pruner.models.flow_steps import Averaged, FlowSteps
 from vla_pruner.surgery.layout import Layout
 from vla_pruner.surgery.session import Session
 
@@ -33,11 +34,8 @@ class FlowPolicyAdapter(PrefixAdapter):
         ValueError: another `flow_steps`.
     """
 
-    def __init__(
-        self, policy: nn.Module, *, flow_steps: Literal["latter-half", "all"] = "latter-half"
-    ) -> None:
-        if flow_steps not in ("latter-half", "all"):
-            raise ValueError(f'`flow_steps={flow_steps!r}` is unknown; use "latter-half" or "all".')
+    def __init__(self, policy: nn.Module, *, flow_steps: Averaged = "latter-half") -> None:
+        self._steps = FlowSteps(flow_steps)
         core = _core(policy)
         stacks: Any = core.paligemma_with_expert
         super().__init__(policy, core, stacks)
@@ -47,8 +45,6 @@ class FlowPolicyAdapter(PrefixAdapter):
         self._chunk = int(getattr(config, "chunk_size", None) or config.action_horizon)
         self._default_steps = int(getattr(config, "num_inference_steps", None) or 10)
         self._flow_steps = self._default_steps
-        self._wanted = flow_steps
-        self._step = 0
 
     def attach(self, undo: ExitStack) -> None:
         """Listen; let direct calls of `forward` run hooks; count the flow steps of each call."""
@@ -60,21 +56,15 @@ class FlowPolicyAdapter(PrefixAdapter):
             return sample(*args, **kwargs)
 
         replace(self.core, "sample_actions", sampled, undo)
-        for stack, count in ((self.decoder, self._restart), (self.reader, self._count)):
+        for stack, count in ((self.decoder, self._steps.restart), (self.reader, self._steps.count)):
             assert stack is not None
             use_eager_attention(stack, undo)
             run_hooks_on_forward(stack, undo)
             undo.callback(stack.register_forward_pre_hook(count).remove)
 
-    def _restart(self, *_: Any) -> None:
-        self._step = 0
-
-    def _count(self, *_: Any) -> None:
-        self._step += 1
-
     def reader_rows(self, length: int) -> slice | None:
         """The chunk, behind pi0's state token; None in flow steps that are not averaged."""
-        if self._wanted == "latter-half" and self._step <= self._flow_steps // 2:
+        if not self._steps.counts(self._flow_steps):
             return None
         return slice(length - self._chunk, length)
 

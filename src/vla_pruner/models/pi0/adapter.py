@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vla_pruner.models.flow_steps import Averaged, FlowSteps
 from vla_pruner.surgery.layout import Adapter, Layout
 
 from .feature_cache import feature_cache
@@ -27,35 +28,27 @@ class Pi0Adapter(Adapter):
         ValueError: another `flow_steps`.
     """
 
-    def __init__(
-        self, model: Pi0, *, flow_steps: Literal["latter-half", "all"] = "latter-half"
-    ) -> None:
-        if flow_steps not in ("latter-half", "all"):
-            raise ValueError(f'`flow_steps={flow_steps!r}` is unknown; use "latter-half" or "all".')
+    def __init__(self, model: Pi0, *, flow_steps: Averaged = "latter-half") -> None:
         self.model = model
         self.decoder, self.reader = model.language_model, model.expert
-        self.flow_steps = flow_steps
-        self._step = 0
+        self._steps = FlowSteps(flow_steps)
 
     def attach(self, undo: ExitStack) -> None:
         """Count the flow steps of each call."""
-        for stack, hook in ((self.decoder, self._restart), (self.model.expert, self._count)):
+        for stack, hook in (
+            (self.decoder, self._steps.restart),
+            (self.model.expert, self._steps.count),
+        ):
             undo.callback(stack.register_forward_pre_hook(hook).remove)
 
     def cache_flow(self, interval: int, undo: ExitStack) -> None:
         """The expert's feature cache."""
         undo.enter_context(feature_cache(self.model, every=interval))
 
-    def _restart(self, *unused: Any) -> None:
-        self._step = 0
-
-    def _count(self, *unused: Any) -> None:
-        self._step += 1
-
     def reader_rows(self, length: int) -> slice | None:
         """The chunk, behind pi0's state token; None in flow steps that are not averaged."""
         config = self.model.config
-        if self.flow_steps == "latter-half" and self._step <= config.flow_steps // 2:
+        if not self._steps.counts(config.flow_steps):
             return None
         return slice(length - config.chunk, length)
 
