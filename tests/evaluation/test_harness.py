@@ -168,11 +168,61 @@ for camera in suite.cameras:
 """
 
 
-@pytest.mark.skipif(
+_NEEDS_LIBERO = pytest.mark.skipif(
     "LIBERO_CONFIG_PATH" not in os.environ,
     reason="LIBERO is not prepared: run `make libero`, and set LIBERO_CONFIG_PATH as it says",
 )
+
+
+@_NEEDS_LIBERO
 def test_libero_starts_the_same_twice():
     found = subprocess.run([sys.executable, "-c", ROLLOUT], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "pick up the" in found.stdout
+
+
+LATE = """
+import numpy as np
+from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
+from vla_pruner.evaluation.harness import HarnessScene
+from vla_pruner.evaluation.suites import open_suite
+suite = open_suite("libero_goal")
+task = suite.tasks.index("turn on the stove")
+options = {"send_wrist_image": True, "send_state": True, "quat_no_antipodal": True}
+every_step = HarnessScene(LIBEROBenchmark(suite="libero_goal", **options))
+late = suite.open_scene()
+moves = np.random.default_rng(0).uniform(-1, 1, (10, 7))
+
+def seen(scene, seed):
+    scene.reset(seed, task)
+    for number, move in enumerate(moves):
+        if number % 4 == 0:
+            yield scene.observe(suite.cameras), scene.proprio()
+        simulation = scene._benchmark._env.sim
+        if number in (5, 9):  # the burner goes on, and off: seen later, and at once
+            (knob,) = (name for name in simulation.model.joint_names if "stove" in name)
+            burner = simulation.model.site_rgba.copy()
+            simulation.data.set_joint_qpos(knob, 1.0 if number == 5 else 0.0)
+            scene.step(0 * move)
+            assert (simulation.model.site_rgba != burner).any()
+        else:
+            scene.step(move)
+    yield scene.observe(suite.cameras), scene.proprio()
+
+for seed in (task, 10 + task):
+    pairs = list(zip(seen(every_step, seed), seen(late, seed), strict=True))
+    assert len(pairs) == 4
+    for (wanted, state), (found, again) in pairs:
+        assert np.array_equal(state, again)
+        for camera in suite.cameras:
+            assert wanted[camera].std() > 10
+            assert np.array_equal(wanted[camera], found[camera])
+late.close()
+every_step.close()
+"""
+
+
+@_NEEDS_LIBERO
+def test_images_drawn_late_are_those_that_vla_eval_draws_at_every_step():
+    found = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -6,7 +6,7 @@ Non-obvious behaviours
   the poses of fixtures anew at every reset, from the number of the scene: without that, the same
   initial state would look different from run to run.
 * Observations, actions, waiting steps and step limits are those of vla-eval's class. It draws every
-  camera at every step, also when nobody looks.
+  camera at every step, also when nobody looks; here LIBERO is drawn when somebody does.
 * LIBERO's initial states are pickles. They are read from the installed package alone.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.evaluation.drawing import LateCameras
 from vla_pruner.evaluation.suites import Suite
 
 INITIAL_STATES = 50
@@ -49,7 +50,7 @@ class HarnessScene:
         self._benchmark = benchmark
         self._loop = asyncio.new_event_loop()
         self._tasks = benchmark.get_tasks()
-        self._seen: Mapping[str, Any] = {}
+        self._seen: Mapping[str, Any] | None = None
 
     def reset(self, seed: int, target: int) -> dict[str, Any]:
         """Start the episode of `seed`; the result has the `instruction`."""
@@ -58,21 +59,22 @@ class HarnessScene:
         self._benchmark.env_seed = seed  # LIBERO seeds a simulator that it has just built itself
         task = {**self._tasks[target], "episode_idx": seed // len(self._tasks)}
         self._wait(self._benchmark.start_episode(task))
-        self._look()
-        return {"instruction": self._seen["task_description"]}
+        self._seen = None
+        return {"instruction": self._look()["task_description"]}
 
     def observe(self, cameras: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Images uint8 `[H, W, 3]` by camera."""
-        return {camera: self._seen["images"][camera] for camera in cameras}
+        images = self._look()["images"]
+        return {camera: images[camera] for camera in cameras}
 
     def proprio(self) -> np.ndarray:
         """State of the robot, float32 `[P]`."""
-        return np.asarray(self._seen["states"], dtype=np.float32)
+        return np.asarray(self._look()["states"], dtype=np.float32)
 
     def step(self, action: np.ndarray) -> None:
         """Apply one action `[dim]`."""
         self._wait(self._benchmark.apply_action({"actions": np.asarray(action)}))
-        self._look()
+        self._seen = None
 
     def success(self) -> bool:
         """Whether the episode has ended with success."""
@@ -84,8 +86,11 @@ class HarnessScene:
         self._benchmark.cleanup()
         self._loop.close()
 
-    def _look(self) -> None:
-        self._seen = self._wait(self._benchmark.get_observation())
+    def _look(self) -> Mapping[str, Any]:
+        """What the benchmark shows now; it is asked once for each state."""
+        if self._seen is None:
+            self._seen = self._wait(self._benchmark.get_observation())
+        return self._seen
 
     def _wait(self, what: Any) -> Any:
         return self._loop.run_until_complete(what)
@@ -125,10 +130,8 @@ def _open_benchmark(name: str) -> Any:
     """vla-eval's class, with everything that our policies may read."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")
-    from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
-
     _find_libero()
-    benchmark = LIBEROBenchmark(
+    benchmark = _late_libero()(
         suite=name, send_wrist_image=True, send_state=True, quat_no_antipodal=True
     )
     load = torch.load
@@ -137,6 +140,24 @@ def _open_benchmark(name: str) -> Any:
     finally:
         torch.load = load
     return benchmark
+
+
+def _late_libero() -> type:
+    """vla-eval's class for LIBERO, with cameras that are drawn when it is asked what it shows."""
+    from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
+
+    class LateLIBERO(LIBEROBenchmark):
+        _cameras: LateCameras
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "_env" and value is not None:  # it keeps its simulator there
+                self._cameras = LateCameras(value.env)
+            super().__setattr__(name, value)
+
+        def make_obs(self, raw_obs: Any, task: Any) -> Any:
+            return super().make_obs(self._cameras.drawn(raw_obs), task)
+
+    return LateLIBERO
 
 
 def _find_libero() -> Path:
