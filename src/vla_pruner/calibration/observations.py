@@ -152,21 +152,24 @@ def episode_path(folder: Path, seed: int) -> Path:
     return folder / f"scene_{seed:07d}.npz"
 
 
-def write_episode(path: Path, seen: Sequence[Observation], seed: int, **more: np.ndarray) -> None:
+def write_episode(
+    path: Path, seen: Sequence[Observation], seed: int | None = None, **more: np.ndarray
+) -> None:
     """Write moments of one episode; the file appears when it is complete.
 
     Args:
         path: of the file.
         seen: one dict per moment, as in `Observations`.
-        seed: of the scene.
+        seed: of the scene; None: it has no number among those of an evaluation.
         more: further arrays, which `read_episode` leaves alone.
     """
     arrays = {
         "images": np.stack([np.stack(one["images"]) for one in seen]),
         "instruction": np.array(seen[0]["instruction"]),
-        "seed": np.array(seed),
         **more,
     }
+    if seed is not None:
+        arrays["seed"] = np.array(seed)
     if seen[0]["proprio"] is not None:
         arrays["proprio"] = np.stack([one["proprio"] for one in seen])
     partial = path.with_suffix(".partial")

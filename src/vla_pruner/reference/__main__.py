@@ -62,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--out", type=Path, help="default: the weights that the package ships")
     export.set_defaults(run=_export)
 
+    watch = commands.add_parser("observations", help="recorded LIBERO episodes, to calibrate on")
+    watch.add_argument("--data", type=Path, required=True, help="the --out of demos --suite")
+    watch.add_argument("--out", type=Path, required=True)
+    watch.add_argument("--seed", type=int, default=0, help="which episode of each task")
+    watch.set_defaults(run=_observations)
+
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -129,6 +135,13 @@ def _export(options: argparse.Namespace) -> None:
     folder = options.out or WEIGHTS / options.stage
     export(options.checkpoints / f"{options.stage}.pt", folder)
     print(f"wrote {folder}")
+
+
+def _observations(options: argparse.Namespace) -> None:
+    from .libero.observations import write_observations
+
+    tasks = write_observations(options.data, options.out, seed=options.seed)
+    print(f"{tasks} tasks in {options.out}")
 
 
 def _numbers(text: str) -> list[int]:
