@@ -88,8 +88,6 @@ def _demos(options: argparse.Namespace) -> None:
     else:
         from .libero import demonstrations as libero
 
-        if options.policy is not None:
-            raise ValueError("--policy goes without --suite: in LIBERO the expert acts alone.")
         kept = libero.record(
             options.out,
             options.suite,
@@ -98,6 +96,7 @@ def _demos(options: argparse.Namespace) -> None:
             seed0=options.seed0,
             workers=options.workers,
             stride=options.stride or FRAME_STRIDE,
+            policy=options.policy,
         )
     print(f"{kept} episodes in {options.out}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla_pruner.reference.libero.demonstrations import Pushes, record, record_episode
+from vla_pruner.reference.libero.demonstrations import Pushes, lead, record, record_episode
 from vla_pruner.reference.libero.scene import _import_libero
 from vla_pruner.reference.libero.suites import FRAME_STRIDE, INSTRUCTIONS
 
@@ -37,6 +37,55 @@ def test_pushes_come_in_bursts_to_half_of_the_seeds_and_leave_the_gripper_alone(
         shares.append(np.mean([told for _, told in results]))
     assert 10 <= np.count_nonzero(shares) <= 30
     assert max(shares) < 0.6
+
+
+class Stage:
+    """A scene that notes what it is told, and is solved after so many steps."""
+
+    instruction = "put it there"
+
+    def __init__(self, solved_after=10**6):
+        self.told, self.solved_after = [], solved_after
+
+    def observe(self):
+        return {"agentview": np.zeros((2, 2, 3)), "wrist": np.ones((2, 2, 3))}
+
+    def proprio(self):
+        return np.arange(8.0)
+
+    def step(self, action):
+        self.told.append(action)
+
+    def success(self):
+        return len(self.told) >= self.solved_after
+
+
+class Apprentice:
+    """Answers with chunks of eight whose gripper is 0.3 open, then 0.3 closed."""
+
+    def predict_action(self, images, instruction, proprio):
+        assert [image.max() for image in images] == [0, 1]
+        assert instruction == "put it there" and len(proprio) == 8
+        actions = np.full((8, 7), 0.5)
+        actions[:, 6] = [-0.3] * 4 + [0.3] * 4
+        return actions
+
+
+def test_a_policy_leads_for_whole_chunks_as_evaluations_execute_them():
+    lengths = set()
+    for seed in range(60):
+        stage = Stage()
+        lead(stage, Apprentice(), seed)
+        lengths.add(len(stage.told))
+        assert [action[6] for action in stage.told[:8]] == [-1.0] * 4 + [1.0] * 4
+        assert all((action[:6] == 0.5).all() for action in stage.told)
+    assert lengths <= set(range(8, 136, 8)) and {8, 128} <= lengths
+
+
+def test_a_policy_that_solved_it_acts_no_more():
+    stage = Stage(solved_after=3)
+    lead(stage, Apprentice(), seed=0)
+    assert len(stage.told) == 3
 
 
 @pytest.mark.parametrize(
@@ -95,6 +144,19 @@ def test_an_episode_shows_every_fourth_step_and_replays(scene):
     for action in episode["executed"]:
         scene.step(action)
     assert scene.success()
+
+
+@needs_libero
+def test_the_expert_takes_over_from_where_a_policy_went(scene):
+    class Left:
+        def predict_action(self, images, instruction, proprio):
+            return np.repeat([[0.0, 0.6, 0.0, 0.0, 0.0, 0.0, -1.0]], 8, axis=0)
+
+    episode = record_episode(scene, seed=3, policy=Left())
+    alone = record_episode(scene, seed=3)
+    assert episode is not None and alone is not None
+    assert episode["proprio"][0, 1] > alone["proprio"][0, 1] + 0.05
+    assert not episode["perturbed"].any()
 
 
 @needs_libero

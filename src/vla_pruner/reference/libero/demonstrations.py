@@ -2,8 +2,8 @@
 
 Episodes start from placements that are drawn from the task's BDDL file. Official initial states,
 which evaluations use, are never recorded. In half of the episodes the arm is pushed aside now and
-then, so that the recording also shows how to recover; the recorded `action` is always the expert's
-answer to the state that was really visited.
+then, or a policy acts first in every episode, so that the recording also shows how to recover; the
+recorded `action` is always the expert's answer to the state that was really visited.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,9 @@ STEPS_AFTER_SUCCESS = 20
 _BLOCK = 5
 """Episodes of one task in a row: a worker builds its scene once for them."""
 _NOISE_STREAM = 7919
+_MOST_CALLS = 16
 _worker_scene: LiberoScene | None = None
+_worker_policy: Any = None
 
 
 class Pushes:
@@ -62,13 +64,32 @@ class Pushes:
         return np.clip(action + self._offset, -1.0, 1.0), True
 
 
+def lead(scene: LiberoScene, policy: Any, seed: int) -> None:
+    """Let a policy act for 1 to 16 whole chunks, as many as `seed` draws, or until success.
+
+    The expert, who takes over there, then shows how to get out of states that the policy's own
+    mistakes lead to (DAgger, Ross et al., 2011).
+    """
+    calls = np.random.RandomState([seed, _NOISE_STREAM]).randint(1, _MOST_CALLS + 1)
+    for _ in range(calls):
+        images = scene.observe()
+        views = [images[camera] for camera in CAMERAS]
+        actions = policy.predict_action(views, scene.instruction, proprio=scene.proprio())
+        for action in np.atleast_2d(actions):
+            scene.step(np.append(action[:6], -1.0 if action[6] < 0 else 1.0))
+            if scene.success():
+                return
+
+
 def record_episode(
-    scene: LiberoScene, seed: int, stride: int = FRAME_STRIDE
+    scene: LiberoScene, seed: int, stride: int = FRAME_STRIDE, policy: Any = None
 ) -> dict[str, np.ndarray] | None:
     """Run the expert once; the arrays of the episode, or None if it did not succeed.
 
-    It goes on with its plan for up to 20 steps after the success. A frame is taken every `stride`
-    steps; `load_episode` of `reference/demonstrations.py` reads the arrays. T steps, F frames:
+    With a `policy`, that acts first, unrecorded, instead of pushes; None if it needs no expert.
+    The expert goes on with its plan for up to 20 steps after the success. A frame is taken every
+    `stride` steps; `load_episode` of `reference/demonstrations.py` reads the arrays. T steps, F
+    frames:
 
     Returns
     -------
@@ -88,7 +109,12 @@ def record_episode(
     from .expert import Expert
 
     instruction = scene.reset(seed)
-    expert, push = Expert(scene, seed), Pushes(seed)
+    if policy is not None:
+        lead(scene, policy, seed)
+        if scene.success():
+            return None
+    push = Pushes(seed) if policy is None else None
+    expert = Expert(scene, seed)
     frames: list[dict[str, np.ndarray]] = []
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     steps: list[dict[str, np.ndarray]] = []
@@ -99,7 +125,7 @@ def record_episode(
             for camera, image in scene.observe().items():
                 images[camera].append(image)
             frames.append(_describe_frame(scene, expert.arm.focus(), action))
-        executed, perturbed = (action, False) if succeeded else push(action)
+        executed, perturbed = (action, False) if succeeded or push is None else push(action)
         steps.append(
             {
                 "action": action.astype(np.float32),
@@ -135,12 +161,14 @@ def record(
     seed0: int = 0,
     workers: int = 2,
     stride: int = FRAME_STRIDE,
+    policy: str | None = None,
 ) -> int:
     """Record `episodes` seeds, from `seed0`, of every task; returns how many succeeded so far.
 
     An episode becomes `episode_SUITE_TASK_SEED.npz`. A file appears only when it is complete, and a
     rerun skips what exists. An episode in which the expert failed leaves an empty `.failed` file.
-    Tasks take turns, so that a run that is stopped early leaves a bit of each.
+    Tasks take turns, so that a run that is stopped early leaves a bit of each. `policy` names one
+    that acts first in every episode, see `lead`.
     """
     for task in tasks:
         check_task(suite, task)
@@ -159,7 +187,8 @@ def record(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start = time.monotonic()
     # One process handles a block before it takes the next, so that scenes are seldom rebuilt.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _close_at_exit) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _open_worker, (policy,)) as pool:
         arguments = [(out_dir, suite, task, seed, stride) for task, seed in missing]
         results = pool.map(_record_to_file, arguments, chunksize=_BLOCK)
         for done, (task, seed, steps) in enumerate(results, start=1):
@@ -191,11 +220,19 @@ def _paths(out_dir: Path, suite: str, task: int, seed: int) -> tuple[Path, Path]
     return out_dir / f"{name}.npz", out_dir / f"{name}.failed"
 
 
-def _close_at_exit() -> None:
-    """Arrange that a process closes its scene before MuJoCo ends its contexts."""
+def _open_worker(policy: str | None) -> None:
+    """Prepare a process: a policy if one acts first; its scene closes before MuJoCo's contexts."""
+    global _worker_policy
     from multiprocessing.util import Finalize
 
     Finalize(None, _close_scene, exitpriority=0)
+    if policy is not None:
+        import torch
+
+        from ...models import load
+
+        torch.set_num_threads(1)
+        _worker_policy = load(policy)
 
 
 def _close_scene() -> None:
@@ -215,7 +252,7 @@ def _record_to_file(job: tuple[Path, str, int, int, int]) -> tuple[int, int, int
         _close_scene()
         _worker_scene = LiberoScene(suite, task)
     stored, failed = _paths(out_dir, suite, task, seed)
-    episode = record_episode(_worker_scene, seed, stride)
+    episode = record_episode(_worker_scene, seed, stride, _worker_policy)
     if episode is None:
         failed.touch()
         return task, seed, 0
