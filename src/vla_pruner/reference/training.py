@@ -36,6 +36,9 @@ from . import policies
 from .dataset import Batch, Demonstrations
 from .task import CAMERAS
 
+Bounds = tuple[np.ndarray, np.ndarray]
+"""What is normalised to -1 and to 1, per dimension."""
+
 STAGES = ("vision", "mini-openvla", "mini-oft", "mini-oft-libero")
 _POINTS = 5
 _RELATION_SCALE_M = 0.2
@@ -464,17 +467,20 @@ class Trainer:
         self.average = state["average"]
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.rng = np.random.default_rng([self.settings.seed, self.step])
-        self._take_bounds(state)
+        self.action_bounds, self.proprio_bounds = _bounds(state)
 
-    def _take_bounds(self, state: dict[str, Any]) -> None:
-        bounds = [x.cpu().numpy() for x in state["bounds"]]
-        self.action_bounds, self.proprio_bounds = (bounds[0], bounds[1]), (bounds[2], bounds[3])
+    def _adopt(self, action: Bounds, proprio: Bounds) -> None:
+        """Go on from weights that were trained with these bounds."""
+        if isinstance(self.model, OpenVLAOFT):
+            renormalise(self.model, (action, proprio), (self.action_bounds, self.proprio_bounds))
+        else:
+            self.action_bounds, self.proprio_bounds = action, proprio
 
     def load_policy(self, folder: Path) -> None:
         """Start from an exported policy of this size.
 
-        Its normalisation is kept where it has the same statistics as this stage. Words that both
-        tokenizers know keep their embeddings.
+        Its normalisation is taken over or converted, see `load_weights`, where it has the same
+        statistics as this stage. Words that both tokenizers know keep their embeddings.
         """
         policy: Any = load(folder)
         found = policy.state_dict()
@@ -489,11 +495,12 @@ class Trainer:
         ((name, statistics),) = policy.config.norm_stats.items()
         if name != policies.STATISTICS.get(self.settings.stage):
             return
-        bounds = [
-            (np.array(values["q01"]), np.array(values["q99"]))
-            for values in (statistics["action"], statistics["proprio"])
-        ]
-        self.action_bounds, self.proprio_bounds = bounds
+        self._adopt(
+            *(
+                (np.array(values["q01"]), np.array(values["q99"]))
+                for values in (statistics["action"], statistics["proprio"])
+            )
+        )
 
     @torch.no_grad()
     def _match_words(self, source: dict[str, int]) -> None:
@@ -513,7 +520,8 @@ class Trainer:
     def load_weights(self, path: Path) -> None:
         """Start from the averaged weights of a checkpoint, as far as names agree.
 
-        One of the same stage also hands on its normalisation.
+        One of the same stage also hands on its normalisation. OpenVLA-OFT's heads, linear in
+        actions and state, are converted to that of this stage's data instead.
         """
         if not path.exists():
             raise FileNotFoundError(
@@ -529,7 +537,34 @@ class Trainer:
         self.helpers.load_state_dict(helpers, strict=False)
         self._match_words(policies.tokenizer(state["settings"]["stage"]).get_vocab())
         if state["settings"]["stage"] == self.settings.stage:
-            self._take_bounds(state)
+            self._adopt(*_bounds(state))
+
+
+@torch.no_grad()
+def renormalise(
+    model: OpenVLAOFT,
+    before: tuple[Bounds, Bounds],
+    after: tuple[Bounds, Bounds],
+) -> None:
+    """Make a policy that was trained with bounds `before` say the same with bounds `after`.
+
+    Bounds are (low, high) of actions `[7]` and of the state `[8]`. The first layer that reads the
+    state and the last one that gives actions are linear, so this is exact, but for what is clipped.
+    """
+
+    def tensors(values: Bounds) -> list[Tensor]:
+        """Middle and reach."""
+        low, high = (torch.from_numpy(np.asarray(v)).to(model.device).float() for v in values)
+        return [(low + high) / 2, ((high - low) / 2).clamp_min(5e-7)]
+
+    (old_middle, old_reach), (middle, reach) = tensors(before[0]), tensors(after[0])
+    last = model.action_head.model.fc2
+    last.weight.mul_((old_reach / reach)[:, None])
+    last.bias.mul_(old_reach / reach).add_((old_middle - middle) / reach)
+    (old_middle, old_reach), (middle, reach) = tensors(before[1]), tensors(after[1])
+    first = model.proprio_projector.fc1
+    first.bias.add_(first.weight @ ((middle - old_middle) / old_reach))
+    first.weight.mul_(reach / old_reach)
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -599,6 +634,12 @@ def _attend(
 
 def _model_class(policy: str) -> type[OpenVLA] | type[OpenVLAOFT]:
     return OpenVLAOFT if policy.startswith("mini-oft") else OpenVLA
+
+
+def _bounds(state: dict[str, Any]) -> tuple[Bounds, Bounds]:
+    """Those of actions and of the state in a checkpoint."""
+    low, high, proprio_low, proprio_high = (x.cpu().numpy() for x in state["bounds"])
+    return (low, high), (proprio_low, proprio_high)
 
 
 def _schedule(step: int, progress: float) -> float:

@@ -128,6 +128,38 @@ def test_training_starts_from_mini_oft_and_ends_in_a_policy(tmp_path):
     np.testing.assert_allclose(again.proprio_bounds, (low, high))
 
 
+def test_going_on_with_other_data_converts_the_normalisation(tmp_path):
+    data = read(tmp_path)
+    settings = Settings("mini-oft-libero", steps=1, batch=2)
+    with torch.enable_grad():
+        Trainer(settings, data, tmp_path, WEIGHTS / "mini-oft").run()
+    (tmp_path / "more").mkdir()
+    wider = make_episode(seed=1)
+    wider["action"] = 3 * wider["action"] + 0.1
+    wider["proprio"] = 2 * wider["proprio"] - 1
+    write_episode(tmp_path / "more" / "episode_libero_object_1_000000.npz", wider)
+    more = LiberoDemonstrations(tmp_path / "more", pixels=140)
+    more.refresh()
+    checkpoint = tmp_path / "mini-oft-libero.pt"
+    same = Trainer(settings, data, tmp_path / "same", checkpoint)
+    other = Trainer(settings, more, tmp_path / "other", checkpoint)
+    assert np.abs(other.action_bounds[1] - same.action_bounds[1]).max() > 0.05
+    state = data.sample(np.random.default_rng(0), 4).proprio
+
+    def said(trainer):
+        """Actions in their own units, without clipping the state."""
+        low, high = trainer.proprio_bounds
+        scaled = torch.from_numpy(2 * (state - low) / (high - low) - 1).float()
+        ids, mask = trainer.prompts(["pick up the milk"] * 4)
+        pixels = torch.zeros(4, 12, 140, 140)
+        trainer.model.eval()
+        actions = trainer.model.action_head(trainer.model.action_hidden(ids, pixels, scaled, mask))
+        low, high = trainer.action_bounds
+        return (actions.detach().numpy() + 1) / 2 * (high - low) + low
+
+    np.testing.assert_allclose(said(other), said(same), atol=1e-4)
+
+
 def test_the_stage_needs_something_to_start_from(tmp_path):
     with pytest.raises(ValueError, match="--start"):
         Trainer(Settings("mini-oft-libero"), read(tmp_path), tmp_path / "run")
