@@ -19,7 +19,7 @@ from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
 from vla_pruner.evaluation.page import write_page
 from vla_pruner.evaluation.rollouts import Runner
 from vla_pruner.evaluation.store import FILE, Store
-from vla_pruner.evaluation.suites import Suite, pick_place
+from vla_pruner.evaluation.suites import PICK_PLACE, SUITES, Suite, open_suite
 from vla_pruner.evaluation.summary import (
     NOTES,
     Summary,
@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         default="mini-oft",
-        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), or a folder",
+        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0; "
+        "mini-oft-libero for --suite libero_object), or a folder",
+    )
+    parser.add_argument(
+        "--suite", default=PICK_PLACE, help=f"{', '.join(SUITES)}, or MODULE:FUNCTION"
     )
     parser.add_argument("--episodes", type=int, default=12, help="scenes, each run in every way")
     parser.add_argument(
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         # These are so small that a second thread gains little, and on a busy machine the first
         # would wait for it at every operation.
         one_thread()
-    return demo(args, pick_place())
+    return demo(args, open_suite(args.suite))
 
 
 def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None) -> int:
