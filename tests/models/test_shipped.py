@@ -9,8 +9,8 @@ import vla_pruner as vp
 from vla_pruner.models.loading import load, shipped
 
 
-def test_three_policies_ship():
-    assert set(shipped()) == {"mini-openvla", "mini-oft", "mini-pi0"}
+def test_four_policies_ship():
+    assert set(shipped()) == {"mini-openvla", "mini-oft", "mini-oft-libero", "mini-pi0"}
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
