@@ -62,6 +62,7 @@ def write_page(
         "title": "VLA-Pruner: " + escape(summary.settings["policy"]),
         "eyebrow": escape(
             f"VLA-Pruner demo · {summary.settings['policy']} · {summary.environment['date'][:10]}"
+            + (" · stand-in assets" if summary.settings.get("stand_in_assets") else "")
         ),
         "headline": escape(headline(summary)),
         "lead": escape(_LEAD),
@@ -101,7 +102,7 @@ def headline(summary: Summary) -> str:
 
 
 _LEAD = (
-    "A robot arm is told in words which of four groceries to move. The same trained policy runs in "
+    "A robot arm is told in words what to do. The same trained policy runs in "
     "the same scenes again and again; all that changes is how many image patches its language "
     "model may look at."
 )
