@@ -13,6 +13,7 @@ Non-obvious behaviours
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import random
@@ -123,7 +124,10 @@ def libero(name: str) -> Suite:
 
 
 def _open_scene(name: str) -> HarnessScene:
-    return HarnessScene(_open_benchmark(name))
+    scene = HarnessScene(_open_benchmark(name))
+    importlib.import_module("libero.libero.envs")
+    gc.freeze()  # robosuite collects at every reset, through all that torch and it have loaded
+    return scene
 
 
 def _open_benchmark(name: str) -> Any:
