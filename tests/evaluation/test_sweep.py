@@ -18,6 +18,7 @@ from vla_pruner.evaluation.store import Store
 from vla_pruner.evaluation.sweep import Cell, missing_jobs, plan, read_config, read_matrix
 from vla_pruner.evaluation.workers import EpisodesFailed, Processes
 
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 NONE, HALF, QUARTER = map(Condition.parse, ["none", "vla-pruner@0.5", "vla-pruner@0.25"])
 
 
@@ -82,11 +83,38 @@ conditions:
     assert {(cell.suite, cell.first) for cell in found} == {("toys", 3)}
 
 
+def test_episodes_may_differ_from_suite_to_suite():
+    found = read_matrix(
+        {
+            "policies": ["a"],
+            "suites": ["short", "long"],
+            "episodes": {"short": 9, "long": 3},
+            "methods": {"none": {"episodes": {"long": 5, "short": 20}}},
+            "conditions": ["fastv@0.5", {"random@0.5": {"short": 2, "long": 1}}, {"vtw@0.5": 4}],
+        }
+    )
+    assert [(cell.suite, cell.condition.name, cell.episodes) for cell in found] == [
+        ("short", "none", 20),
+        ("short", "fastv@0.5", 9),
+        ("short", "random@0.5", 2),
+        ("short", "vtw@0.5", 4),
+        ("long", "none", 5),
+        ("long", "fastv@0.5", 3),
+        ("long", "random@0.5", 1),
+        ("long", "vtw@0.5", 4),
+    ]
+
+
 def test_the_matrix_of_the_docs_is_understood():
     page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text("utf-8")
     found = read_matrix(yaml.safe_load(page.partition("```yaml")[2].partition("```")[0]))
     assert ("sparsevlm@0.125:count=behind", 40) in [(c.condition.name, c.episodes) for c in found]
     assert ("divprune@64", 20) in [(c.condition.name, c.episodes) for c in found]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_matrices_of_the_experiments_are_understood(path):
+    assert "none" in {cell.condition.name for cell in read_config(path)}
 
 
 def matrix(**changes) -> dict:
@@ -106,6 +134,9 @@ def matrix(**changes) -> dict:
         (matrix(conditions=["vlapruner@0.5"]), "unknown method"),
         (matrix(conditions=[{"none": 0}]), "episodes: 0 must be a number"),
         (matrix(episodes=True), "episodes: True must be a number"),
+        (matrix(episodes={"toys": 0}), "episodes: 0 must be a number"),
+        (matrix(episodes={"toy": 3}), "expected a number for each of toys; got {'toy': 3}"),
+        (matrix(suites=["toys", "b"], episodes={"b": 3}), "a number for each of toys, b"),
         (matrix(seed=-1), "seed: -1 must be the number"),
         (matrix(methods=["fastv"]), "fastv has no `keep`"),
         (matrix(methods={"fastv": {"ratio": 1}}), "may say keep, episodes and options"),

@@ -90,22 +90,23 @@ def read_matrix(values: Any) -> list[Cell]:
     if unknown := [str(key) for key in values if key not in _KEYS]:
         raise ValueError(f"unknown entry {', '.join(unknown)}; there are {', '.join(_KEYS)}")
     policies, suites = (_names(values, key) for key in ("policies", "suites"))
-    default, first = _count(values.get("episodes", 50)), values.get("seed", 0)
-    wanted: dict[str, tuple[Condition, int]] = {}
+    default, first = _counts(values.get("episodes", 50), suites), values.get("seed", 0)
+    wanted: dict[str, tuple[Condition, dict[str, int]]] = {}
     for text, episodes in [*_method_conditions(values), *_listed_conditions(values)]:
         condition = Condition.parse(text)
         if condition.name in wanted:
             raise ValueError(f"condition {condition.name} is asked for twice")
-        wanted[condition.name] = condition, _count(default if episodes is None else episodes)
+        counts = default if episodes is None else _counts(episodes, suites)
+        wanted[condition.name] = condition, counts
     if not wanted:
         raise ValueError("nothing to run: name `methods` or `conditions`")
     if not isinstance(first, int) or first < 0:
         raise ValueError(f"seed: {first!r} must be the number of a held-out scene, from 0")
     return [
-        Cell(policy, suite, condition, episodes, first)
+        Cell(policy, suite, condition, counts[suite], first)
         for suite in suites
         for policy in policies
-        for condition, episodes in wanted.values()
+        for condition, counts in wanted.values()
     ]
 
 
@@ -119,13 +120,19 @@ def _names(values: Mapping[str, Any], key: str) -> list[str]:
     return names
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"episodes: {value!r} must be a number of scenes, at least 1")
-    return value
+def _counts(value: Any, suites: Sequence[str]) -> dict[str, int]:
+    """Scenes by suite, from one number for all or from one for each."""
+    counts = dict(value) if isinstance(value, Mapping) else dict.fromkeys(suites, value)
+    if set(counts) != set(suites):
+        wanted = ", ".join(suites)
+        raise ValueError(f"episodes: expected a number for each of {wanted}; got {value!r}")
+    for count in counts.values():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"episodes: {count!r} must be a number of scenes, at least 1")
+    return counts
 
 
-def _method_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+def _method_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`methods`: each with every ratio of `keep`, unless it has its own."""
     methods = values.get("methods") or {}
     if isinstance(methods, list):
@@ -148,7 +155,7 @@ def _method_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, int | N
             yield f"{name}@{keep}{suffix}", own.get("episodes")
 
 
-def _listed_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
+def _listed_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`conditions`: names as everywhere, with their number of episodes if it is another."""
     for entry in values.get("conditions") or []:
         if isinstance(entry, str):
