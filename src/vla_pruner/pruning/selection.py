@@ -221,13 +221,14 @@ def _cosines(features: Tensor, length: Tensor) -> Tensor:
     them in pieces, which keeps the rounding error near MKL's.
     """
     size, dim = features.shape
-    product = _matmul
+    product, width = _matmul, dim
     if dim > _PIECE and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        product = _onednn
+        product, width = _onednn, _PIECE
     cosines = length.new_zeros(size, size)
     panels = [slice(start, start + _PANEL) for start in range(0, size, _PANEL)]
-    for piece in features.split(_PIECE if product is _onednn else dim, dim=1):
-        unit = piece / length
+    memory = features.new_empty(size * width)  # For all pieces: new pages cost more than they do.
+    for piece in features.split(width, dim=1):
+        unit = torch.div(piece, length, out=memory[: piece.numel()].view(piece.shape))
         for panel in panels:
             cosines[panel.start :, panel] += product(unit[panel.start :], unit[panel])
     for panel in panels:
