@@ -304,6 +304,24 @@ def test_bidirectional(decoders, embeds, attention, how):
     assert (causal - full).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_may_be_one_row_shown_for_all(decoders, embeds, attention):
+    model, found = decoders("llama", attention), []
+    mask = torch.zeros(2, 1, 30, 30)
+    mask[1, ..., 3] = mask[:, ..., 22] = torch.finfo(mask.dtype).min
+    adapter = decoder(action_rows=slice(-6, -1))
+    for given in (mask, mask[:, :, :1].expand_as(mask)):
+        with prune(model, "vla-pruner", window=1, adapter=adapter) as session:
+            for step in range(2):
+                inputs = dict(inputs_embeds=embeds(step, 2), attention_mask=given)
+                hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            found.append((hidden, session.last))
+    (hidden, report), (again, same) = found
+    assert report.kept_mask.sum() == 2 * KEEP and torch.equal(report.kept_mask, same.kept_mask)
+    close([hidden, report.semantic, report.action], [again, same.semantic, same.action])
+    assert report.semantic[1, 2] == 0 and report.semantic[0, 2] > 0
+
+
 # ---------------------------------------------------------------------- scores
 def attentions(model, embeds, mask=None):
     """Attention [L][B, H, S, S] of an eager copy."""

@@ -100,7 +100,9 @@ def attention_column_mean(
     if row_weight is not None:
         weight = _pick(row_weight.to(query.device).float(), number, 1).expand(batch, count)
     received = query.new_zeros(batch, keys, dtype=torch.float32)
-    row_step = min(count, _BLOCK_ROWS, max(1, chunk // (group * keys)))
+    row_step = count  # What is little is quickest in one block.
+    if heads * count * keys > chunk:
+        row_step = min(count, _BLOCK_ROWS, max(1, chunk // (group * keys)))
     head_step = max(1, chunk // (group * row_step * keys))
     # With autocast on, the products below would be taken in half precision.
     with torch.autocast(query.device.type, enabled=False):

@@ -34,9 +34,12 @@ def shortened(
         )
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        if mask.ndim == 4 and mask.shape[2] == length:
-            mask = take(mask, positions, dim=2)
-        short["attention_mask"] = _short_columns(mask, positions, length, static_cache)
+        rows = mask.shape[2] == length if mask.ndim == 4 else False
+        alike = rows and mask.stride(2) == 0  # One row, shown for all of them.
+        if rows:
+            mask = mask[:, :, :1] if alike else take(mask, positions, dim=2)
+        mask = _short_columns(mask, positions, length, static_cache)
+        short["attention_mask"] = mask.expand(-1, -1, positions.shape[1], -1) if alike else mask
     if kwargs.get("cache_position") is not None:
         short["cache_position"] = kwargs["cache_position"][: positions.shape[1]]
     return short

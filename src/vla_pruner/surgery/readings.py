@@ -50,6 +50,8 @@ class Seen:
             mask = mask[:, None, None, : key.shape[2]].bool()
         else:
             mask = mask[..., : key.shape[2]]
+            if mask.stride(2) == 0:
+                mask = mask[:, :, :1]  # One row, shown for all of them.
         scale = kwargs.get("scaling")
         if scale is None:
             scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)

@@ -152,8 +152,7 @@ class OpenVLAOFT(OpenVLA):
 def bidirectional_mask(embeds: Tensor, valid: Tensor | None) -> Tensor:
     """Additive mask [B, 1, S, S]: 0 everywhere except in the columns of padding."""
     batch, length = embeds.shape[:2]
-    if valid is None:
-        return embeds.new_zeros(batch, 1, length, length)
-    lowest = torch.finfo(embeds.dtype).min
-    columns = torch.zeros_like(valid, dtype=embeds.dtype).masked_fill(valid == 0, lowest)
+    columns = embeds.new_zeros(batch, length)
+    if valid is not None:
+        columns = columns.masked_fill(valid == 0, torch.finfo(embeds.dtype).min)
     return columns[:, None, None, :].expand(-1, -1, length, -1)
