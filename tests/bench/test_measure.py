@@ -1,5 +1,7 @@
 """The stopwatch: quartiles, interleaving, passes of a decoder, memory, recorded calls."""
 
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -100,3 +102,33 @@ def test_stamp_names_versions_and_machine() -> None:
     assert values["gpu"] is None
     assert version_of("a-package-that-nobody-has-written") is None
     assert commit() is None or len(commit().rstrip("+")) == 12
+
+
+KEPT = """
+import resource, torch
+from vla_pruner.bench.measure import keep_freed_memory, peak_memory_mb
+
+def fetch():
+    for piece in [torch.empty(5 << 20) for _ in range(4)]:
+        piece.fill_(1.0)
+
+def faults():
+    fetch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        fetch()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+print(keep_freed_memory(), before, faults(), peak_memory_mb(fetch, torch.device("cpu")))
+"""
+
+
+def test_freed_memory_is_not_fetched_again_and_still_counts_as_a_peak() -> None:
+    found = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    kept, before, after, peak_mb = found.stdout.split()
+    if kept == "False":
+        pytest.skip("the C library is not glibc")
+    assert 10 * int(after) < int(before)
+    assert peak_mb == "None" or 75 < float(peak_mb) < 160

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vla_pruner.bench.compare import Comparison, Row, compare, steps_to_prepare
+from vla_pruner.bench.measure import keep_freed_memory
 from vla_pruner.bench.workloads import DTYPES, PUBLISHED, build_workload
 from vla_pruner.methods import build
 
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: at least one thread is needed")
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     keeps = [_keep(word) for word in _words(args.keep, "--keep")]
     methods = []
     for name in _words(args.methods, "--methods"):

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from vla_pruner.bench.environment import stamp
-from vla_pruner.bench.measure import recorded_calls, time_ms
+from vla_pruner.bench.measure import keep_freed_memory, recorded_calls, time_ms
 from vla_pruner.calibration.observations import (
     Observation,
     episode_path,
@@ -233,6 +233,7 @@ def run(args: argparse.Namespace) -> int:
     Store(args.run_folder).close()  # Raises: there is nothing to read.
     console = Console()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     with Store(args.run_folder, write=True) as store:
         groups: dict[Setup, list[Planned]] = {}
         for item in store.planned():
