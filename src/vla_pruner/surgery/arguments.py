@@ -34,7 +34,7 @@ def shortened(
         )
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        rows = mask.shape[2] == length if mask.ndim == 4 else False
+        rows = mask.ndim == 4 and mask.shape[2] == length
         alike = rows and mask.stride(2) == 0  # One row, shown for all of them.
         if rows:
             mask = mask[:, :, :1] if alike else take(mask, positions, dim=2)
