@@ -49,8 +49,7 @@ def keep_freed_memory() -> bool:
     """Let freed memory stay with this process from now on; False where the C library is not glibc.
 
     glibc gives freed memory back to the system or keeps it, depending on what ran before. Fetching
-    it again, page by page, costs up to a tenth of a small policy's call, and hits one variant and
-    not the other by chance.
+    it again, page by page, slows one variant and not the other by chance.
     """
     mallopt = _glibc("mallopt")
     if mallopt is None:
