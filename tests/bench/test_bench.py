@@ -116,6 +116,7 @@ def test_the_command_prints_a_table_and_writes_json_and_markdown(
     assert values["rows"][2]["visual"] == 8
     assert values["environment"]["torch"] == torch.__version__
     assert values["settings"]["repeats"] == 2
+    assert set(values["selection_128_of_512_ms"]) == {"bfloat16", "float32"}
     table = Path(out[1]).read_text()
     assert "| fastv 8 | 8 |" in table
     assert "Greedy search" in table

@@ -222,11 +222,14 @@ def _table(result: Comparison, *, wide: bool) -> Table:
 
 def _notes(result: Comparison) -> str:
     stamp = ", ".join(f"{key} {value}" for key, value in result.environment.items() if value)
+    searches = ", ".join(
+        f"{dtype} {spread} ms" for dtype, spread in result.selection_128_of_512_ms.items()
+    )
     return (
         "Median [quartiles]. Bound: prefill FLOPs of the full model over those of the variant. "
         "Share: scoring and selection alone, of the full model's passes. "
         "Peak: held on top of the weights.\n"
-        f"Greedy search, 128 of 512 candidates, 4096 wide: {result.selection_128_of_512_ms} ms.\n"
+        f"Greedy search, 128 of 512 candidates, 4096 wide: {searches}.\n"
         f"{stamp}"
     )
 

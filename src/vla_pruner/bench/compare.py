@@ -59,7 +59,7 @@ class Comparison:
 
     model: dict[str, Any]
     rows: list[Row]
-    selection_128_of_512_ms: Spread
+    selection_128_of_512_ms: dict[str, Spread]  # By dtype of the features.
     settings: dict[str, Any]
     environment: dict[str, Any]
 
@@ -202,7 +202,10 @@ def compare(
             "parameters": sum(p.numel() for p in workload.policy.parameters()),
         },
         rows=[_row(variant, full) for variant in variants.values()],
-        selection_128_of_512_ms=_selection_reference(device),
+        selection_128_of_512_ms={
+            str(dtype).removeprefix("torch."): _selection_reference(device, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        },
         settings={
             "repeats": repeats,
             "compiled": compile_decoder,
@@ -254,9 +257,10 @@ def _paired(full: Sequence[float], variant: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(full, variant, strict=True)])
 
 
-def _selection_reference(device: torch.device) -> Spread:
-    """The greedy search at a size to compare with: 128 of 512 candidates, 4096 wide, fp32."""
-    features = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).to(device)
+def _selection_reference(device: torch.device, dtype: torch.dtype) -> Spread:
+    """The greedy search at a size to compare with: 128 of 512 candidates, 4096 wide."""
+    features = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    features = features.to(device, dtype)
     max_min_filter(features, 128)
     return Spread.of(
         [measure.time_ms(lambda: max_min_filter(features, 128), device) for _ in range(15)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import vla_pruner
+from vla_pruner.pruning import native
 
 
 def version_of(package: str) -> str | None:
@@ -65,6 +66,7 @@ def stamp(device: str | torch.device = "cpu") -> dict[str, Any]:
         "transformers": version_of("transformers"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "search": None if on_gpu else native.state(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
     }

@@ -8,13 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_pruner.pruning import native
+
 First = Literal["second-nearest", "nearest"]
-
-# Columns of the Gram matrix computed at once on the CPU, where only its lower half is needed.
-_PANEL = 64
-
-# Entries of two features multiplied and added up at once by oneDNN.
-_PIECE = 1024
 
 
 @torch.no_grad()
@@ -172,22 +168,29 @@ def _search_on_device(features: Tensor, candidates: Tensor, k: int, nearest: boo
 
 
 def _search_on_cpu(features: Tensor, candidates: Tensor, k: int, nearest: bool) -> Tensor:
-    """Search for one row: features [n, d], candidates bool [n] -> [k].
-
-    Only the candidates enter the Gram matrix, and the k steps run in NumPy, whose calls cost a
-    fraction of PyTorch's at this size.
-    """
+    """Search for one row: features [n, d], candidates bool [n] -> [k]."""
     index = candidates.nonzero().squeeze(1)
-    count = len(index)
-    if k > count:
-        raise ValueError(_TOO_FEW.format(k=k, count=count))
-    if count < len(features):
-        features = features.index_select(0, index)
-    features = features.float()
-    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    if k > len(index):
+        raise ValueError(_TOO_FEW.format(k=k, count=len(index)))
+    if features.dtype not in (torch.float32, torch.bfloat16):
+        features = features.float()
+    found = native.max_min_search(features, index, k, nearest)
+    picks, length = found or _search_in_numpy(features, index, k, nearest)
     if not torch.isfinite(length).all():
         raise ValueError(_NOT_FINITE)
-    rows = _cosines(features, length.clamp_min_(1e-12)).neg_().add_(1.0).numpy()
+    return index[picks]
+
+
+def _search_in_numpy(
+    features: Tensor, index: Tensor, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    """What `native.max_min_search` does.
+
+    The k steps run in NumPy, whose calls cost a fraction of PyTorch's at this size.
+    """
+    count, length = len(index), native.lengths(features, index)
+    unit = features.index_select(0, index).float() / length[:, None]
+    rows = (1.0 - unit @ unit.T).numpy()
     np.fill_diagonal(rows, np.inf)
     score = rows.min(axis=1)
     if not nearest and count > 1:  # The second smallest: set the smallest aside for a moment.
@@ -203,7 +206,7 @@ def _search_on_cpu(features: Tensor, candidates: Tensor, k: int, nearest: bool) 
         best[pick] = -np.inf
         pick = int(best.argmax())
         picks.append(pick)
-    return index[torch.tensor(picks)]
+    return torch.tensor(picks), length
 
 
 def _second_smallest(distance: Tensor) -> Tensor:
@@ -211,38 +214,6 @@ def _second_smallest(distance: Tensor) -> Tensor:
     if distance.shape[-1] == 1:
         return distance[..., 0]
     return distance.topk(2, dim=-1, largest=False).values[..., 1]
-
-
-def _cosines(features: Tensor, length: Tensor) -> Tensor:
-    """Cosines `[n, n]` between fp32 features [n, d] of known length [n, 1], on the CPU.
-
-    Long features go to oneDNN: `torch.matmul` leaves fp32 to MKL, which takes twice as long on
-    processors of another make. oneDNN adds up all products of a row one after the other, so it gets
-    them in pieces, which keeps the rounding error near MKL's.
-    """
-    size, dim = features.shape
-    product, width = _matmul, dim
-    if dim > _PIECE and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        product, width = _onednn, _PIECE
-    cosines = length.new_zeros(size, size)
-    panels = [slice(start, start + _PANEL) for start in range(0, size, _PANEL)]
-    memory = features.new_empty(size * width)  # For all pieces: new pages cost more than they do.
-    for piece in features.split(width, dim=1):
-        unit = torch.div(piece, length, out=memory[: piece.numel()].view(piece.shape))
-        for panel in panels:
-            cosines[panel.start :, panel] += product(unit[panel.start :], unit[panel])
-    for panel in panels:
-        cosines[panel, panel.stop :] = cosines[panel.stop :, panel].T
-    return cosines
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right.T
-
-
-def _onednn(left: Tensor, right: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], None)
-    return product
 
 
 def _candidate_mask(candidates: Tensor | None, features: Tensor) -> Tensor:
