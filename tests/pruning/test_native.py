@@ -1,5 +1,7 @@
 """The compiled search picks what the plain one picks; where it cannot be had, nobody misses it."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,6 +168,15 @@ def test_without_a_compiler_the_plain_search_does_it(state, tmp_path):
         assert said.startswith("not compiled (") and reason in said
         assert native.max_min_search(features, torch.arange(40), 9, False) is None
         assert max_min_filter(features, 9).tolist() == expected
+
+
+@compiled
+def test_the_compiler_finds_nothing_to_warn_of():
+    compiler = os.environ.get("CC", "cc").split()
+    flags = [flag for flag in native._FLAGS if flag != "-shared"]
+    native._run(
+        [*compiler, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(native._SOURCE)]
+    )
 
 
 @compiled

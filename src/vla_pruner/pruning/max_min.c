@@ -15,15 +15,15 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 12
+#define ROWS 8
 #elif defined(__AVX__)
 #define LANES 8
-#define ROWS 6
+#define ROWS 4
 #else
 #define LANES 4
 #define ROWS 4
 #endif
-#define COLUMNS (2 * LANES)
+#define COLUMNS (2 * LANES)     /* a panel: a multiple of ROWS */
 #define DEPTH 128               /* words added up at once, as MKL does: the same rounding */
 #define SHORTEST 1e-12f         /* see native.lengths */
 #define SMALL (1L << 21)        /* multiplications that are not worth a second thread */
@@ -31,16 +31,17 @@
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef float floats __attribute__((vector_size(4 * LANES)));
 
-/* A square of LANES x LANES words. */
-static void transpose(const uint32_t *from, long from_stride, uint32_t *to, long to_stride)
+/* A square of LANES x LANES words, in place. */
+static inline void transpose(words *v)
 {
 #ifdef __clang__                /* knows shuffles by constants only */
-    for (int row = 0; row < LANES; row++)
-        for (int column = 0; column < LANES; column++)
-            to[column * to_stride + row] = from[row * from_stride + column];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            uint32_t word = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = word;
+        }
 #else
-    words v[LANES];
-    for (int i = 0; i < LANES; i++) memcpy(&v[i], from + i * from_stride, sizeof v[i]);
 #pragma GCC unroll 4
     for (int half = 1; half < LANES; half *= 2) {       /* exchange squares of half x half */
         words low, high;
@@ -56,17 +57,28 @@ static void transpose(const uint32_t *from, long from_stride, uint32_t *to, long
                 v[i + half] = __builtin_shuffle(upper, lower, high);
             }
     }
-    for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &v[i], sizeof v[i]);
 #endif
 }
 
-static void divide(const uint32_t *from, float length, uint32_t *to, long count)
+/* Stores `depth` words of LANES rows side by side, with COLUMNS words from one to the next; fp32 is
+ * divided by the length of its row. Rows that are NULL are zero. */
+static void pack(const uint32_t *const *rows, const float *length, int bf16, long depth,
+                 uint32_t *panel)
 {
-    for (long i = 0; i < count; i++) {
-        float x;
-        memcpy(&x, from + i, sizeof x);
-        x /= length;
-        memcpy(to + i, &x, sizeof x);
+    for (long w = 0; w < depth; w += LANES) {
+        long count = depth - w < LANES ? depth - w : LANES;
+        words v[LANES];
+        for (int i = 0; i < LANES; i++) {
+            v[i] = (words){0};
+            if (!rows[i]) continue;
+            if (count == LANES)
+                memcpy(&v[i], rows[i] + w, sizeof v[i]);
+            else
+                memcpy(&v[i], rows[i] + w, count * sizeof **rows);
+            if (!bf16) v[i] = (words)((floats)v[i] / length[i]);
+        }
+        transpose(v);
+        for (int i = 0; i < count; i++) memcpy(panel + (w + i) * COLUMNS, &v[i], sizeof v[i]);
     }
 }
 
@@ -78,19 +90,21 @@ static inline void add(float *to, floats sum)
     memcpy(to, &old, sizeof old);
 }
 
-/* Adds products of ROWS rows [ROWS][DEPTH] and COLUMNS columns [depth][COLUMNS] to a tile. */
+/* Adds to a tile the products of ROWS tokens of one panel and all COLUMNS of another, both stored
+ * [depth][COLUMNS]. */
 #define PRODUCT(NAME, MULTIPLY_ADD)                                                                \
     static void NAME(const uint32_t *rows, const uint32_t *columns, long depth, float *tile,       \
                      long stride)                                                                  \
     {                                                                                              \
         floats sum[ROWS][2];                                                                       \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) sum[r][0] = sum[r][1] = (floats){0}; \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                                    \
+            sum[r][0] = sum[r][1] = (floats){0};                                                   \
         for (long w = 0; w < depth; w++) {                                                         \
             words left, right;                                                                     \
             memcpy(&left, columns + w * COLUMNS, sizeof left);                                     \
             memcpy(&right, columns + w * COLUMNS + LANES, sizeof right);                           \
             _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                              \
-                words row = (words){0} + rows[r * DEPTH + w];                                      \
+                words row = (words){0} + rows[w * COLUMNS + r];                                    \
                 sum[r][0] = MULTIPLY_ADD(row, left, sum[r][0]);                                    \
                 sum[r][1] = MULTIPLY_ADD(row, right, sum[r][1]);                                   \
             }                                                                                      \
@@ -138,13 +152,13 @@ static long argmax(const float *x, long n)
     return first;
 }
 
-static long panels(long n) { return (n + COLUMNS - 1) / COLUMNS; }
+static long whole_panels(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* How many words of memory a search among n rows needs. */
 long memory_words(long n)
 {
-    long padded = panels(n) * COLUMNS, all = padded + ROWS;
-    return all * DEPTH + padded * DEPTH + all * padded + n;
+    long all = whole_panels(n);
+    return all * DEPTH + all * all + all;
 }
 
 /* features: rows of `width` words, `stride` words apart; index [n]: the rows to choose from; length:
@@ -154,59 +168,56 @@ void max_min_search(const uint32_t *features, const int64_t *index, float *lengt
                     long width, long stride, int bf16, long k, int nearest, int threads,
                     uint32_t *memory, int64_t *picks)
 {
-    long padded = panels(n) * COLUMNS, all = padded + ROWS;
-    uint32_t *rows = memory, *columns = rows + all * DEPTH;
-    float *distance = (float *)(columns + padded * DEPTH), *score = distance + all * padded;
+    long all = whole_panels(n);
+    uint32_t *panels = memory;
+    float *distance = (float *)(panels + all * DEPTH), *score = distance + all * all;
 
 #pragma omp parallel num_threads(threads) if (n * n * width > SMALL)
     {
 #pragma omp for schedule(static)
-        for (long i = 0; i < all; i++) {
-            memset(distance + i * padded, 0, padded * sizeof *distance);
-            if (i >= n) memset(rows + i * DEPTH, 0, DEPTH * sizeof *rows);
-        }
+        for (long i = 0; i < all; i++) memset(distance + i * all, 0, all * sizeof *distance);
         for (long done = 0; done < width; done += DEPTH) {
             long depth = width - done < DEPTH ? width - done : DEPTH;
 #pragma omp for schedule(static)
-            for (long start = 0; start < padded; start += LANES) {
-                uint32_t *panel = columns + start / COLUMNS * COLUMNS * DEPTH + start % COLUMNS;
-                for (long i = start; i < n && i < start + LANES; i++) {
-                    const uint32_t *from = features + index[i] * stride + done;
-                    if (bf16)
-                        memcpy(rows + i * DEPTH, from, depth * sizeof *rows);
-                    else
-                        divide(from, length[i], rows + i * DEPTH, depth);
-                }
-                for (long w = 0; w < depth; w += LANES)
-                    transpose(rows + start * DEPTH + w, DEPTH, panel + w * COLUMNS, COLUMNS);
+            for (long start = 0; start < all; start += LANES) {
+                const uint32_t *rows[LANES];
+                for (long i = 0; i < LANES; i++)
+                    rows[i] = start + i < n ? features + index[start + i] * stride + done : 0;
+                pack(rows, length + start, bf16, depth,
+                     panels + start / COLUMNS * COLUMNS * DEPTH + start % COLUMNS);
             }
 #pragma omp for schedule(dynamic)
-            for (long start = 0; start < padded; start += COLUMNS)
-                for (long i = start; i < n; i += ROWS)
-                    (bf16 ? product_bf16 : product_fp32)(rows + i * DEPTH, columns + start * DEPTH,
-                                                         depth, distance + i * padded + start,
-                                                         padded);
+            for (long j = 0; j < all; j += COLUMNS)
+                for (long i = j; i < all; i += ROWS)
+                    (bf16 ? product_bf16 : product_fp32)(
+                        panels + i / COLUMNS * COLUMNS * DEPTH + i % COLUMNS, panels + j * DEPTH,
+                        depth, distance + i * all + j, all);
         }
 #pragma omp for schedule(dynamic)
-        for (long i = 0; i < padded; i += LANES)
-            for (long j = 0; j < i; j += LANES)
-                transpose((uint32_t *)distance + i * padded + j, padded,
-                          (uint32_t *)distance + j * padded + i, padded);
+        for (long i = 0; i < all; i += LANES)               /* the upper triangle */
+            for (long j = 0; j < i; j += LANES) {
+                words v[LANES];
+                for (int r = 0; r < LANES; r++)
+                    memcpy(&v[r], distance + (i + r) * all + j, sizeof v[r]);
+                transpose(v);
+                for (int r = 0; r < LANES; r++)
+                    memcpy(distance + (j + r) * all + i, &v[r], sizeof v[r]);
+            }
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++)
             if (bf16) {
-                length[i] = sqrtf(distance[i * padded + i]);
+                length[i] = sqrtf(distance[i * all + i]);
                 if (length[i] < SHORTEST) length[i] = SHORTEST;
             }
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++)
-            score[i] = finish(distance + i * padded, bf16 ? length : 0, n, i, nearest);
+            score[i] = finish(distance + i * all, bf16 ? length : 0, n, i, nearest);
     }
 
     picks[0] = argmax(score, n);
     for (long i = 0; i < n; i++) score[i] = INFINITY;   /* from now on: to the nearest chosen one */
     for (long step = 1; step < k; step++) {
-        const float *row = distance + picks[step - 1] * padded;
+        const float *row = distance + picks[step - 1] * all;
         for (long i = 0; i < n; i++) score[i] = row[i] < score[i] ? row[i] : score[i];
         score[picks[step - 1]] = -INFINITY;
         picks[step] = argmax(score, n);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -134,7 +135,7 @@ def _compile() -> tuple[Path, str]:
         raise _Unavailable("no C compiler; on Debian: apt-get install gcc libc6-dev")
     # Its predefined macros tell the compiler's version and every instruction it would use.
     macros = _run([*found, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    version = next(line for line in macros.splitlines() if line.startswith("#define __VERSION__ "))
+    version = re.search(r'^#define __VERSION__ "(.*)"', macros, re.MULTILINE)
     text = "\0".join([macros, *found, *_FLAGS, _SOURCE.read_text(encoding="utf-8")])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla-pruner"
     path = folder / f"max_min-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
@@ -144,7 +145,8 @@ def _compile() -> tuple[Path, str]:
             built = Path(scratch) / path.name
             _run([*found, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"])
             built.replace(path)  # In one step: another process may be doing the same.
-    return path, f"{Path(found[0]).name} {version.split(maxsplit=2)[2].strip(chr(34))}"
+    name = Path(found[0]).name
+    return path, f"{name} {version[1]}" if version else name
 
 
 def _run(command: list[str]) -> str:
