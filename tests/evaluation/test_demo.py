@@ -101,6 +101,7 @@ def test_the_report_has_its_files_and_the_terminal_its_table(report):
         "episodes.csv",
         "episodes.sqlite",
         "episodes.sqlite.lock",
+        "observations",
         "recordings",
     }
     results = json.loads((out / "results.json").read_text())
@@ -111,6 +112,61 @@ def test_the_report_has_its_files_and_the_terminal_its_table(report):
     assert len(list(csv.DictReader((out / "episodes.csv").open()))) == 6
     assert "all tokens" in text
     assert "Report: file://" in text
+
+
+def test_latency_is_that_of_replays_in_turn(report):
+    out, text = report
+    results = json.loads((out / "results.json").read_text())
+    apart = results["measured_apart"]
+    assert list(apart) == CONDITIONS
+    (calls,) = {timing["every"]["calls"] for timing in apart.values()}
+    (rounds,) = {timing["rounds"] for timing in apart.values()}
+    assert calls == len(results["episodes"][0]["calls"]["latency_ms"])
+    assert rounds == demo._ROUNDS
+    page = Page(out / "index.html").text
+    for timing in apart.values():
+        assert f"{timing['every']['latency_ms']:.1f} ms" in page
+    fewest = apart["vla-pruner@0.25"]["every"]["speedup"]
+    assert f"Its calls are {fewest:.2f} times as fast." in page
+    assert f"the {calls} calls of the first scene in turn, {rounds} times" in page
+    assert f"{fewest:.2f}" in text
+    (row,) = [
+        row
+        for row in csv.DictReader((out / "results.csv").open())
+        if row["name"] == "vla-pruner@0.25"
+    ]
+    assert float(row["apart.every.speedup"]) == fewest
+
+
+def test_calls_that_take_long_are_not_replayed(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_TIMED_MS", 1e-3)
+    scene = ToyScene()
+    code, text = run(arguments(policy, tmp_path / "report"), scene)
+    assert code == 0
+    assert len(scene.resets) == 3 + 6
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["measured_apart"] == {}
+    assert f"{results['rows'][0]['all_calls']['median_ms']:.1f}" in text
+    assert "bootstrap over scenes" in Page(tmp_path / "report" / "index.html").text
+
+
+def test_ctrl_c_among_the_replays_leaves_the_episodes_latencies(policy, tmp_path, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "report"
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "measure", interrupt)
+        code, _ = run(arguments(policy, out))
+    assert code == demo.INTERRUPTED
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"] and results["measured_apart"] == {}
+    assert run(arguments(policy, out, "--resume"))[0] == 0
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["measured_apart"]) == CONDITIONS
+    kept = results["measured_apart"]
+    assert run(arguments(policy, out, "--resume"))[0] == 0
+    assert json.loads((out / "results.json").read_text())["measured_apart"] == kept
 
 
 def test_the_page_loads_nothing(report):
@@ -171,7 +227,8 @@ def test_ctrl_c_leaves_a_valid_report_that_resume_completes(policy, tmp_path):
     scene = ToyScene()
     code, _ = run(arguments(policy, out, "--resume"), scene)
     assert code == 0
-    assert len(scene.resets) == 2 + 2  # two conditions warm up, two episodes were missing
+    # Two conditions warm up, two episodes were missing, one is seen again to be replayed.
+    assert len(scene.resets) == 2 + 2 + 1
     assert kept_episodes(out)[:4] == before
     page = Page(out / "index.html")
     assert "Partial report" not in page.text

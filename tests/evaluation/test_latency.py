@@ -165,7 +165,7 @@ def test_the_command_records_replays_and_reports(run_folder, capsys, monkeypatch
     assert Counter(one.condition for one in found) == {"none": 4, "vla-pruner@0.5": 4}
     assert sorted({one.scene for one in found}) == [100, 101]
 
-    monkeypatch.setattr(latency, "_record", None)  # Nothing is recorded again.
+    monkeypatch.setattr(latency, "record", None)  # Nothing is recorded again.
     assert main(words) == 0
     again = replays(run_folder)
     assert len(again) == len(found) and again != found

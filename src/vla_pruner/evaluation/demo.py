@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vla_pruner.bench.environment import stamp
+from vla_pruner.bench.measure import keep_freed_memory
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
+from vla_pruner.evaluation.latency import measure, recorded
 from vla_pruner.evaluation.page import write_page
-from vla_pruner.evaluation.rollouts import Runner
+from vla_pruner.evaluation.replay import pace, pace_notes, timings
+from vla_pruner.evaluation.rollouts import Planned, Runner
 from vla_pruner.evaluation.store import FILE, Store
 from vla_pruner.evaluation.suites import PICK_PLACE, SUITES, Suite, open_suite
 from vla_pruner.evaluation.summary import (
-    NOTES,
     Summary,
     episodes_csv,
     percent,
@@ -35,6 +37,9 @@ from vla_pruner.models.loading import load, shipped
 
 RECORDINGS = "recordings"
 INTERRUPTED = 130
+
+# Replays of one scene: at most so many rounds, in about so much time, or none at all.
+_ROUNDS, _TIMED_MS, _FEWEST_ROUNDS = 12, 20_000, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,20 +114,23 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
                     write_text(name, json.dumps(episode.recording))
                     store.add(job, episode)
                     bar.advance(line)
+            _time_apart(args.out, store, policy, suite, list(planned), seeds[0], console)
         except KeyboardInterrupt:
             interrupted = True
         setup = next(iter(planned)).setup
         episodes = store.episodes(setup, conditions, seeds)
+        timed = timings(store.replays(setup)[0])
     summary = summarise(
         episodes,
         conditions,
         planned=total,
         settings={**setup.as_dict(), "seeds": [seeds[0], seeds[-1]]},
         environment=stamp(),
+        apart={one.name: timed[one.name] for one in conditions if one.name in timed},
     )
     write_report(args.out, summary, conditions, suite, command=command_of(args))
     console.print(table(summary))
-    console.print(NOTES, style="dim", highlight=False)
+    console.print(pace_notes(summary), style="dim", highlight=False)
     page = (args.out / "index.html").resolve().as_uri()
     if interrupted:
         console.print(
@@ -132,6 +140,37 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
         )
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return INTERRUPTED if interrupted else 0
+
+
+def _time_apart(
+    out: Path,
+    store: Store,
+    policy: Any,
+    suite: Suite,
+    planned: Sequence[Planned],
+    seed: int,
+    console: Console,
+) -> None:
+    """Replay what the policy sees in one scene under all conditions in turn, if that is quick.
+
+    Episodes take turns in minutes, and what else the machine does in that time falls on one
+    condition or another by chance.
+    """
+    setup, conditions = planned[0].setup, [item.condition for item in planned]
+    timed = {replay.condition for replay in store.replays(setup)[0]}
+    if timed >= {condition.name for condition in conditions}:
+        return
+    (episode,) = store.episodes(setup, [Condition()], [seed])
+    once_ms = len(conditions) * sum(call.latency_ms for call in episode.calls)
+    rounds = min(_ROUNDS, int(_TIMED_MS / once_ms))
+    if rounds < _FEWEST_ROUNDS:
+        return
+    seen = recorded(out, policy, suite, setup, [seed], len(episode.calls), console)
+    keep_freed_memory()
+    with progress_bar(console) as bar:
+        line = bar.add_task("latency", total=rounds * len(conditions))
+        found = measure(policy, conditions, seen, rounds, lambda: bar.advance(line))
+    store.keep_replays(setup, found)
 
 
 def prepare_folder(out: Path, *, resume: bool) -> None:
@@ -201,15 +240,16 @@ def table(summary: Summary) -> Table:
     for column in ("", "success", "visual\ntokens", "prefill\nFLOPs", "latency, ms", "speed-up"):
         result.add_column(column, justify="right" if column else "left")
     for row in summary.rows:
-        every, pruned, success = row.all_calls, row.pruned_calls, row.success_interval
-        latency = f"{every.median_ms:.1f}\np95 {every.p95_ms:.1f}"
-        speedup = "-"
-        if every.speedup is not None and every.interval is not None:
-            speedup = f"{every.speedup:.2f}\n{every.interval.low:.2f} to {every.interval.high:.2f}"
-        if pruned is not None:
-            latency += f"\npruned {pruned.median_ms:.1f}"
-        if pruned is not None and pruned.speedup is not None:
-            speedup += f"\npruned {pruned.speedup:.2f}"
+        speed, success = pace(summary, row), row.success_interval
+        latency, speedup = f"{speed.latency_ms:.1f}", "-"
+        if speed.p95_ms is not None:
+            latency += f"\np95 {speed.p95_ms:.1f}"
+        if speed.speedup is not None and speed.interval is not None:
+            speedup = f"{speed.speedup:.2f}\n{speed.interval.low:.2f} to {speed.interval.high:.2f}"
+        if speed.pruned_ms is not None:
+            latency += f"\npruned {speed.pruned_ms:.1f}"
+        if speed.pruned_speedup is not None:
+            speedup += f"\npruned {speed.pruned_speedup:.2f}"
         result.add_row(
             row.label.replace(", ", "\n"),
             f"{row.successes} of {row.episodes}\n{percent(success.low)} to {percent(success.high)}",

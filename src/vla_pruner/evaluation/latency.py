@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -241,8 +242,8 @@ def run(args: argparse.Namespace) -> int:
         policies = Policies(partial(load, device=args.device))
         for setup in sorted(groups, key=lambda setup: setup.policy):
             policy = policies.get(setup)
-            recorded = _recorded(args, policy, setup, groups[setup], console)
-            _measure_group(args, store, policy, setup, groups[setup], recorded, console)
+            seen = _recorded(args, policy, setup, groups[setup], console)
+            _measure_group(args, store, policy, setup, groups[setup], seen, console)
     console.print(f"Report: vla-pruner report {args.run_folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -260,26 +261,35 @@ def _recorded(
         if not paths:
             raise FileNotFoundError(f"no observations (*.npz) in {str(args.observations)!r}")
         return read_recorded(paths, args.calls)
-    folder = args.run_folder / FOLDER / folder_name(setup)
     suite = open_suite(setup.suite)
     seeds = suite.held_out(args.scenes, items[0].first)
+    return recorded(args.run_folder, policy, suite, setup, seeds, args.calls, console)
+
+
+def recorded(
+    run_folder: Path,
+    policy: nn.Module,
+    suite: Suite,
+    setup: Setup,
+    seeds: Sequence[int],
+    calls: int,
+    console: Console,
+) -> list[Recorded]:
+    """What the policy sees in some episodes of a suite, recorded in the run folder where missing.
+
+    Args:
+        calls: at most so many of each episode.
+    """
+    folder = run_folder / FOLDER / folder_name(setup)
     missing = [seed for seed in seeds if not episode_path(folder, seed).exists()]
     if missing:
-        with console.status(f"recording {len(missing)} episodes of {setup.suite}"):
-            _record(policy, suite, setup, missing, folder)
-    return read_recorded([episode_path(folder, seed) for seed in seeds], args.calls)
-
-
-def _record(
-    policy: nn.Module, suite: Suite, setup: Setup, seeds: Sequence[int], folder: Path
-) -> None:
-    scene = suite.open_scene()
-    try:
-        for seed in seeds:
-            path = episode_path(folder, seed)
-            record(policy, scene, seed, suite.task_of(seed), setup, path)
-    finally:
-        scene.close()
+        with (
+            console.status(f"recording {len(missing)} episodes of {setup.suite}"),
+            closing(suite.open_scene()) as scene,
+        ):
+            for seed in missing:
+                record(policy, scene, seed, suite.task_of(seed), setup, episode_path(folder, seed))
+    return read_recorded([episode_path(folder, seed) for seed in seeds], calls)
 
 
 def _measure_group(
@@ -288,7 +298,7 @@ def _measure_group(
     policy: nn.Module,
     setup: Setup,
     items: Sequence[Planned],
-    recorded: Sequence[Recorded],
+    seen: Sequence[Recorded],
     console: Console,
 ) -> None:
     """Replay, then keep everything at once in place of what was measured before."""
@@ -297,9 +307,9 @@ def _measure_group(
         settings, recipe = settings_of(item.condition, policy)
         now.append(replace(item, settings=settings, recipe=recipe))
     store.begin(now, stamp(args.device))  # Raises: settings differ from those of the episodes.
-    total = args.rounds * len(recorded) * len(items)
+    total = args.rounds * len(seen) * len(items)
     with progress_bar(console) as bar:
         line = bar.add_task(f"{setup.policy} in {setup.suite}", total=total)
         conditions = [item.condition for item in items]
-        found = measure(policy, conditions, recorded, args.rounds, lambda: bar.advance(line))
+        found = measure(policy, conditions, seen, args.rounds, lambda: bar.advance(line))
     store.keep_replays(setup, found)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vla_pruner.evaluation.episode import ALL_TOKENS, Condition, Episode
+from vla_pruner.evaluation.replay import Pace, pace, pace_notes
 from vla_pruner.evaluation.statistics import Interval
 from vla_pruner.evaluation.summary import (
-    NOTES,
     Row,
     Summary,
     episodes_csv,
@@ -68,8 +68,8 @@ def write_page(
         "lead": escape(_LEAD),
         "notice": _notice(summary),
         "columns": "".join(f"<th scope='col'>{escape(column)}</th>" for column in COLUMNS),
-        "rows": "".join(_row(row) for row in summary.rows),
-        "notes": escape(NOTES),
+        "rows": "".join(_row(row, pace(summary, row)) for row in summary.rows),
+        "notes": escape(pace_notes(summary)),
         "scenes_note": escape(_SCENES_NOTE),
         "reading": "".join(f"<p>{escape(text)}</p>" for text in _READING),
         "numbers": "".join(f"<p>{escape(text)}</p>" for text in _NUMBERS),
@@ -92,12 +92,12 @@ def headline(summary: Summary) -> str:
         return f"With all its visual tokens: {baseline.successes} of {baseline.episodes} scenes."
     fewest = min(pruned, key=lambda row: row.visual_kept)
     share = percent(fewest.visual_kept / fewest.visual)
-    speed = fewest.all_calls.speedup
-    pace = f" Its calls are {speed:.2f} times as fast." if speed else ""
+    speed = pace(summary, fewest).speedup
+    faster = f" Its calls are {speed:.2f} times as fast." if speed else ""
     return (
         f"With {share} of its visual tokens the policy solves {fewest.successes} of "
         f"{fewest.episodes} scenes; with all of them, {baseline.successes} of "
-        f"{baseline.episodes}.{pace}"
+        f"{baseline.episodes}.{faster}"
     )
 
 
@@ -139,9 +139,11 @@ def _notice(summary: Summary) -> str:
     )
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, speed: Pace) -> str:
     interval = row.success_interval
-    pruned = row.pruned_calls
+    latency = [f"95th percentile {speed.p95_ms:.1f}"] if speed.p95_ms is not None else []
+    if speed.pruned_ms is not None:
+        latency.append(f"pruned calls {speed.pruned_ms:.1f}")
     cells = [
         (
             f"<b>{row.successes} of {row.episodes}</b>{_interval_plot(row.success, interval)}"
@@ -155,16 +157,15 @@ def _row(row: Row) -> str:
         (
             f"<b>{percent(row.prefill_ratio)}</b>"
             f"<small>{giga(row.prefill_macs)} per call"
-            + (f"<br>{percent(row.pruned_prefill_ratio)} in pruned calls" if pruned else "")
+            + (
+                f"<br>{percent(row.pruned_prefill_ratio)} in pruned calls"
+                if row.pruned_calls
+                else ""
+            )
             + "</small>"
         ),
-        (
-            f"<b>{row.all_calls.median_ms:.1f} ms</b><small>95th percentile "
-            f"{row.all_calls.p95_ms:.1f}"
-            + (f"<br>pruned calls {pruned.median_ms:.1f}" if pruned else "")
-            + "</small>"
-        ),
-        _speedup(row),
+        f"<b>{speed.latency_ms:.1f} ms</b><small>{'<br>'.join(latency)}</small>",
+        _speedup(row, speed),
     ]
     body = "".join(
         f"<td data-label='{escape(label)}'>{cell}</td>"
@@ -189,16 +190,15 @@ def _signed(share: float) -> str:
     return f"{'−' if points < 0 else '+' if points > 0 else '±'}{abs(points)}"  # noqa: RUF001
 
 
-def _speedup(row: Row) -> str:
+def _speedup(row: Row, speed: Pace) -> str:
     if row.name == ALL_TOKENS:
         return "<small>the baseline</small>"
-    latency, pruned = row.all_calls, row.pruned_calls
-    if latency.speedup is None or latency.interval is None:
+    if speed.speedup is None or speed.interval is None:
         return "<small>-</small>"
-    lines = f"{latency.interval.low:.2f} to {latency.interval.high:.2f}"
-    if pruned is not None and pruned.speedup is not None:
-        lines += f"<br>pruned calls {pruned.speedup:.2f}"
-    return f"<b>{latency.speedup:.2f}</b><small>{lines}</small>"
+    lines = f"{speed.interval.low:.2f} to {speed.interval.high:.2f}"
+    if speed.pruned_speedup is not None:
+        lines += f"<br>pruned calls {speed.pruned_speedup:.2f}"
+    return f"<b>{speed.speedup:.2f}</b><small>{lines}</small>"
 
 
 def _interval_plot(share: float, interval: Interval) -> str:

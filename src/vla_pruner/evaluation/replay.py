@@ -13,7 +13,8 @@ import numpy as np
 
 from vla_pruner.evaluation.episode import ALL_TOKENS
 from vla_pruner.evaluation.statistics import Interval, quantile
-from vla_pruner.evaluation.summary import speedup_text
+from vla_pruner.evaluation.summary import COST_NOTES, SUCCESS_NOTES, Row, Summary, speedup_text
+from vla_pruner.evaluation.summary import NOTES as LOOP_NOTES
 
 _DRAWS = 1000
 
@@ -195,6 +196,57 @@ def notes(found: Mapping[str, Timing]) -> str:
     """How the timings of one policy in one suite were measured."""
     one = next(iter(found.values()))
     return NOTES.format(rounds=one.rounds, calls=one.every.calls)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a condition is: measured apart where it was, in the closed loop otherwise.
+
+    Latency in ms, its 95th percentile only from the closed loop; speed-up over all tokens.
+    """
+
+    latency_ms: float
+    p95_ms: float | None
+    pruned_ms: float | None
+    speedup: float | None
+    interval: Interval | None
+    pruned_speedup: float | None
+
+
+def pace(summary: Summary, row: Row) -> Pace:
+    """What a short report says of one condition's speed."""
+    timing = summary.apart.get(row.name)
+    if timing is None:
+        every, some = row.all_calls, row.pruned_calls
+        return Pace(
+            every.median_ms,
+            every.p95_ms,
+            some.median_ms if some else None,
+            every.speedup,
+            every.interval,
+            some.speedup if some else None,
+        )
+    pruned = timing.pruned
+    return Pace(
+        timing.every.latency_ms,
+        None,
+        pruned.latency_ms if pruned else None,
+        timing.every.speedup,
+        timing.every.interval,
+        pruned.speedup if pruned else None,
+    )
+
+
+def pace_notes(summary: Summary) -> str:
+    """How the numbers of a short report were obtained."""
+    if not summary.apart:
+        return LOOP_NOTES
+    one = next(iter(summary.apart.values()))
+    return (
+        f"{SUCCESS_NOTES}speed-up by bootstrap over rounds. Latency and speed-up were measured "
+        f"after the episodes: each condition replayed the {one.every.calls} calls of the first "
+        f"scene in turn, {one.rounds} times (mean over calls of each call's median). {COST_NOTES}"
+    )
 
 
 def memory_text(peak_mb: float | None) -> str:

@@ -6,9 +6,9 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vla_pruner.evaluation.episode import ALL_TOKENS, Call, Condition, Episode
 from vla_pruner.evaluation.statistics import (
@@ -19,6 +19,9 @@ from vla_pruner.evaluation.statistics import (
     speedup_of,
     wilson,
 )
+
+if TYPE_CHECKING:
+    from vla_pruner.evaluation.replay import Timing
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Row:
 class Summary:
     """Rows, the episodes they were made from, and what they were measured on.
 
-    Conditions without a finished episode have no row.
+    Conditions without a finished episode have no row. `apart` is the timing of every condition on
+    the same observations, empty where there was none.
     """
 
     rows: list[Row]
@@ -93,6 +97,7 @@ class Summary:
     planned: int
     settings: dict[str, Any]
     environment: dict[str, Any]
+    apart: Mapping[str, Timing] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -107,6 +112,7 @@ class Summary:
             "settings": self.settings,
             "environment": self.environment,
             "rows": [asdict(row) for row in self.rows],
+            "measured_apart": {name: asdict(timing) for name, timing in self.apart.items()},
             "episodes": [episode.as_dict() for episode in self.episodes],
         }
 
@@ -118,6 +124,7 @@ def summarise(
     planned: int,
     settings: Mapping[str, Any],
     environment: Mapping[str, Any],
+    apart: Mapping[str, Timing] | None = None,
 ) -> Summary:
     """Compare the conditions with each other; differences and speed-ups are against "none".
 
@@ -126,6 +133,7 @@ def summarise(
         conditions: the rows, in order.
         planned: how many episodes were to be run.
         settings, environment: kept with the numbers.
+        apart: see `Summary`.
     """
     by_name: dict[str, dict[int, Episode]] = {condition.name: {} for condition in conditions}
     for episode in episodes:
@@ -136,7 +144,7 @@ def summarise(
         for condition in conditions
         if by_name[condition.name]
     ]
-    return Summary(rows, list(episodes), planned, dict(settings), dict(environment))
+    return Summary(rows, list(episodes), planned, dict(settings), dict(environment), apart or {})
 
 
 def _row(condition: Condition, runs: dict[int, Episode], baseline: dict[int, Episode]) -> Row:
@@ -266,18 +274,29 @@ def speedup_text(speedup: float | None, interval: Interval | None) -> str:
     return f"{speedup:.2f}x ({interval.low:.2f} to {interval.high:.2f})"
 
 
-NOTES = (
+SUCCESS_NOTES = (
     "Intervals: 95 %; success by Wilson, difference on the same scenes by Tango with the exact "
-    "McNemar test, speed-up by bootstrap over scenes. Latency: one whole call of the policy, "
-    "images in, actions out. Prefill FLOPs: multiply-accumulates of the decoder by formula, mean "
-    "over all calls; visual tokens: what stays in calls that drop tokens. The first calls of an "
-    "episode run on all tokens; pruned calls leave them out."
+    "McNemar test, "
 )
+COST_NOTES = (
+    "Latency: one whole call of the policy, images in, actions out. Prefill FLOPs: "
+    "multiply-accumulates of the decoder by formula, mean over all calls; visual tokens: what "
+    "stays in calls that drop tokens. The first calls of an episode run on all tokens; pruned "
+    "calls leave them out."
+)
+NOTES = f"{SUCCESS_NOTES}speed-up by bootstrap over scenes. {COST_NOTES}"
 
 
 def rows_csv(summary: Summary) -> str:
     """One line per condition; nested values become columns such as `all_calls.median_ms`."""
-    return to_csv([flat_row(row) for row in summary.rows])
+    return to_csv(
+        [
+            flat_row(row) | flat(asdict(summary.apart[row.name]), "apart.")
+            if row.name in summary.apart
+            else flat_row(row)
+            for row in summary.rows
+        ]
+    )
 
 
 def episodes_csv(summary: Summary) -> str:
