@@ -126,6 +126,7 @@ def test_latency_is_that_of_replays_in_turn(report):
     page = Page(out / "index.html").text
     for timing in apart.values():
         assert f"{timing['every']['latency_ms']:.1f} ms" in page
+        assert f"95th percentile {timing['every']['p95_ms']:.1f}" in page
     fewest = apart["vla-pruner@0.25"]["every"]["speedup"]
     assert f"Its calls are {fewest:.2f} times as fast." in page
     assert f"the {calls} calls of the first scene in turn, {rounds} times" in page

@@ -241,9 +241,7 @@ def table(summary: Summary) -> Table:
         result.add_column(column, justify="right" if column else "left")
     for row in summary.rows:
         speed, success = pace(summary, row), row.success_interval
-        latency, speedup = f"{speed.latency_ms:.1f}", "-"
-        if speed.p95_ms is not None:
-            latency += f"\np95 {speed.p95_ms:.1f}"
+        latency, speedup = f"{speed.latency_ms:.1f}\np95 {speed.p95_ms:.1f}", "-"
         if speed.speedup is not None and speed.interval is not None:
             speedup = f"{speed.speedup:.2f}\n{speed.interval.low:.2f} to {speed.interval.high:.2f}"
         if speed.pruned_ms is not None:

@@ -141,9 +141,9 @@ def _notice(summary: Summary) -> str:
 
 def _row(row: Row, speed: Pace) -> str:
     interval = row.success_interval
-    latency = [f"95th percentile {speed.p95_ms:.1f}"] if speed.p95_ms is not None else []
+    latency = f"95th percentile {speed.p95_ms:.1f}"
     if speed.pruned_ms is not None:
-        latency.append(f"pruned calls {speed.pruned_ms:.1f}")
+        latency += f"<br>pruned calls {speed.pruned_ms:.1f}"
     cells = [
         (
             f"<b>{row.successes} of {row.episodes}</b>{_interval_plot(row.success, interval)}"
@@ -164,7 +164,7 @@ def _row(row: Row, speed: Pace) -> str:
             )
             + "</small>"
         ),
-        f"<b>{speed.latency_ms:.1f} ms</b><small>{'<br>'.join(latency)}</small>",
+        f"<b>{speed.latency_ms:.1f} ms</b><small>{latency}</small>",
         _speedup(row, speed),
     ]
     body = "".join(
