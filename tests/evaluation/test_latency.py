@@ -120,7 +120,8 @@ def test_latency_is_the_mean_over_calls_of_their_median_round():
     assert (none.every.latency_ms, none.every.calls, none.rounds) == (25.0, 4, 3)
     assert none.every.speedup is None and none.warm_up is None and none.pruned is None
     assert (cut.every.latency_ms, cut.warm_up.latency_ms, cut.pruned.latency_ms) == (15, 20, 10)
-    assert (none.every.p95_ms, cut.pruned.p95_ms) == (300, 100)
+    assert (none.every.median_ms, none.every.p95_ms) == (30, 300)
+    assert (cut.pruned.median_ms, cut.pruned.p95_ms) == (10, 100)
     assert cut.every.speedup == pytest.approx(25 / 15)
     assert cut.warm_up.speedup == pytest.approx(1)
     assert cut.pruned.speedup == pytest.approx(3)

@@ -1,7 +1,5 @@
 """The compiled search picks what the plain one picks; where it cannot be had, nobody misses it."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,10 +170,17 @@ def test_without_a_compiler_the_plain_search_does_it(state, tmp_path):
 
 @compiled
 def test_the_compiler_finds_nothing_to_warn_of():
-    compiler = os.environ.get("CC", "cc").split()
     flags = [flag for flag in native._FLAGS if flag != "-shared"]
     native._run(
-        [*compiler, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(native._SOURCE)]
+        [
+            *native._compiler(),
+            *flags,
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fsyntax-only",
+            str(native._SOURCE),
+        ]
     )
 
 

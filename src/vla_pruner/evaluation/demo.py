@@ -20,7 +20,7 @@ from vla_pruner.evaluation.episode import ALL_TOKENS, Condition
 from vla_pruner.evaluation.latency import measure, recorded
 from vla_pruner.evaluation.page import write_page
 from vla_pruner.evaluation.replay import pace, pace_notes, timings
-from vla_pruner.evaluation.rollouts import Planned, Runner
+from vla_pruner.evaluation.rollouts import Runner, Setup
 from vla_pruner.evaluation.store import FILE, Store
 from vla_pruner.evaluation.suites import PICK_PLACE, SUITES, Suite, open_suite
 from vla_pruner.evaluation.summary import (
@@ -95,6 +95,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
             "different amounts to keep"
         )
     conditions = [Condition(), *(Condition.parse(f"{args.method}@{keep}") for keep in keeps)]
+    names = [condition.name for condition in conditions]
     seeds = suite.held_out(args.episodes, args.seed)
     cells = [Cell(args.policy, suite.name, one, args.episodes, args.seed) for one in conditions]
     prepare_folder(args.out, resume=args.resume)
@@ -104,6 +105,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     with Store(args.out, write=True) as store, closing(Runner(lambda name: policy)) as runner:
         planned = plan(cells, {suite.name: suite}, lambda name: policy)
         store.begin(list(planned), stamp())
+        setup = next(iter(planned)).setup
         jobs = missing_jobs(planned, store, record=len(seeds))
         try:
             with progress_bar(console) as bar:
@@ -114,10 +116,9 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
                     write_text(name, json.dumps(episode.recording))
                     store.add(job, episode)
                     bar.advance(line)
-            _time_apart(args.out, store, policy, suite, list(planned), seeds[0], console)
+            _time_apart(args.out, store, policy, suite, setup, conditions, seeds[0], console)
         except KeyboardInterrupt:
             interrupted = True
-        setup = next(iter(planned)).setup
         episodes = store.episodes(setup, conditions, seeds)
         timed = timings(store.replays(setup)[0])
     summary = summarise(
@@ -126,7 +127,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
         planned=total,
         settings={**setup.as_dict(), "seeds": [seeds[0], seeds[-1]]},
         environment=stamp(),
-        apart={one.name: timed[one.name] for one in conditions if one.name in timed},
+        apart={name: timed[name] for name in names} if timed.keys() >= set(names) else {},
     )
     write_report(args.out, summary, conditions, suite, command=command_of(args))
     console.print(table(summary))
@@ -147,7 +148,8 @@ def _time_apart(
     store: Store,
     policy: Any,
     suite: Suite,
-    planned: Sequence[Planned],
+    setup: Setup,
+    conditions: Sequence[Condition],
     seed: int,
     console: Console,
 ) -> None:
@@ -156,7 +158,6 @@ def _time_apart(
     Episodes take turns in minutes, and what else the machine does in that time falls on one
     condition or another by chance.
     """
-    setup, conditions = planned[0].setup, [item.condition for item in planned]
     timed = {replay.condition for replay in store.replays(setup)[0]}
     if timed >= {condition.name for condition in conditions}:
         return
@@ -241,7 +242,7 @@ def table(summary: Summary) -> Table:
         result.add_column(column, justify="right" if column else "left")
     for row in summary.rows:
         speed, success = pace(summary, row), row.success_interval
-        latency, speedup = f"{speed.latency_ms:.1f}\np95 {speed.p95_ms:.1f}", "-"
+        latency, speedup = f"{speed.median_ms:.1f}\np95 {speed.p95_ms:.1f}", "-"
         if speed.speedup is not None and speed.interval is not None:
             speedup = f"{speed.speedup:.2f}\n{speed.interval.low:.2f} to {speed.interval.high:.2f}"
         if speed.pruned_ms is not None:

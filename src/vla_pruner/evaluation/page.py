@@ -164,7 +164,7 @@ def _row(row: Row, speed: Pace) -> str:
             )
             + "</small>"
         ),
-        f"<b>{speed.latency_ms:.1f} ms</b><small>{latency}</small>",
+        f"<b>{speed.median_ms:.1f} ms</b><small>{latency}</small>",
         _speedup(row, speed),
     ]
     body = "".join(
