@@ -70,9 +70,9 @@ def _methods(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from vla_pruner.methods import methods
+    from vla_pruner.methods import list_methods
 
-    console, known = Console(), methods()
+    console, known = Console(), list_methods()
     if args.name is None:
         table = Table(Column("method", no_wrap=True), "what it keeps", "from", "licence")
         for name, method in known.items():
@@ -105,7 +105,7 @@ def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from vla_pruner.models import matrix, models
+    from vla_pruner.models import list_models, matrix
     from vla_pruner.models.base import built_in
     from vla_pruner.models.loading import shipped
 
@@ -113,7 +113,7 @@ def _models(args: argparse.Namespace) -> int:
         summaries = {family.name: family.summary for family in built_in()}
         print(matrix.markdown(matrix.read(), summaries), end="")
         return OK
-    console, known = Console(), models()
+    console, known = Console(), list_models()
     chosen = known if args.name is None else {args.name: _pick(args.name, known, "model family")}
     table = Table("family", "what it covers")
     for name, family in chosen.items():

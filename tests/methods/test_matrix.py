@@ -215,7 +215,7 @@ def one_step(family: Family, session: Any, scenes: Sequence[int], step: int) -> 
 
 def recalls(method: Method, family: Family) -> bool:
     """Whether tokens leave that others still see as they were a step ago."""
-    return method.recalled_layer(family.layers()) is not None
+    return method.name == "vla-cache"
 
 
 def masks(session: Any) -> list[Tensor]:

@@ -9,13 +9,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_clustering import slow_recycle
-from test_raters import slow_raters
+from test_query_weights import slow_raters
 
 import vla_pruner as vp
 from vla_pruner.methods import Choice, Evidence, ScoreSpec, build
 from vla_pruner.pruning.clustering import recycled_counts
-from vla_pruner.pruning.lots import lots
-from vla_pruner.pruning.raters import rater_weights
+from vla_pruner.pruning.hashed_uniform import hashed_uniform
+from vla_pruner.pruning.query_weights import query_weights
 
 WEIGHTS = {8: (1, 2, 4), 32: (4, 9, 16)}
 
@@ -123,11 +123,13 @@ def evidence(m=40, k=20, **changes) -> Evidence:
 def test_raters_vote_in_the_layer_before_each_cut():
     method = build("sparsevlm")
     for cut in (3, 7, 16):
-        assert method.scores(cut) == {"semantic": ScoreSpec(layer=cut - 1, rows="voters")}
+        assert method.scores(cut) == {"semantic": ScoreSpec(layer=cut - 1, rows="weighted")}
     assert method.needs == ("text",)
     visual, text = torch.randn(2, 9, 4), torch.randn(2, 5, 4)
     valid = torch.ones(2, 5, dtype=torch.bool)
-    assert torch.equal(method.voters(visual, text, valid), rater_weights(visual, text, valid))
+    assert torch.equal(
+        method.query_weights(visual, text, valid), query_weights(visual, text, valid)
+    )
 
 
 def test_recycled_tokens_are_part_of_the_budget():
@@ -187,7 +189,7 @@ def test_selection_compiles_into_one_graph():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "cuts three times; use `layers`"),
+        ({"layer": 3}, "no option 'layer'; did you mean 'layers'"),
         ({"layers": (3, 7)}, "three layers, ascending"),
         ({"layers": (3, 7, 7)}, "three layers, ascending"),
         ({"layers": (0, 7, 8)}, "layers=0"),
@@ -230,7 +232,7 @@ def slow_sparsevlm(model, embeds, counts, *, compact, share, group):
     """Logits of one sequence [30, 32], layer by layer; tokens 1..20 are visual. Cuts: 1, 2, 3."""
     visual, text = embeds[1:21].tolist(), embeds[21:].tolist()
     raters = slow_raters(visual, text, range(9), strict=True)
-    noise = (1e-6 * lots(torch.zeros(1).long(), torch.arange(20)))[0].tolist()
+    noise = (1e-6 * hashed_uniform(torch.zeros(1).long(), torch.arange(20)))[0].tolist()
     left, x, kept, attention = list(range(20)), embeds[None], [], None
     for index, layer in enumerate(model.model.layers):
         if index in (1, 2, 3):
@@ -284,7 +286,7 @@ def test_a_whole_prefill_equals_the_slow_one(decoders, embeds, positions, recycl
 def test_the_release_cuts_once_and_counts_from_what_is_pruned():
     method = build("sparsevlm-release", keep=0.1)
     assert (method.cuts(32), method.kept((256,))) == ((3,), round(256 * (1 - (1 - 0.1))))
-    assert method.scores(3) == {"semantic": ScoreSpec(layer=2, rows="voters")}
+    assert method.scores(3) == {"semantic": ScoreSpec(layer=2, rows="weighted")}
     assert torch.equal(
         build("sparsevlm-release", keep=20).select(evidence()),
         evidence().semantic.topk(20).indices.sort(dim=1).values,

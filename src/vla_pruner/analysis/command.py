@@ -160,7 +160,7 @@ def ways(
         for method in methods:
             result[f"{method}@{keep}"] = build(method, keep=keep, layer=layer)
         if "vla-pruner" in methods:
-            for rule in ("carry", "decay", "impute"):
+            for rule in ("carry",):
                 way = build("vla-pruner", keep=keep, layer=layer, censored=rule)
                 result[f"vla-pruner ({rule})@{keep}"] = way
         if oracle_stride is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vla_pruner.methods.base import HistorySpec
+from vla_pruner.pruning.history import HistorySpec
 from vla_pruner.pruning.selection import top_k
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core.session import Session, StepReport
 from vla_pruner.evaluation.episode import Scene
 from vla_pruner.evaluation.oracle import Oracle, OracleSession
 from vla_pruner.evaluation.recording import crop, visible_side
 from vla_pruner.evaluation.rollouts import Setup
-from vla_pruner.methods.base import HistorySpec, Method, SemanticRows, StepContext
+from vla_pruner.methods.base import Evidence, Method, OneCut, SemanticRows, StepContext
 from vla_pruner.models.prune import prune
-from vla_pruner.surgery.session import Session, StepReport
+from vla_pruner.pruning.history import HistorySpec
 
 FRAME = 112
 """Side of a recorded frame in pixels."""
@@ -29,7 +30,7 @@ Way = Method | Oracle
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch(Method):
+class Watch(OneCut):
     """Asks for both scores of the paper and keeps every token, at every step."""
 
     name: ClassVar[str] = "watch"
@@ -49,16 +50,7 @@ class Watch(Method):
         """Always."""
         return True
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Never asked: all steps are full."""
         raise NotImplementedError
 

@@ -16,11 +16,11 @@ from vla_pruner.bench import measure
 from vla_pruner.bench.environment import stamp
 from vla_pruner.bench.measure import PassClock, Spread
 from vla_pruner.bench.workloads import Workload
+from vla_pruner.core import scores as readings
+from vla_pruner.core.session import Session
 from vla_pruner.methods import Method
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
-from vla_pruner.surgery import readings
-from vla_pruner.surgery.session import Session
 
 FULL = "full"
 

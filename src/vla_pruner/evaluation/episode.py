@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from torch import nn
 
+from vla_pruner.core.session import Session
 from vla_pruner.evaluation.pilot import ALL_TOKENS, Call, LocalPilot, Pilot
 from vla_pruner.evaluation.recording import Recorder
 from vla_pruner.methods import build
 from vla_pruner.models.prune import prune
-from vla_pruner.surgery.session import Session
 
 Gripper = Literal["robosuite", "rlds"]
 """How a policy writes the gripper: +1 close and -1 open, or 0 close and 1 open."""
@@ -189,7 +189,7 @@ class Condition:
         """The session that brings the condition about; None leaves the model untouched."""
         if self.keep is None:
             return None
-        return prune(policy, self.method, keep=self.keep, **dict(self.options))
+        return prune(policy, build(self.method, keep=self.keep, **dict(self.options)))
 
 
 def _read(text: str) -> Any:

@@ -23,6 +23,7 @@ from vla_pruner.calibration.observations import (
     read_episode,
     write_episode,
 )
+from vla_pruner.core.session import Session
 from vla_pruner.evaluation.episode import Condition, Scene, rollout
 from vla_pruner.evaluation.pilot import report_of
 from vla_pruner.evaluation.replay import Replay
@@ -32,7 +33,6 @@ from vla_pruner.evaluation.suites import Suite, open_suite
 from vla_pruner.evaluation.sweep import progress_bar, settings_of
 from vla_pruner.evaluation.video import folder_name
 from vla_pruner.models.loading import load
-from vla_pruner.surgery.session import Session
 
 FOLDER = "observations"
 """In the run folder."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from vla_pruner.bench.measure import time_ms
+from vla_pruner.core.session import Session, StepReport
 from vla_pruner.evaluation.recording import drawn, visible_side
 from vla_pruner.models.prune import prune
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
-from vla_pruner.surgery.session import Session, StepReport
 
 ALL_TOKENS = "none"
 """Name of the condition without pruning, the baseline of every comparison."""

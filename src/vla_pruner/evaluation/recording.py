@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vla_pruner.core.session import StepReport
 from vla_pruner.models.openvla.processing import CROP_AREA
-from vla_pruner.surgery.session import StepReport
 
 SHEET_COLUMNS = 10
 """Frames in one row of a contact sheet."""

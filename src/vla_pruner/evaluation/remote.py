@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vla_pruner.core.session import Session
 from vla_pruner.evaluation.episode import Condition, Episode
 from vla_pruner.evaluation.pilot import Answer, LocalPilot, Pilot
 from vla_pruner.evaluation.rollouts import Job, Policies, Runner, Setup
 from vla_pruner.evaluation.workers import attempt, one_thread
 from vla_pruner.models.loading import load
-from vla_pruner.surgery.session import Session
 
 
 class PolicyGone(Exception):

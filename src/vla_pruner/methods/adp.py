@@ -9,22 +9,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import (
-    Method,
-    Positions,
-    ScoreSpec,
-    StepContext,
-    require_choice,
-    require_int,
-)
+from vla_pruner.methods.base import Evidence, OneCut, Positions, ScoreSpec, StepContext
 from vla_pruner.pruning.budget import Budget, split_by_shares
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import top_k
 
 _TWO_CAMERAS = (0.4, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLAADP(Method):
+class VLAADP(OneCut):
     """Before layer K, keep the tokens with the largest products of queries and keys; gated.
 
     With q, k the queries and keys that layer K makes of its normed input, before rotary positions,
@@ -127,20 +121,11 @@ class VLAADP(Method):
             return True
         return self.between == "hold" and context.since_full == 0
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The k tokens with the largest products: `[B, k]`, ascending."""
-        if semantic is None:
+        if evidence.semantic is None:
             raise ValueError("method 'vla-adp' needs the semantic score; got None.")
-        return top_k(semantic, k, valid=valid)
+        return top_k(evidence.semantic, k, valid=evidence.valid)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         (total,) = Budget(self.keep).resolve(views)

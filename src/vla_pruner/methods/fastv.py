@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, SemanticRows
+from vla_pruner.methods.base import Evidence, OneCut, SemanticRows
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Method):
+class FastV(OneCut):
     """Rank visual tokens by the attention of the last prefill query at layer K-1, heads averaged.
 
     Reference: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
@@ -27,16 +27,7 @@ class FastV(Method):
         """The last query."""
         return "last"
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The k tokens with the highest semantic score: `[B, k]`, ascending."""
-        assert semantic is not None
-        return top_k(semantic, k, valid=valid)
+        assert evidence.semantic is not None
+        return top_k(evidence.semantic, k, valid=evidence.valid)

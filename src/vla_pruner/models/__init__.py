@@ -1,7 +1,7 @@
 """Model families. `vp.models()` lists them; the adapters for models no family knows are here."""
 
 from vla_pruner._callable import listing_package
-from vla_pruner.models.base import Adapter, Family, Layout, find_adapter, models
+from vla_pruner.models.base import Adapter, Family, Layout, find_adapter, list_models, models
 from vla_pruner.models.decoder import Decoder
 from vla_pruner.models.hf_vlm import ImageTokenVLM
 from vla_pruner.models.loading import load
@@ -13,6 +13,7 @@ __all__ = [
     "ImageTokenVLM",
     "Layout",
     "find_adapter",
+    "list_models",
     "load",
     "models",
 ]

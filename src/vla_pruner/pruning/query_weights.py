@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def rater_weights(
+def query_weights(
     visual: Tensor, text: Tensor, text_valid: Tensor, *, strict: bool = True
 ) -> Tensor:
     """Words that are at least as similar to the image as the average word.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def lots(seeds: Tensor, places: Tensor, seed: int = 0) -> Tensor:
+def hashed_uniform(seeds: Tensor, places: Tensor, seed: int = 0) -> Tensor:
     """A number for each place, as if drawn from a uniform distribution.
 
     Neither the global random state, nor the device, nor other rows of a batch have a say.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from vla_pruner.surgery.session import Session
+from vla_pruner.core.session import Session
 
 M, KEEP, CUT = 20, 6, 2
 
@@ -402,7 +402,7 @@ def test_nothing_is_left_behind_when_attaching_fails(decoders, monkeypatch, brok
 
     if broken == "layer":
         last = model.model.layers[-1]
-        monkeypatch.setattr(last, "register_forward_hook", lambda hook: 1 / 0)
+        monkeypatch.setattr(last, "register_forward_hook", lambda hook, **options: 1 / 0)
         before = state_of(model)
     with pytest.raises((RuntimeError, ZeroDivisionError)):
         prune(model, adapter=Broken(visual=slice(1, 21)))
@@ -485,6 +485,10 @@ def test_compile_after_removal_is_refused(decoders):
 
 
 def test_public_names():
-    assert "vla-pruner" in vp.methods() and "hf-vlm" in vp.models()
+    assert "vla-pruner" in vp.list_methods() and "hf-vlm" in vp.list_models()
+    with pytest.warns(DeprecationWarning, match="list_methods"):
+        assert vp.methods() == vp.list_methods()
+    with pytest.warns(DeprecationWarning, match="list_models"):
+        assert vp.models().keys() == vp.list_models().keys()
     assert isinstance(vp.__version__, str) and vp.Session is Session
     assert callable(vp.prune) and vp.models.Decoder and vp.methods.Method

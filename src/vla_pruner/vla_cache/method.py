@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, require_choice, require_int
-from vla_pruner.methods.recall import Recall, Reuse
+from vla_pruner.methods.base import Method
 from vla_pruner.pruning.entropy import layer_shares
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.reuse import reusable, reuse_counts, reuse_order
 from vla_pruner.pruning.schedule import cuts_in
+from vla_pruner.vla_cache.hooks import ReuseHooks
+from vla_pruner.vla_cache.recall import Recall, Reuse
 
 _SOURCE_LAYERS, _SOURCE_CUTS = 32, (2, 6, 9, 11)
 # Most static and most task-relevant tokens that the public code takes, of 256 in each camera.
@@ -59,7 +61,6 @@ class VLACache(Method):
             same relative depths elsewhere.
         text_layer: layer of the text's attention; None: the last of the first half, 15 of 32.
         budget: "view", each camera for itself, or "global", all M tokens together.
-        layer: not used; `layers` says where.
 
     Reference: Xu et al., "VLA-Cache: Efficient Vision-Language-Action Manipulation via Adaptive
     Token Caching", NeurIPS 2025.
@@ -77,7 +78,6 @@ class VLACache(Method):
     adaptive: ClassVar[bool] = True
 
     budget: Literal["global", "view"] = "view"
-    layer: int = 0
 
     limits: Literal["paper", "code"] = "paper"
     order: Literal["position", "similarity"] = "position"
@@ -96,11 +96,6 @@ class VLACache(Method):
             raise ValueError(f"`growth={self.growth}` must lie in [0, 1].")
         if self.text_layer is not None:
             require_int("text_layer", self.text_layer, 0)
-        if self.layer:
-            raise ValueError(
-                f"`layer={self.layer}`: tokens of method 'vla-cache' leave at several layers; use "
-                "`layers`."
-            )
         if self.layers is None:
             return
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -127,8 +122,12 @@ class VLACache(Method):
         """
         return cuts_in(self.layers, _SOURCE_CUTS, _SOURCE_LAYERS, num_layers)
 
+    def hooks(self, adapter: Any) -> Any:
+        """Hooks that exchange keys and values instead of cutting."""
+        return ReuseHooks(adapter, self)
+
     def recalled_layer(self, num_layers: int) -> int:
-        """`text_layer`, or the last of the first half.
+        """Whose text attention the next step recalls: `text_layer`, or the last of the first half.
 
         Raises:
             ValueError: a layer that the decoder does not have.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vla_pruner.surgery.session import Session
+    from vla_pruner.core.session import Session
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,8 @@ class Layout:
         visual_valid: `[B, M]` bool, False for the tokens of a missing camera.
         text_rows: `[B, T]` or `[1, T]` int64, positions of the instruction's tokens; None: unknown.
             Entries that are -1, or padding according to `valid_rows`, are left out.
+        read: visual tokens (0..M-1, ascending) whose own output rows the caller reads, such as one
+            that ends the prompt or stands before a label. They take their places of the budget.
     """
 
     visual: Tensor
@@ -38,6 +40,7 @@ class Layout:
     action_rows: slice | None = None
     visual_valid: Tensor | None = None
     text_rows: Tensor | None = None
+    read: tuple[int, ...] = ()
 
 
 class Adapter(ABC):
@@ -105,6 +108,20 @@ class Adapter(ABC):
         Returns:
             None if this pass shows no image: it is left alone.
         """
+
+    def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
+        """Layout of a pass that continues a cache of `past` tokens; the default: no image.
+
+        Positions count from the pass's own first row.
+        """
+        return None
+
+    def left_alone(self) -> str | None:
+        """Why an image may have been in the last pass although `layout` found none; None: none was.
+
+        The session warns once, and says it in `session.last`.
+        """
+        return None
 
     def project(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[B, Hq, n, d]` and keys `[B, Hkv, n, d]` of a layer before rotary positions.

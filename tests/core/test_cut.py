@@ -193,12 +193,15 @@ def test_copied_cache_continues_the_same_prompt(decoders, embeds):
     model = decoders("llama", "eager")  # which always gets a mask, to be shortened in late layers
     with prune(model):
         cache = model(inputs_embeds=embeds(), use_cache=True).past_key_values
-        copied = DynamicCache()
+        copied, by_hand = copy.deepcopy(cache), DynamicCache()
         for layer in range(6):
-            copied.update(cache.layers[layer].keys, cache.layers[layer].values, layer)
+            by_hand.update(cache.layers[layer].keys, cache.layers[layer].values, layer)
         mask, token = torch.ones(1, 31, dtype=torch.long), torch.tensor([[5]])
+        model(inputs_embeds=embeds(1), use_cache=True)
         one = model(input_ids=token, past_key_values=cache, attention_mask=mask).logits
         other = model(input_ids=token, past_key_values=copied, attention_mask=mask).logits
+        with pytest.raises(RuntimeError, match="copy, made by hand"):
+            model(input_ids=token, past_key_values=by_hand, attention_mask=mask)
     assert torch.equal(one, other)
 
 
@@ -467,7 +470,7 @@ def test_prefill_shorter_than_the_image(decoders, embeds):
         model(inputs_embeds=embeds()[:, :15])
 
 
-def test_sliding_windows_are_refused():
+def test_sliding_windows_are_refused_once_they_are_reached(embeds):
     config = MistralConfig(
         vocab_size=97,
         hidden_size=32,
@@ -475,12 +478,16 @@ def test_sliding_windows_are_refused():
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=8,
+        sliding_window=31,
     )
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        prune(MistralForCausalLM(config))
-    config.sliding_window = None
-    prune(MistralForCausalLM(config)).remove()
+    model = MistralForCausalLM(config).eval()
+    with prune(model):
+        cache = model(inputs_embeds=embeds(), use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="sliding window of 31"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="reaches 32 tokens"):
+            model(inputs_embeds=embeds(length=32))
 
 
 def test_unknown_token_arguments_are_refused(decoders, embeds):

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vla_pruner.core.cut import Cut
+from vla_pruner.core.episodes import Step
 from vla_pruner.pruning.selection import top_k
-from vla_pruner.surgery.episode import Step
-from vla_pruner.surgery.plan import Plan
-from vla_pruner.surgery.prompt import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,10 @@ class StepReport:
             the last step are used again.
         reused: `[B, T]` int64, visual tokens whose keys and values of the last step were used in
             each layer; None where the method reuses none.
+        ms: wall-clock milliseconds of the call, from its beginning until it returned (on a GPU work
+            may still be queued then); None while it runs.
+        left_alone: why nothing was pruned although there may have been an image; None: it was not
+            left alone. All other fields then say nothing.
 
     Where keys are used again, a token that is "kept" is one that was computed in this step.
     """
@@ -77,6 +80,22 @@ class StepReport:
     stages: tuple[StageReport, ...] = ()
     keys_per_layer: tuple[int, ...] = ()
     reused: Tensor | None = None
+    ms: float | None = None
+    left_alone: str | None = None
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.left_alone is not None:
+            return f"left alone: {self.left_alone}"
+        rows = "" if len(self.episodes) == 1 else f"{len(self.episodes)} rows, "
+        full = int(self.warm_up.sum())
+        state = "" if not full else ("all tokens, " if full == len(self.warm_up) else "some rows ")
+        cut = "".join(f" before layer {stage.layer}" for stage in self.stages[-1:])
+        took = "" if self.ms is None else f", {self.ms:.1f} ms"
+        return (
+            f"{rows}{state}{self.visual_kept} of {self.visual_full} visual tokens kept{cut}, "
+            f"{self.tokens_kept} of {self.tokens_full} in all{took}"
+        )
 
     @property
     def kept_indices(self) -> Tensor:
@@ -126,25 +145,28 @@ class StepReport:
         return best.tolist()
 
 
-def report(step: Step, plan: Plan, *, per_view: bool) -> StepReport:
+def report(step: Step, cut: Cut) -> StepReport:
     """The report of a step, as far as it has come."""
-    prompt, views = step.prompt, step.prompt.layout.views
+    prefill, views, plan = step.prefill, step.prefill.layout.views, cut.plan
     batch, visual = len(step.ids), sum(views)
-    device = prompt.layout.visual.device
-    warm_up = torch.tensor(step.full, device=device)
+    device = prefill.layout.visual.device
+    warm_up = torch.tensor(step.full, dtype=torch.bool, device=device)
     mask = torch.ones(batch, visual, dtype=torch.bool, device=device)
     stages = []
-    for layer, stage in zip(plan.cuts, prompt.stages[1:], strict=False):
-        if prompt.mode != "full" and stage.tokens is not None:
-            mask = torch.zeros_like(mask).scatter(1, stage.tokens, True) | warm_up[:, None]
-            mask = mask if stage.reused is None else ~stage.reused
+    for layer, left in zip(plan.cuts, prefill.sets[1:], strict=False):
+        if prefill.mode != "full" and left.tokens is not None:
+            mask = torch.zeros_like(mask).scatter(1, left.tokens, True) | warm_up[:, None]
+            mask = mask if left.reused is None else ~left.reused
             stages.append(StageReport(layer, mask))
     kept = tuple(tuple(view.nonzero()[:, 0] for view in row.split(list(views))) for row in mask)
-    lengths = [prompt.length_at(number) for number in range(len(prompt.stages))]
+    lengths = [prefill.length_at(number) for number in range(len(prefill.sets))]
     semantic = plan.asked[0].get("semantic") if plan.asked else None
-    computed = tuple(
-        0 if layer in plan.skipped else lengths[plan.stage(layer)] for layer in range(plan.depth)
-    )
+    computed: tuple[int, ...] = ()
+    if step.left_alone is None:
+        computed = tuple(
+            0 if layer in plan.skipped else lengths[number]
+            for layer, number in enumerate(plan.number)
+        )
     return StepReport(
         episodes=step.ids,
         steps=step.numbers,
@@ -152,24 +174,19 @@ def report(step: Step, plan: Plan, *, per_view: bool) -> StepReport:
         warm_up=warm_up,
         kept_mask=mask,
         kept=kept,
-        semantic=None if semantic is None else prompt.scores.get(semantic),
-        forecast=prompt.forecast,
+        semantic=None if semantic is None else prefill.scores.get(semantic),
+        forecast=prefill.forecast,
         action=step.action(),
-        tokens_full=prompt.length,
+        tokens_full=prefill.length,
         tokens_kept=lengths[-1],
         visual_full=visual,
-        visual_kept=visual - (prompt.length - lengths[-1]),
-        per_view=per_view,
-        visual_valid=prompt.layout.visual_valid,
+        visual_kept=visual - (prefill.length - lengths[-1]),
+        per_view=cut.method.budget == "view",
+        visual_valid=prefill.layout.visual_valid,
         tokens_per_layer=computed,
         stages=tuple(stages),
-        keys_per_layer=(prompt.length,) * plan.depth if plan.recalls else computed,
-        reused=_reused(prompt, plan, batch) if plan.recalls else None,
+        keys_per_layer=cut.keys_per_layer(prefill, computed),
+        reused=cut.reused(prefill, batch),
+        ms=step.ms,
+        left_alone=step.left_alone,
     )
-
-
-def _reused(prompt: Prompt, plan: Plan, batch: int) -> Tensor:
-    """`[B, T]` tokens of each row that are recalled in each layer."""
-    nothing = torch.zeros(batch, dtype=torch.int64, device=prompt.layout.visual.device)
-    counts = [nothing if s.reused is None else s.reused.sum(dim=1) for s in prompt.stages]
-    return torch.stack([counts[plan.stage(layer)] for layer in range(plan.depth)], dim=1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_pruner.methods import build
-from vla_pruner.pruning.raters import rater_weights
+from vla_pruner.pruning.query_weights import query_weights
 
 
 def slow_raters(visual, text, words, strict):
@@ -42,7 +42,7 @@ def test_raters_equal_the_slow_version(words, pad, strict, seed):
     valid = torch.ones(2, words, dtype=torch.bool)
     valid[1, :pad] = False
     text[1, :pad] = 100.0  # Padding does not matter, whatever is there.
-    weights = rater_weights(visual, text, valid, strict=strict)
+    weights = query_weights(visual, text, valid, strict=strict)
     for row, first in ((0, 0), (1, pad)):
         expected = slow_raters(
             visual[row].tolist(), text[row].tolist(), range(first, words), strict
@@ -53,15 +53,15 @@ def test_raters_equal_the_slow_version(words, pad, strict, seed):
 
 def test_all_words_rate_where_none_stands_out():
     visual, text = draw(0, 1)
-    assert rater_weights(visual, text, torch.ones(2, 1).bool()).tolist() == [[1.0]] * 2
+    assert query_weights(visual, text, torch.ones(2, 1).bool()).tolist() == [[1.0]] * 2
     text = torch.zeros(2, 4, 4)
     valid = torch.tensor([[True] * 4, [False, True, True, True]])
-    assert rater_weights(visual, text, valid).tolist() == [[1.0] * 4, [0.0, 1.0, 1.0, 1.0]]
+    assert query_weights(visual, text, valid).tolist() == [[1.0] * 4, [0.0, 1.0, 1.0, 1.0]]
 
 
 def test_no_words_no_raters():
     visual, text = draw(1, 3)
-    assert not rater_weights(visual, text, torch.zeros(2, 3).bool()).any()
+    assert not query_weights(visual, text, torch.zeros(2, 3).bool()).any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -70,7 +70,7 @@ def test_the_release_leaves_out_the_first_and_the_last_word(words, pad, seed):
     visual, text = draw(seed, words + pad)
     valid = torch.ones(2, words + pad, dtype=torch.bool)
     valid[:, :pad] = False
-    weights = build("sparsevlm-release").voters(visual, text, valid)
+    weights = build("sparsevlm-release").query_weights(visual, text, valid)
     inner = range(pad + 1, pad + words - 1) if words > 2 else range(pad, pad + words)
     for row in range(2):
         expected = slow_raters(visual[row].tolist(), text[row].tolist(), inner, strict=False)
@@ -80,4 +80,4 @@ def test_the_release_leaves_out_the_first_and_the_last_word(words, pad, seed):
 def test_shapes_that_do_not_fit_are_refused():
     visual, text = draw(0, 3)
     with pytest.raises(ValueError, match=r"text_valid \[B, T\]"):
-        rater_weights(visual, text, torch.ones(2, 4).bool())
+        query_weights(visual, text, torch.ones(2, 4).bool())

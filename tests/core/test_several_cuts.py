@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from itertools import product
 
@@ -151,10 +152,7 @@ def test_copied_cache_continues_the_same_prompt(decoders, embeds):
     model = decoders("llama", "eager")
     with prune(model):
         cache = model(inputs_embeds=embeds(), use_cache=True).past_key_values
-        copied = DynamicCache()
-        for layer in range(6):
-            copied.update(cache.layers[layer].keys, cache.layers[layer].values, layer)
-        token = torch.tensor([[5]])
+        copied, token = copy.deepcopy(cache), torch.tensor([[5]])
         one = model(input_ids=token, past_key_values=cache).logits
         assert torch.equal(one, model(input_ids=token, past_key_values=copied).logits)
 
@@ -162,7 +160,7 @@ def test_copied_cache_continues_the_same_prompt(decoders, embeds):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"merging": True}, {"places": "compact"}, {"spec": (("rows", "voters"),)}],
+    [{}, {"merging": True}, {"places": "compact"}, {"spec": (("rows", "weighted"),)}],
     ids=lambda options: next(iter(options), "plain"),
 )
 def test_padded_batch_equals_single_runs(decoders, embeds, rollout, attention, options):
@@ -268,7 +266,7 @@ def test_evidence_at_each_cut(decoders, embeds):
         assert evidence.semantic is evidence.scores["semantic"]
 
 
-@pytest.mark.parametrize("rows", ["all", "last", "text", "visual", "voters"])
+@pytest.mark.parametrize("rows", ["all", "last", "text", "visual", "weighted"])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("mode", ["drop", "mask"])
 def test_attention_scores_at_each_cut(decoders, embeds, rows, heads, mode):
@@ -288,7 +286,7 @@ def test_attention_scores_at_each_cut(decoders, embeds, rows, heads, mode):
                 "last": {29: 1.0},
                 "text": {row: 1.0 for row in range(21, 30)},
                 "visual": {row: 1.0 for row in columns},
-                "voters": {
+                "weighted": {
                     21 + i: float(torch.sigmoid(word @ visual.mean(0)))
                     for i, word in enumerate(text)
                 },
@@ -300,7 +298,7 @@ def test_attention_scores_at_each_cut(decoders, embeds, rows, heads, mode):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("rows", ["all", "last", "text", "visual", "voters"])
+@pytest.mark.parametrize("rows", ["all", "last", "text", "visual", "weighted"])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 def test_logits_at_each_cut(decoders, embeds, family, rows, heads):
     """Read in the very layer that is about to run, before tokens are cut there."""
@@ -330,13 +328,13 @@ def test_logits_at_each_cut(decoders, embeds, family, rows, heads):
             "last": [29],
             "text": [*range(21, 30)],
             "visual": columns,
-            "voters": [*range(21, 30)],
+            "weighted": [*range(21, 30)],
         }[rows]
         total, weights = torch.zeros(len(columns)), 0.0
         for row in voting:
             per_head = torch.stack([key[columns, h // 2] @ query[row, h] for h in range(4)])
             joined = (per_head.mean(0) if heads == "mean" else per_head.amax(0)) * 8**-0.5
-            w = float(torch.sigmoid(text[row - 21] @ visual.mean(0))) if rows == "voters" else 1.0
+            w = float(torch.sigmoid(text[row - 21] @ visual.mean(0))) if rows == "weighted" else 1.0
             total, weights = total + w * joined, weights + w
         torch.testing.assert_close(evidence.semantic[0], total / weights, rtol=0, atol=1e-5)
 
@@ -513,12 +511,12 @@ def test_choices_of_the_wrong_shape_are_refused(decoders, embeds, made, message)
         decoders()(inputs_embeds=embeds())
 
 
-def test_voters_have_to_be_defined(decoders):
+def test_query_weights_have_to_be_defined(decoders):
     class Mute(Ladder):
-        voters = vp.methods.Method.voters
+        query_weights = vp.methods.Method.query_weights
 
-    with pytest.raises(ValueError, match="does not define `voters`"):
-        prune(decoders(), Mute(spec=(("rows", "voters"),)))
+    with pytest.raises(ValueError, match="does not define `query_weights`"):
+        prune(decoders(), Mute(spec=(("rows", "weighted"),)))
 
 
 def test_text_that_is_not_named_is_refused(decoders, embeds):

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.methods.base import HistorySpec, Method, ScoreSpec
-from vla_pruner.surgery.layout import Adapter
+from vla_pruner.core.layout import Adapter
+from vla_pruner.methods.base import Method, ScoreSpec
+from vla_pruner.pruning.history import HistorySpec
 
 _NEEDS = ("text", "motion", "frame")
 
@@ -23,12 +24,12 @@ class Reading:
     Args:
         number: index among the plan's readings.
         spec: what is read.
-        stage: cuts that have happened before it is read.
+        cuts: cuts that have happened before it is read.
     """
 
     number: int
     spec: ScoreSpec
-    stage: int
+    cuts: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,12 @@ class Plan:
         readings: scores to be read.
         asked: for each cut, the reading behind each name that the method uses.
         action_layers: layers whose action attention is watched.
-        action_stage: cuts that have happened when the last of them runs.
+        action_cuts: cuts that have happened when the last of them runs.
         needs_text: whether the layout has to say which rows are text.
-        recalls: whether tokens that are cut keep the keys and values of the last step.
+        number: for each layer, cuts that have happened when it runs.
+        first: for each number of cuts, the first layer that runs after them; None: none does.
+        window: tokens that a layer behind the first cut can look back on; None: all.
+        one_mask: whether the masks of layers behind the first cut are sized by a layer before it.
     """
 
     depth: int
@@ -53,20 +57,12 @@ class Plan:
     readings: tuple[Reading, ...]
     asked: tuple[Mapping[str, int], ...]
     action_layers: tuple[int, ...]
-    action_stage: int
+    action_cuts: int
     needs_text: bool
-    recalls: bool
-
-    def stage(self, layer: int) -> int:
-        """Cuts that have happened when `layer` runs."""
-        return sum(cut <= layer for cut in self.cuts)
-
-    def runs_in(self, stage: int) -> int | None:
-        """First layer that runs after `stage` cuts and before the next; None: there is none."""
-        for layer in range(self.depth):
-            if self.stage(layer) == stage and layer not in self.skipped:
-                return layer
-        return None
+    number: tuple[int, ...]
+    first: tuple[int | None, ...]
+    window: int | None = None
+    one_mask: bool = True
 
     def read_in(self, layer: int, kind: str) -> list[Reading]:
         """Readings of one kind in one layer."""
@@ -97,30 +93,29 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
             f"method {method.name!r} skips layers, which {type(adapter).__name__} cannot do: this "
             "policy runs its layers piece by piece; use a method that skips none."
         )
-    if cuts:
-        _refuse_windows(adapter, [i for i in range(cuts[0], depth) if i not in skipped], config)
+    running = [layer for layer in range(depth) if layer not in skipped]
+    behind = [layer for layer in running if cuts and layer >= cuts[0]]
+    window = _smallest_window(adapter, behind, config)
     if cuts and method.positions == "compact":
         _check_rotary(method, decoder, config)
+    number = tuple(sum(cut <= layer for cut in cuts) for layer in range(depth))
     readings: dict[tuple[ScoreSpec, int], Reading] = {}
     asked = []
-    for number, cut in enumerate(cuts):
+    for order, cut in enumerate(cuts):
         names = {}
         for name, spec in method.scores(cut).items():
             _check_score(method, name, spec, cut, skipped)
-            stage = number if spec.layer == cut else sum(c <= spec.layer for c in cuts)
-            reading = readings.setdefault((spec, stage), Reading(len(readings), spec, stage))
-            names[name] = reading.number
+            happened = order if spec.layer == cut else number[spec.layer]
+            reading = Reading(len(readings), spec, happened)
+            names[name] = readings.setdefault((spec, happened), reading).number
         asked.append(names)
-    history = method.history
-    if history is not None and history.censored == "impute":
-        _check_impute(method, asked)
-    text = any(r.spec.rows in ("text", "voters") for r in readings.values())
+    text = any(r.spec.rows in ("text", "weighted") for r in readings.values())
     if adapter.reads_output:
-        action_layers = _action_layers(history, len(adapter.reader_layers), frozenset())
-        action_stage = len(cuts)
+        action_layers = _action_layers(method.history, len(adapter.reader_layers), frozenset())
+        action_cuts = len(cuts)
     else:
-        action_layers = _action_layers(history, depth, skipped)
-        action_stage = sum(cut <= action_layers[-1] for cut in cuts) if action_layers else 0
+        action_layers = _action_layers(method.history, depth, skipped)
+        action_cuts = number[action_layers[-1]] if action_layers else 0
     return Plan(
         depth=depth,
         cuts=cuts,
@@ -128,9 +123,15 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
         readings=tuple(readings.values()),
         asked=tuple(asked),
         action_layers=action_layers,
-        action_stage=action_stage,
+        action_cuts=action_cuts,
         needs_text=text or "text" in method.needs,
-        recalls=method.recalled_layer(depth) is not None,
+        number=number,
+        first=tuple(
+            next((layer for layer in running if number[layer] == count), None)
+            for count in range(len(cuts) + 1)
+        ),
+        window=window,
+        one_mask=_masks_start_early(config, behind, depth),
     )
 
 
@@ -183,17 +184,9 @@ def _check_score(
             f"method {method.name!r} reads its {name!r} score in layer {spec.layer}, which it "
             "skips; read another layer, or let this one run."
         )
-    if spec.rows == "voters" and type(method).voters is Method.voters:
+    if spec.rows == "weighted" and type(method).query_weights is Method.query_weights:
         raise ValueError(
-            f'method {method.name!r} asks for rows="voters" and does not define `voters`.'
-        )
-
-
-def _check_impute(method: Method, asked: list[dict[str, int]]) -> None:
-    if not asked or "semantic" not in asked[0]:
-        raise ValueError(
-            f'method {method.name!r} remembers with censored="impute", which needs a score named '
-            '"semantic" at its first cut; ask for one, or use another `censored`.'
+            f'method {method.name!r} asks for rows="weighted" and does not define `query_weights`.'
         )
 
 
@@ -211,22 +204,63 @@ def _check_rotary(method: Method, decoder: nn.Module, config: Any) -> None:
         )
 
 
-def _refuse_windows(adapter: Adapter, layers: list[int], config: Any) -> None:
-    kinds = getattr(config, "layer_types", None)
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
-    for index in layers:
-        if isinstance(kinds, list | tuple):
-            limited = kinds[index] != "full_attention"
-        else:
-            attention = adapter.attention(adapter.layers[index])
-            limited = sliding or getattr(attention, "sliding_window", None) is not None
-        if limited:
+# -- windows and kinds of layers -----------------------------------------------------------------
+
+_FULL = ("full_attention", "attention", "global", "full")
+_WINDOWED = ("sliding_attention",)
+
+
+def _kinds(config: Any, depth: int) -> tuple[str, ...] | None:
+    """What a configuration calls each layer; None: it tells none from another."""
+    for name in ("layer_types", "attention_layers", "layers_block_type", "block_types"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple) and len(kinds) == depth:
+            return tuple(str(kind) for kind in kinds)
+    return None
+
+
+def _smallest_window(adapter: Adapter, behind: list[int], config: Any) -> int | None:
+    """The shortest sliding window behind the cut, which is checked against each call's length.
+
+    Raises:
+        NotImplementedError: a layer that mixes tokens in another way than by masked attention.
+    """
+    kinds = _kinds(config, len(adapter.layers))
+    windows = []
+    for index in behind:
+        attention = adapter.attention(adapter.layers[index])
+        window = _window_of(attention, config)
+        kind = None if kinds is None else kinds[index]
+        if kind is not None and kind not in (*_FULL, *_WINDOWED):
             raise NotImplementedError(
-                f"layer {index} attends within a sliding window or chunk, which removed tokens "
-                "would shift; tokens can be cut only where all later layers see everything."
+                f"layer {index} is of kind {kind!r}, in which removed tokens would shift their "
+                "neighbours; tokens can be cut only where all later layers are attention that a "
+                "mask describes. Cut later (`layer`), or use another model."
             )
+        if kind in _FULL or (window is None and kind is None):
+            continue
+        if window is None:
+            raise NotImplementedError(
+                f"layer {index} attends within a sliding window whose length is not known; tokens "
+                "can be cut only where all later layers see everything."
+            )
+        windows.append(window)
+    return min(windows, default=None)
+
+
+def _window_of(attention: nn.Module, config: Any) -> int | None:
+    own = getattr(attention, "sliding_window", None)
+    if own is None and getattr(config, "use_sliding_window", True):
+        own = getattr(config, "sliding_window", None)
+    return own if isinstance(own, int) and not isinstance(own, bool) else None
+
+
+def _masks_start_early(config: Any, behind: list[int], depth: int) -> bool:
+    """Whether each kind's mask, sized by the first layer of its kind, is sized before the cut."""
+    kinds = _kinds(config, depth)
+    if kinds is None or len(set(kinds)) == 1 or not behind:
+        return True
+    return all(kinds.index(kinds[layer]) < behind[0] for layer in behind)
 
 
 def _action_layers(

@@ -17,7 +17,7 @@ class Recall:
         similarity: `[B, M]` fp32, cosine of each visual token's patch of the camera image with the
             same patch in the last step (`pruning.frames`).
         relevance: `[B, M]` fp32, attention that the token got from the instruction in the last
-            step: mean over heads and rows of text in layer `Method.recalled_layer`.
+            step: mean over heads and rows of text in layer `VLACache.recalled_layer`.
         entropy: `[B, T]` fp32, how spread the last step's attention was in each layer
             (`pruning.entropy`).
         views: visual tokens of each camera; they sum to M.

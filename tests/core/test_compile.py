@@ -66,7 +66,7 @@ def test_everything_at_once_in_one_graph(make, embeds, at):
         merging=True,
         places="compact",
         score_layer=0,
-        spec=(("rows", "voters"), ("kind", "logits" if at[0] == 0 else "attention")),
+        spec=(("rows", "weighted"), ("kind", "logits" if at[0] == 0 else "attention")),
         watch=(2,),
         first_full=WARM_UP,
     )

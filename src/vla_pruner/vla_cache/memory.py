@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Method
-from vla_pruner.methods.recall import Recall, Reuse
+from vla_pruner.core.arguments import take
+from vla_pruner.core.episodes import Step
+from vla_pruner.core.layout import Layout
+from vla_pruner.core.plan import Plan
 from vla_pruner.pruning.frames import patch_similarity, patches
-from vla_pruner.surgery.arguments import take
-from vla_pruner.surgery.layout import Layout
-from vla_pruner.surgery.plan import Plan
+from vla_pruner.vla_cache.recall import Recall, Reuse
+
+MOST_EPISODES = 64
+"""Episodes whose keys and values are kept at once; the oldest are forgotten first."""
 
 
 @dataclass(eq=False)
@@ -95,18 +99,20 @@ class Recalled:
 class Memories:
     """The last step of every episode, by name."""
 
-    def __init__(self, method: Method, plan: Plan) -> None:
-        self.method = method
+    def __init__(
+        self, reuse: Callable[[Recall], Reuse], plan: Plan, *, most: int = MOST_EPISODES
+    ) -> None:
+        self.reuse = reuse
         self.plan = plan
-        self._known: dict[Hashable, Memory] = {}
+        self.most = most
+        self._known: OrderedDict[Hashable, Memory] = OrderedDict()
+        self._pending: dict[Hashable, tuple[Step, Record, int]] = {}
 
     def reset(self, names: Iterable[Hashable] | None = None) -> None:
         """Forget these episodes, or all."""
-        if names is None:
-            self._known.clear()
-        else:
-            for name in names:
-                self._known.pop(name, None)
+        for known in (self._known, self._pending):
+            for name in list(known) if names is None else list(names):
+                known.pop(name, None)
 
     def open(
         self,
@@ -128,7 +134,7 @@ class Memories:
         """
         if frames is None:
             raise ValueError(
-                f"method {self.method.name!r} compares the camera images of two steps, and none "
+                "method 'vla-cache' compares the camera images of two steps, and none "
                 "came with this call; call `session.frame(images)` before each call of the model."
             )
         if len(frames) == 0 or batch % len(frames):
@@ -156,13 +162,15 @@ class Memories:
             wanted: False for rows that compute everything whatever they could recall.
         """
         memories: list[Memory | None] = []
+        for name in dict.fromkeys(ids):
+            self._settle(name)
         for row, (name, use) in enumerate(zip(ids, wanted, strict=True)):
             memory = self._known.get(name) if use else None
             memories.append(memory if memory is None or memory.fits(record, row) else None)
         if all(memory is None for memory in memories):
             return None
         before = [self._or(memory, record) for memory in memories]
-        reuse = self.method.reuse(
+        reuse = self.reuse(
             Recall(
                 similarity=patch_similarity(torch.stack([b[0] for b in before]), record.patches),
                 relevance=torch.stack([b[1] for b in before]),
@@ -177,11 +185,21 @@ class Memories:
         )
         return Recalled(tuple(memories), Reuse(reuse.order, reuse.counts * knows[:, None]))
 
-    def close(self, ids: Sequence[Hashable], record: Record) -> None:
-        """A prefill is through: remember it instead of the one before."""
-        for row, name in enumerate(ids):
-            if name not in ids[:row]:
-                self._known[name] = record.row(row)
+    def close(self, step: Step, record: Record) -> None:
+        """A prefill is through: remembered instead of the one before once its step is over."""
+        for row, name in enumerate(step.ids):
+            if name not in step.ids[:row]:
+                self._pending[name] = (step, record, row)
+
+    def _settle(self, name: Hashable) -> None:
+        """An episode's last step is over: remember it, unless it was interrupted."""
+        step, record, row = self._pending.pop(name, (None, None, 0))
+        if step is None or record is None or not step.whole or step.failed:
+            return
+        self._known[name] = record.row(row)
+        self._known.move_to_end(name)
+        while len(self._known) > self.most:
+            self._known.popitem(last=False)
 
     def _or(self, memory: Memory | None, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Patches, relevance and entropy of a row; zeros for one that recalls nothing."""

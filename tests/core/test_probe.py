@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vla_pruner.surgery import probe
+from vla_pruner.core import scores
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
@@ -18,9 +18,9 @@ def test_same_kernel_and_same_numbers(decoders, embeds, family, attention):
     module, before = model.model.layers[1].self_attn, model(inputs_embeds=embeds()).logits
     shared = module.config
     with ExitStack() as undo:
-        probe.install(module, lambda _, query, key, mask, kwargs: seen.append((query, key)), undo)
+        scores.watch(module, lambda _, query, key, mask, kwargs: seen.append((query, key)), undo)
         assert module.config is not shared and shared._attn_implementation == attention
-        assert probe.implementation(module) == attention
+        assert scores.implementation(module) == attention
         probed = model(inputs_embeds=embeds()).logits
     assert torch.equal(before, probed)
     (query, key) = seen[0]
@@ -33,21 +33,21 @@ def test_same_kernel_and_same_numbers(decoders, embeds, family, attention):
 def test_other_layers_are_not_touched(decoders, embeds):
     model, seen = decoders(), []
     with ExitStack() as undo:
-        probe.install(model.model.layers[1].self_attn, lambda *_: seen.append(1), undo)
+        scores.watch(model.model.layers[1].self_attn, lambda *_: seen.append(1), undo)
         assert model.model.layers[0].self_attn.config is model.config
         assert model.config._attn_implementation == "sdpa"
 
 
 def test_unnamed_attention():
     with pytest.raises(TypeError, match="cannot be watched"):
-        probe.implementation(nn.Linear(2, 2))
+        scores.implementation(nn.Linear(2, 2))
 
 
 def test_flex_attention_is_refused(make):
     module = make().model.layers[0].self_attn
     module.config._attn_implementation = "flex_attention"
     with ExitStack() as undo, pytest.raises(NotImplementedError, match="sdpa"):
-        probe.install(module, lambda *_: None, undo)
+        scores.watch(module, lambda *_: None, undo)
 
 
 def test_eager_attention_without_a_function():
@@ -56,4 +56,4 @@ def test_eager_attention_without_a_function():
             _attn_implementation = "eager"
 
     with ExitStack() as undo, pytest.raises(NotImplementedError, match="eager_attention_forward"):
-        probe.install(Homeless(), lambda *_: None, undo)
+        scores.watch(Homeless(), lambda *_: None, undo)
