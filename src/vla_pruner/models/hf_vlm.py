@@ -88,7 +88,9 @@ class ImageTokenVLM(Adapter):
             found = "the language model gets token ids"
         else:
             table: Any = self.model.get_input_embeddings
-            blank = table()(torch.tensor(self.image_token_id, device=inputs.device))
+            blank = table()(
+                torch.tensor(self.image_token_id, dtype=torch.int64, device=inputs.device)
+            )
             at = inputs.gather(1, visual[..., None].expand(-1, -1, inputs.shape[-1]))
             empty = int((at == blank.to(at.dtype)).all(dim=-1).sum())
             if not empty:

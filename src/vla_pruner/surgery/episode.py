@@ -147,7 +147,7 @@ class Episodes:
         spec = self.method.history
         if spec is None:
             return None
-        blank = torch.zeros(spec.slots, visual, device=device)
+        blank = torch.zeros(spec.slots, visual, dtype=torch.float32, device=device)
         memory, counts, changes = [], [], []
         for name in ids:
             episode = self._known[name]
@@ -158,7 +158,7 @@ class Episodes:
             counts.append(episode.observations)
             change = episode.change
             changes.append(blank.new_zeros(()) if change is None else change.mean().to(device))
-        count = torch.tensor(counts, device=device)
+        count = torch.tensor(counts, dtype=torch.int64, device=device)
         if not spec.adapt:
             return spec.forecast(torch.stack(memory), count)
         return spec.forecast(torch.stack(memory), count, torch.stack(changes))
@@ -169,7 +169,7 @@ class Episodes:
             zlib.crc32(f"{name!r}/{number}".encode())
             for name, number in zip(ids, self.numbers(ids), strict=True)
         ]
-        return torch.tensor(made, device=device)
+        return torch.tensor(made, dtype=torch.int64, device=device)
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
         if "motion" not in self.method.needs:
@@ -208,7 +208,7 @@ class Episodes:
         seen = step.kept(rows[0], self.plan.action_stage)
         memory, _ = spec.update(
             episode.memory[None],
-            torch.tensor([episode.observations], device=observed.device),
+            torch.tensor([episode.observations], dtype=torch.int64, device=observed.device),
             observed,
             kept=None if seen is None else seen[None],
             semantic=None if semantic is None else semantic[first],

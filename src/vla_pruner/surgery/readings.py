@@ -140,7 +140,8 @@ def votes(
             assert prompt.voters is not None
             weight = weight * prompt.voters.float()
     # Padded entries share a row with another; adding leaves the other's weight alone.
-    whole = torch.zeros(batch, length, device=like.device).scatter_add(1, rows, weight)
+    whole = torch.zeros(batch, length, dtype=torch.float32, device=like.device)
+    whole = whole.scatter_add(1, rows, weight)
     return rows, whole
 
 

@@ -131,7 +131,7 @@ def report(step: Step, plan: Plan, *, per_view: bool) -> StepReport:
     prompt, views = step.prompt, step.prompt.layout.views
     batch, visual = len(step.ids), sum(views)
     device = prompt.layout.visual.device
-    warm_up = torch.tensor(step.full, device=device)
+    warm_up = torch.tensor(step.full, dtype=torch.bool, device=device)
     mask = torch.ones(batch, visual, dtype=torch.bool, device=device)
     stages = []
     for layer, stage in zip(plan.cuts, prompt.stages[1:], strict=False):

@@ -196,7 +196,7 @@ def _computed(prompt: Prompt, stage: Stage, like: Tensor) -> Tensor:
     """Weight of each computed row `[B, n]`: 0 for padding, and for what is computed in vain."""
     layout = prompt.layout
     batch, valid = like.shape[0], layout.valid_rows
-    weight = torch.ones(batch, prompt.length, device=like.device)
+    weight = torch.ones(batch, prompt.length, dtype=torch.float32, device=like.device)
     if valid is not None:
         weight = weight * (valid > 0)
     if stage.reused is not None:

@@ -333,12 +333,13 @@ class Session(Attached):
         if mode != "full":
             prompt.seeds = self._episodes.seeds(ids, device)
         if mode == "mask" and any(full):
-            prompt.full_rows = torch.tensor(full, device=device)
+            prompt.full_rows = torch.tensor(full, dtype=torch.bool, device=device)
         prompt.record = record
         if recalled is not None:
             fill_in(prompt, recalled, batch, drop=mode == "drop")
         if len(set(ids)) < batch:
-            prompt.leader = torch.tensor([ids.index(name) for name in ids], device=device)
+            leaders = [ids.index(name) for name in ids]
+            prompt.leader = torch.tensor(leaders, dtype=torch.int64, device=device)
         numbers = self._episodes.numbers(ids)
         step = Step(ids, numbers, full, prompt, len(self._plan.action_layers))
         self._episodes.note(step)

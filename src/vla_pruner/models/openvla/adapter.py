@@ -61,7 +61,10 @@ class OpenVLAAdapter(Adapter):
         if mask is None or kwargs.get("position_ids") is None:
             known = (inputs.device, length)
             if known not in self._unpadded:
-                self._unpadded[known] = self._at(torch.ones(1, device=inputs.device), length)
+                # What is kept outlives the call, and a training step may save it for backward.
+                with torch.inference_mode(False):
+                    first = torch.ones(1, dtype=torch.int64, device=inputs.device)
+                    self._unpadded[known] = self._at(first, length)
             return self._unpadded[known]
         # [B, S] as given to the causal decoder, [B, 1, S, S] additive for the bidirectional one.
         valid = mask.bool() if mask.ndim == 2 else mask[:, 0, 0] >= 0

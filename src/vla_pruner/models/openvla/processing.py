@@ -115,8 +115,7 @@ def normalise_pixels(images: Tensor, config: OpenVLAConfig) -> Tensor:
     x = images.permute(0, 1, 4, 2, 3).to(torch.float32) / 255
     per_tower = []
     for tower in config.towers:
-        mean = torch.tensor(tower.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(tower.std, device=x.device).view(3, 1, 1)
+        mean, std = _statistics(tower, x.device)
         per_tower.append((x - mean) / std)
     return torch.cat(per_tower, dim=2).flatten(1, 2)
 
@@ -127,9 +126,14 @@ def colours(pixel_values: Tensor, tower: TowerConfig) -> Tensor:
     `tower` is the first of the two, whose channels are read.
     """
     pixels = pixel_values.detach().float().unflatten(1, (-1, 6))[:, :, :3]
-    mean = torch.tensor(tower.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(tower.std, device=pixels.device).view(3, 1, 1)
+    mean, std = _statistics(tower, pixels.device)
     return ((pixels * std + mean) * 255).round().clamp(0, 255)
+
+
+def _statistics(tower: TowerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a tower's colours, fp32 [3, 1, 1]."""
+    both = torch.tensor([tower.mean, tower.std], dtype=torch.float32, device=device)
+    return both[0].view(3, 1, 1), both[1].view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------- prompt
@@ -152,9 +156,9 @@ def tokenize(
     padding = [longest - len(ids) for ids in rows]
     padded = [[config.pad_token_id] * n + ids for n, ids in zip(padding, rows, strict=True)]
     if not any(padding):
-        return torch.tensor(padded), None
+        return torch.tensor(padded, dtype=torch.int64), None
     mask = [[0] * n + [1] * (longest - n) for n in padding]
-    return torch.tensor(padded), torch.tensor(mask)
+    return torch.tensor(padded, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
 
 def check_observation(observation: Any, config: OpenVLAConfig) -> dict[str, Any]:

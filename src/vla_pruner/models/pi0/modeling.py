@@ -179,7 +179,8 @@ class Pi0(Port):
         actions = self.make_noise(batch) if noise is None else noise.to(self.device).float()
         prefix = self.read_prefix(inputs)
         for step in range(steps):
-            time = torch.full((batch,), 1 - step / steps, device=self.device)
+            now = 1 - step / steps
+            time = torch.full((batch,), now, dtype=torch.float32, device=self.device)
             actions = actions - self.velocity(prefix, inputs.state, actions, time) / steps
         return actions
 
@@ -187,9 +188,10 @@ class Pi0(Port):
         """Normal noise [batch, chunk, max_action_dim]; the same in every row if it is seeded."""
         shape, seed = (self.config.chunk, self.config.max_action_dim), self.config.noise_seed
         if seed is None:
-            return torch.randn(batch, *shape, device=self.device)
+            return torch.randn(batch, *shape, dtype=torch.float32, device=self.device)
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).to(self.device).expand(batch, -1, -1)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return noise.to(self.device).expand(batch, -1, -1)
 
     def predict_action(
         self,

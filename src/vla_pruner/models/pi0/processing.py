@@ -72,7 +72,7 @@ def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokeni
     pixels = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return Inputs(
         images=pixels,
-        image_mask=torch.tensor(seen),
+        image_mask=torch.tensor(seen, dtype=torch.bool),
         tokens=tokens,
         token_mask=mask,
         state=torch.from_numpy(padded).float(),
@@ -152,8 +152,9 @@ def tokenize(
     """Token ids [B, T] padded on the right with 0, and which are real."""
     rows = [list(tokenizer(text)["input_ids"])[:max_tokens] for text in prompts]
     length = max_tokens or max(map(len, rows))
-    tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
-    lengths = torch.tensor([len(ids) for ids in rows])
+    padded = [ids + [0] * (length - len(ids)) for ids in rows]
+    tokens = torch.tensor(padded, dtype=torch.int64)
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
     return tokens, torch.arange(length) < lengths[:, None]
 
 
