@@ -60,12 +60,13 @@ def _from_pil(image: Image.Image, camera: int | str) -> np.ndarray:
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         return _from_array(np.asarray(image.convert("RGBA")), camera)
     try:
-        return _from_array(np.asarray(image.convert("RGB")), camera)
+        colours = image.convert("RGB")
     except ValueError as error:
         raise TypeError(
             f"image of camera {camera} has PIL mode {image.mode!r}, which PIL cannot convert to "
             f"'RGB' ({error})"
         ) from error
+    return _from_array(np.asarray(colours), camera)
 
 
 def _from_tensor(image: Tensor, camera: int | str) -> np.ndarray:

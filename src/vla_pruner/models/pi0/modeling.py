@@ -227,7 +227,8 @@ class Pi0(Port):
             shape = (len(inputs.tokens), self.config.chunk, self.config.max_action_dim)
             processing.check_noise(noise, shape)
         actions = self.sample(inputs, noise)[..., : self.config.action_dim].cpu().numpy()
-        made = scale.unnormalise(actions.astype(np.float64)).astype(np.float32)
+        with np.errstate(over="ignore"):  # What is too large for fp32 is refused next.
+            made = scale.unnormalise(actions.astype(np.float64)).astype(np.float32)
         refuse_broken(~np.isfinite(made), "actions")
         return made
 
