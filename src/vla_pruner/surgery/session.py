@@ -407,7 +407,8 @@ class Session(Attached):
         """What follows from a layout, worked out once for each."""
         known = self._known
         if known is None or known[0] is not layout or known[1:3] != (batch, length):
-            known = (layout, batch, length, Places.of(layout, batch, length))
+            with torch.inference_mode(False):  # kept for later calls, which may be training
+                known = (layout, batch, length, Places.of(layout, batch, length))
             self._known = known
         return known[3]
 
