@@ -259,7 +259,8 @@ def _paired(full: Sequence[float], variant: Sequence[float]) -> Spread:
 
 def _selection_reference(device: torch.device, dtype: torch.dtype) -> Spread:
     """The greedy search at a size to compare with: 128 of 512 candidates, 4096 wide."""
-    features = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(512, 4096, generator=generator, dtype=torch.float32)
     features = features.to(device, dtype)
     max_min_filter(features, 128)
     return Spread.of(

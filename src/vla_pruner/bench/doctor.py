@@ -118,7 +118,7 @@ def _act_of(model: nn.Module, name: str, instruction: str) -> Act:
     from PIL import Image
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(locate(name))
+    processor = AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
     if getattr(processor, "chat_template", None):
         words = [{"type": "image"}, {"type": "text", "text": instruction}]
         text = processor.apply_chat_template(

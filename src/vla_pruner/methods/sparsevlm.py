@@ -191,7 +191,7 @@ class SparseVLM(Method):
                     noise=noise[:, view],
                     valid=None if evidence.valid is None else evidence.valid[:, view],
                 )
-                rows = torch.zeros(batch, k, m, device=noise.device)
+                rows = torch.zeros(batch, k, m, dtype=torch.float32, device=noise.device)
                 if weights is None:
                     rows.scatter_(2, start + chosen[..., None], 1.0)
                 else:

@@ -157,7 +157,7 @@ def keep_and_recycle(
         member = member * (real | itself)[..., None]
     mean = (member / member.sum(dim=1, keepdim=True)).transpose(1, 2)
     kept = torch.cat([stay, best.gather(1, centres)], dim=1)
-    rows = torch.zeros(batch, k, m, device=score.device)
+    rows = torch.zeros(batch, k, m, dtype=torch.float32, device=score.device)
     rows[:, :verbatim] = F.one_hot(stay, m).float()
     spread = best[:, None].expand(-1, clusters, -1)
     rows[:, verbatim:] = torch.zeros_like(rows[:, verbatim:]).scatter(2, spread, mean)

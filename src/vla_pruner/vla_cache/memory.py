@@ -145,7 +145,7 @@ class Memories:
         places, ids = visual, kwargs.get("position_ids")
         if ids is not None:
             places = take(ids, visual, dim=-1, batch_dim=ids.ndim - 2)
-        lengths = torch.full((batch,), length, device=visual.device)
+        lengths = torch.full((batch,), length, dtype=torch.int64, device=visual.device)
         if layout.valid_rows is not None:
             lengths = (layout.valid_rows > 0).sum(dim=1).expand(batch)
         return Record(cut, places, lengths)
@@ -181,7 +181,9 @@ class Memories:
             )
         )
         knows = torch.tensor(
-            [memory is not None for memory in memories], device=reuse.counts.device
+            [memory is not None for memory in memories],
+            dtype=torch.bool,
+            device=reuse.counts.device,
         )
         return Recalled(tuple(memories), Reuse(reuse.order, reuse.counts * knows[:, None]))
 
