@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import vla_pruner
+from vla_pruner._short import cut
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -23,15 +24,28 @@ EXTRA_OF = {
     "robosuite": "sim",
     "mujoco": "sim",
     "cv2": "sim",
+    "scipy": "sim",  # comes with robosuite
     "termcolor": "sim",
     "imageio": "sim",
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
     "ray": "ray",
     "vla_eval": "serve",
+    "anyio": "serve",
+    "jsonargparse": "serve",
+    "libero": "libero",
+    "bddl": "libero",
+    "gymnasium": "libero",
+    "h5py": "libero",
+    "easydict": "libero",
+    "cloudpickle": "libero",
+    "future": "libero",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
+LONGEST = 8000
+"""Characters of an error's sentence, whatever it quotes."""
+
 Run = Callable[[argparse.Namespace], "int | None"]
 
 
@@ -215,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, sentence = explain(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {cut(sentence, LONGEST)}", file=sys.stderr)
         return code
 
 

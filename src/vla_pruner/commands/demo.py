@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vla_pruner.commands.options import (
     add_device,
@@ -34,8 +33,9 @@ from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.models.loading import load, shipped
 from vla_pruner.reports.demo_page import write_page
 from vla_pruner.reports.files import write_text
-from vla_pruner.reports.latency import pace, pace_notes
-from vla_pruner.reports.summary import Summary, episodes_csv, percent, rows_csv, summarise
+from vla_pruner.reports.latency import pace_notes
+from vla_pruner.reports.summary import Summary, episodes_csv, rows_csv, summarise
+from vla_pruner.reports.terminal import table
 from vla_pruner.reports.timings import timings
 from vla_pruner.runs.job import Setup
 from vla_pruner.runs.matrix import Cell
@@ -206,28 +206,3 @@ def write_report(
 
 def _recording(out: Path, condition: str, seed: int) -> Path:
     return out / RECORDINGS / f"{condition}-{seed}.json"
-
-
-def table(summary: Summary) -> Table:
-    """The rows for a terminal of 80 columns."""
-    result = Table(show_lines=True)
-    for column in ("", "success", "visual\ntokens", "prefill\nFLOPs", "latency, ms", "speed-up"):
-        result.add_column(column, justify="right" if column else "left")
-    for row in summary.rows:
-        speed, success = pace(summary, row), row.success_interval
-        latency, speedup = f"{speed.median_ms:.1f}\np95 {speed.p95_ms:.1f}", "-"
-        if speed.speedup is not None and speed.interval is not None:
-            speedup = f"{speed.speedup:.2f}\n{speed.interval.low:.2f} to {speed.interval.high:.2f}"
-        if speed.pruned_ms is not None:
-            latency += f"\npruned {speed.pruned_ms:.1f}"
-        if speed.pruned_speedup is not None:
-            speedup += f"\npruned {speed.pruned_speedup:.2f}"
-        result.add_row(
-            row.label.replace(", ", "\n"),
-            f"{row.successes} of {row.episodes}\n{percent(success.low)} to {percent(success.high)}",
-            f"{row.visual_kept}\nof {row.visual}",
-            percent(row.prefill_ratio),
-            latency,
-            speedup,
-        )
-    return result

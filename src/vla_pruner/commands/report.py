@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vla_pruner.commands.options import words_of
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.reports import identical
 from vla_pruner.reports.compare import read_runs
@@ -17,6 +18,13 @@ from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner report`."""
     parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="leave these conditions out; their episodes stay in the run",
+    )
     parser.add_argument("--against", help="also compare with this condition: vla-pruner@0.25")
     parser.add_argument(
         "--identical",
@@ -32,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.identical:
         return _identical(args.runs)
     against = Condition.parse(args.against).name if args.against else None
-    groups = read_runs(args.runs)
+    without = words_of("--without", args.without) if args.without else []
+    groups = read_runs(args.runs, without=[Condition.parse(word).name for word in without])
     names = dict.fromkeys(condition.name for group in groups for condition in group.conditions)
     if against and against not in names:
         raise ValueError(f"--against {against}: the runs hold {', '.join(names)}")

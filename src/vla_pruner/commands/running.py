@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 
 from rich.console import Console
 
-from vla_pruner.commands.options import add_control, add_device, add_out, control_of
-from vla_pruner.commands.progress import progress_bar
-from vla_pruner.episodes.episode import Episode
-from vla_pruner.runs.execute import Progress, run_cells
-from vla_pruner.runs.job import Job, Planned
+from vla_pruner.commands.options import (
+    add_control,
+    add_device,
+    add_out,
+    control_of,
+    device_of,
+    words_of,
+)
+from vla_pruner.commands.progress import RunProgress
+from vla_pruner.episodes.condition import Condition
+from vla_pruner.reports.compare import read_runs
+from vla_pruner.reports.terminal import table
+from vla_pruner.runs.execute import run_cells
 from vla_pruner.runs.matrix import Cell
-from vla_pruner.runs.processes import Executor, Processes
+from vla_pruner.runs.processes import EpisodesFailed, Executor, Processes
+from vla_pruner.runs.store import Store
 
 INTERRUPTED = 130
 
@@ -57,6 +66,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="write an mp4 of the first N episodes of each condition into OUT/videos, dropped "
         "patches dimmed; episodes that had finished before are not repeated for it",
     )
+    parser.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="delete what the run folder holds of these conditions first, such as one that cannot "
+        "be run; `vla-pruner report --without` only leaves them out",
+    )
     add_control(parser)
 
 
@@ -75,46 +92,42 @@ def open_executor(args: argparse.Namespace) -> Executor:
 
 
 def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
-    """Run cells as the arguments say; print how to go on. Returns the exit code."""
+    """Run cells as the arguments say; print the table, and how to go on. Returns the exit code."""
     console = Console()
-    with Bar(console) as progress:
-        complete = run_cells(
-            cells,
-            args.out,
-            open_executor(args),
-            control=control_of(args),
-            videos=args.video,
-            progress=progress,
-        )
+    if args.ray is None:
+        device_of(args.device)
+    drop = words_of("--drop", args.drop) if args.drop else []
+    try:
+        with RunProgress(console) as progress:
+            complete = run_cells(
+                cells,
+                args.out,
+                open_executor(args),
+                control=control_of(args),
+                videos=args.video,
+                drop=[Condition.parse(word).name for word in drop],
+                progress=progress,
+            )
+    except EpisodesFailed:
+        show_tables(console, args.out, cells)
+        raise
+    show_tables(console, args.out, cells)
     if not complete:
         console.print("Interrupted. The same command continues.", highlight=False)
     console.print(f"Report: vla-pruner report {args.out}", highlight=False, soft_wrap=True)
     return 0 if complete else INTERRUPTED
 
 
-class Bar(Progress):
-    """A bar of all episodes, from when they are planned until the block is left."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = progress_bar(console)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def planned(self, cells: Sequence[Planned], missing: Sequence[Job]) -> None:
-        """Show the bar."""
-        total = sum(item.episodes for item in cells)
-        self._line = self._bar.add_task("episodes", total=total, completed=total - len(missing))
-        self._bar.start()
-
-    def finished(self, job: Job, episode: Episode) -> None:
-        """One more."""
-        self._bar.advance(self._line)
+def show_tables(console: Console, out: Path, cells: Sequence[Cell]) -> None:
+    """Success and cost of what the folder holds, for each policy and suite of the cells."""
+    wanted = {(cell.policy, cell.suite) for cell in cells}
+    with Store(out) as store:
+        if not any(store.tally(item)[1] for item in store.planned()):
+            return
+    for group in read_runs([out]):
+        if (group.setup.policy, group.setup.suite) in wanted:
+            summary = group.summary()
+            console.print(table(summary, group.title))
+            if not summary.complete:
+                missing = summary.planned - len(summary.episodes)
+                console.print(f"{missing} episodes are missing", highlight=False)

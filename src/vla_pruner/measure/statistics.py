@@ -126,11 +126,11 @@ def speedup_of(
     *,
     draws: int = 1000,
     seed: int = 0,
-) -> tuple[float, Interval]:
+) -> tuple[float, Interval | None]:
     """How many times faster the median call of `treatment` is, and its bootstrap interval.
 
     Whole episodes are drawn, in pairs: calls within an episode are alike, and what slowed the
-    machine during an episode slowed its partner.
+    machine during an episode slowed its partner. A single episode has no interval.
 
     Args:
         baseline, treatment: latencies of the calls of each episode; entry i is the same episode.
@@ -151,6 +151,8 @@ def speedup_of(
         slow = np.median(np.concatenate([before[i] for i in chosen]))
         return float(slow / np.median(np.concatenate([after[i] for i in chosen])))
 
+    if len(before) == 1:
+        return ratio([0]), None
     drawn = [ratio(rng.integers(len(before), size=len(before))) for _ in range(draws)]
     tail = (1 - confidence) / 2
     interval = Interval(quantile(drawn, tail), quantile(drawn, 1 - tail))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,24 @@ class Group:
         return found
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[Group]:
+def read_runs(folders: Sequence[str | Path], *, without: Collection[str] = ()) -> list[Group]:
     """The groups of several runs, in the order they were asked for.
+
+    Args:
+        folders: of the runs.
+        without: names of conditions to leave out.
 
     Raises:
         FileNotFoundError, ValueError: a folder that holds no episodes.
-        ValueError: two runs hold the same policy in the same suite.
+        ValueError: two runs hold the same policy in the same suite, or none a condition that is
+            to be left out.
     """
     groups: dict[tuple[str, str], Group] = {}
+    there: set[str] = set()
     for folder in folders:
-        found = list(_groups(folder))
+        with Store(folder) as store:
+            there |= {item.condition.name for item in store.planned()}
+        found = list(_groups(folder, without))
         if not found:
             raise ValueError(f"no episode has finished in {folder}")
         for group in found:
@@ -88,19 +96,28 @@ def read_runs(folders: Sequence[str | Path]) -> list[Group]:
                     "apart, or run both into one folder"
                 )
             groups[key] = group
+    if unknown := [name for name in without if name not in there]:
+        raise ValueError(
+            f"no condition {', '.join(unknown)} to leave out; there are {', '.join(sorted(there))}"
+        )
     return list(groups.values())
 
 
-def _groups(folder: str | Path) -> Iterator[Group]:
+def _groups(folder: str | Path, without: Collection[str]) -> Iterator[Group]:
     with Store(folder) as store:
         planned, environments = store.planned(), store.environments()
         for setup in dict.fromkeys(item.setup for item in planned):
-            items = [item for item in planned if item.setup == setup]
+            items = [
+                item
+                for item in planned
+                if item.setup == setup and item.condition.name not in without
+            ]
             conditions = [item.condition for item in items]
             if episodes := store.episodes(setup, conditions):
                 done = Counter(episode.condition for episode in episodes)
                 planned_or_more = sum(max(i.episodes, done[i.condition.name]) for i in items)
                 replays, timed_on = store.replays(setup)
+                replays = [one for one in replays if one.condition not in without]
                 yield Group(
                     setup,
                     conditions,

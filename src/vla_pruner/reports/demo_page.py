@@ -194,12 +194,14 @@ def _signed(share: float) -> str:
 def _speedup(row: ConditionRow, speed: Pace) -> str:
     if row.name == ALL_TOKENS:
         return "<small>the baseline</small>"
-    if speed.speedup is None or speed.interval is None:
+    if speed.speedup is None:
         return "<small>-</small>"
-    lines = f"{speed.interval.low:.2f} to {speed.interval.high:.2f}"
+    lines = []
+    if speed.interval is not None:
+        lines.append(f"{speed.interval.low:.2f} to {speed.interval.high:.2f}")
     if speed.pruned_speedup is not None:
-        lines += f"<br>pruned calls {speed.pruned_speedup:.2f}"
-    return f"<b>{speed.speedup:.2f}</b><small>{lines}</small>"
+        lines.append(f"pruned calls {speed.pruned_speedup:.2f}")
+    return f"<b>{speed.speedup:.2f}</b><small>{'<br>'.join(lines)}</small>"
 
 
 def _interval_plot(share: float, interval: Interval) -> str:

@@ -242,9 +242,10 @@ def _curves(rows: Sequence[ConditionRow], timings: Mapping[str, Timing]) -> list
         timing = timings.get(row.name)
         latency = timing.every if timing else None if timings else row.all_calls
         speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
-        if speedup is not None and spread is not None:
+        if speedup is not None:
+            low, high = (spread.low, spread.high) if spread else (speedup, speedup)
             speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
-            speed[name].append((share, speedup, spread.low, spread.high))
+            speed[name].append((share, speedup, low, high))
     blocks: list[Block] = []
     if success:
         label = "prefill FLOPs of pruned calls, relative to all tokens"

@@ -26,7 +26,7 @@ class Latency:
     """Latency of a set of calls, in ms, and how much faster the baseline's median makes it.
 
     `speedup` is the median of the baseline over the median of this, on the scenes that both
-    finished, `interval` its 95 % bootstrap interval; None without a baseline.
+    finished, None without a baseline; `interval` its 95 % bootstrap interval, None of one scene.
     """
 
     median_ms: float
@@ -268,8 +268,10 @@ def difference_text(difference: float, interval: Interval, p_value: float) -> st
 
 def speedup_text(speedup: float | None, interval: Interval | None) -> str:
     """Speed-up with its interval."""
-    if speedup is None or interval is None:
+    if speedup is None:
         return "-"
+    if interval is None:
+        return f"{speedup:.2f}x"
     return f"{speedup:.2f}x ({interval.low:.2f} to {interval.high:.2f})"
 
 

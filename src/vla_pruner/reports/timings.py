@@ -19,8 +19,9 @@ class Speed:
     """Latency of some calls in ms: the mean over calls of each call's median over rounds.
 
     `median_ms` and `p95_ms` are those of all calls in all rounds. `speedup` is the latency of all
-    tokens on the same observations over this one, `interval` its 95 % bootstrap interval over
-    rounds; None without a baseline. `peak_mb` is the largest memory; None: unknown.
+    tokens on the same observations over this one, None without a baseline; `interval` its 95 %
+    bootstrap interval over rounds, None of one round. `peak_mb` is the largest
+    memory; None: unknown.
     """
 
     latency_ms: float
@@ -125,8 +126,10 @@ def _latency(table: np.ndarray) -> float:
     return float(np.median(table, axis=0).mean())
 
 
-def _speedup(before: np.ndarray, after: np.ndarray) -> tuple[float, Interval]:
-    """Rounds are drawn in pairs: what slowed the machine in a round slowed both."""
+def _speedup(before: np.ndarray, after: np.ndarray) -> tuple[float, Interval | None]:
+    """Rounds are drawn in pairs: what slowed the machine slowed both. One has no interval."""
+    if len(before) == 1:
+        return _latency(before) / _latency(after), None
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(_DRAWS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,9 @@ class Progress:
     def finished(self, job: Job, episode: Episode) -> None:
         """An episode has been kept."""
 
+    def cell_finished(self, item: Planned, solved: int, episodes: int) -> None:
+        """The last missing episode of a cell has been kept; what the folder holds of it."""
+
 
 def run_cells(
     cells: Sequence[Cell],
@@ -37,6 +41,7 @@ def run_cells(
     *,
     control: Mapping[str, Any] | None = None,
     videos: int = 0,
+    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> bool:
     """Run what is missing of the cells, and keep each episode as soon as it has finished.
@@ -51,6 +56,7 @@ def run_cells(
         executor: what runs the episodes.
         control: overrides how policies are driven, see `Control.of`.
         videos: write a video of the first so many episodes of each cell.
+        drop: names of conditions whose episodes in the folder are deleted first.
         progress: told what is planned and what has finished.
 
     Returns:
@@ -67,12 +73,17 @@ def run_cells(
         raise ValueError(f"--video {videos}: write the videos of 0 or more episodes of a condition")
     if videos:
         encoder()
+    if both := sorted({cell.condition.name for cell in cells} & set(drop)):
+        raise ValueError(f"--drop {' '.join(both)}: this is among what is to be run")
     suites = {cell.suite: open_suite(cell.suite) for cell in cells}
     planned = plan(cells, suites, control=control)
     with Store(out, write=True) as store:
         where = {"threads": 1, "workers": executor.workers}
         store.begin(list(planned), {**stamp(executor.device), **where})
+        if drop:
+            store.drop(drop)
         missing = missing_jobs(planned, store, record=videos)
+        left = Counter(job.planned for job in missing)
         progress.planned(list(planned), missing)
         with _Interruption() as interruption:
             for job, episode in executor.run(interruption.until(missing)):
@@ -80,6 +91,9 @@ def run_cells(
                     write_video(video_path(Path(out), job), episode.recording, job.suite.hz)
                 store.add(job, episode)
                 progress.finished(job, episode)
+                left[job.planned] -= 1
+                if not left[job.planned]:
+                    progress.cell_finished(job.planned, *store.tally(job.planned))
         return not interruption.asked
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from vla_pruner.episodes.condition import Condition
-from vla_pruner.episodes.control import Control
+from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.models.loading import locate
 from vla_pruner.scenes.scene import Suite
+from vla_pruner.scenes.suites import SUITES
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,18 @@ class Setup:
 
     @classmethod
     def of(cls, name: str, policy: nn.Module, suite: Suite, **control: Any) -> Setup:
-        """The setup of a loaded policy; `control` overrides how it is driven, see `Control.of`."""
+        """The setup of a loaded policy; `control` overrides how it is driven, see `Control.of`.
+
+        Raises:
+            ValueError: the policy was made for other suites, or cannot be driven in this one.
+        """
+        folder = Path(locate(name))
+        _check_suite(name, said_by(folder).get("suites"), suite.name)
         return cls(
             suite=suite.name,
             policy=name,
             weights=fingerprint(policy),
-            control=Control.of(policy, suite.cameras, folder=Path(locate(name)), **control),
+            control=Control.of(policy, suite.cameras, folder=folder, **control),
             step_limit=suite.step_limit,
             tasks=suite.tasks,
             stand_in_assets=suite.stand_in_assets,
@@ -62,6 +69,16 @@ class Setup:
         """The setup that `as_dict` described."""
         control = Control(**{**values["control"], "cameras": tuple(values["control"]["cameras"])})
         return cls(**{**values, "control": control, "tasks": tuple(values["tasks"])})
+
+
+def _check_suite(policy: str, made_for: Any, suite: str) -> None:
+    """Refuse a known suite that is none of those that a policy was made for."""
+    if made_for is None or suite in made_for or suite not in SUITES:
+        return
+    raise ValueError(
+        f"{policy} was trained for {', '.join(made_for)}, not for {suite}; name one of these with "
+        "--suite, or another policy with --policy"
+    )
 
 
 def fingerprint(policy: nn.Module) -> str:

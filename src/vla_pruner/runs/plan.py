@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vla_pruner._short import cut
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Planned, Setup
@@ -16,6 +17,7 @@ from vla_pruner.runs.matrix import Cell
 from vla_pruner.runs.runner import OpenPolicy
 from vla_pruner.runs.store import Store
 from vla_pruner.scenes.scene import Suite
+from vla_pruner.surgery.session import Session
 
 
 def plan(
@@ -33,25 +35,51 @@ def plan(
         control: overrides how policies are driven, see `Control.of`.
 
     Raises:
-        ValueError: too many scenes, or a method that cannot prune a policy.
+        ValueError: cells that cannot be run; the message names each of them, and why.
     """
-    planned: dict[Planned, Suite] = {}
+    found: dict[Cell, Planned] = {}
+    problems: dict[str, str] = {}
     for name in dict.fromkeys(cell.policy for cell in cells):
-        policy = open_policy(name)
-        setups = {
-            suite: Setup.of(name, policy, suites[suite], **(control or {}))
-            for suite in dict.fromkeys(cell.suite for cell in cells if cell.policy == name)
-        }
-        for cell in cells:
-            if cell.policy == name:
-                suite = suites[cell.suite]
-                suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
-                settings, recipe = settings_of(cell.condition, policy)
-                item = Planned(
-                    setups[cell.suite], cell.condition, settings, recipe, cell.first, cell.episodes
-                )
-                planned[item] = suite
-    return planned
+        own = [cell for cell in cells if cell.policy == name]
+        try:
+            policy = open_policy(name)
+        except _REFUSALS as error:
+            problems[f"policy {name}"] = str(error)
+            continue
+        for suite in dict.fromkeys(cell.suite for cell in own):
+            try:
+                setup = Setup.of(name, policy, suites[suite], **(control or {}))
+            except _REFUSALS as error:
+                problems[f"{name} in {suite}"] = str(error)
+                continue
+            for cell in (cell for cell in own if cell.suite == suite):
+                try:
+                    found[cell] = _planned(cell, setup, policy, suites[suite])
+                except _REFUSALS as error:
+                    problems[str(cell)] = str(error)
+    if problems:
+        raise ValueError(_cannot_run(problems))
+    return {found[cell]: suites[cell.suite] for cell in cells}
+
+
+_REFUSALS = (ValueError, TypeError, NotImplementedError, OSError)
+_SHOWN = 8
+
+
+def _planned(cell: Cell, setup: Setup, policy: nn.Module, suite: Suite) -> Planned:
+    suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
+    settings, recipe = settings_of(cell.condition, policy)
+    return Planned(setup, cell.condition, settings, recipe, cell.first, cell.episodes)
+
+
+def _cannot_run(problems: Mapping[str, str]) -> str:
+    lines = [f"{what}: {cut(why, 1000)}" for what, why in problems.items()]
+    if len(lines) == 1:
+        return f"{lines[0]} (nothing was run)"
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n  ".join(
+        [f"{len(lines)} things cannot be run, so nothing was:", *lines[:_SHOWN], *more]
+    )
 
 
 def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any], str | None]:
@@ -60,7 +88,10 @@ def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any]
     if session is None:
         return {}, None
     method = session.method
-    session.remove()
+    try:
+        _check_budget(session, policy)
+    finally:
+        session.remove()
     settings = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
     recipe = settings.pop("recipe", None)
     digest = None
@@ -68,6 +99,13 @@ def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any]
         said = repr((recipe.method, recipe.keep, recipe.model, sorted(recipe.values.items())))
         digest = sha256(said.encode()).hexdigest()[:12]
     return settings, digest
+
+
+def _check_budget(session: Session, policy: nn.Module) -> None:
+    """Raise ValueError where a policy that knows its visual tokens has too few of them."""
+    views = getattr(getattr(policy, "config", None), "views", None)
+    if isinstance(views, tuple) and views:
+        session.method.schedule(views, len(session.adapter.layers))
 
 
 def missing_jobs(planned: Mapping[Planned, Suite], store: Store, *, record: int = 0) -> list[Job]:

@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +18,10 @@ from typing import Protocol
 
 import torch
 
+from vla_pruner._short import cut
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.models.loading import load
-from vla_pruner.runs.job import Job
+from vla_pruner.runs.job import Job, Planned
 from vla_pruner.runs.runner import EpisodeRunner
 
 ATTEMPTS = 3
@@ -38,22 +39,42 @@ class Executor(Protocol):
 
         A job is taken from `jobs` when something is free to run it.
 
+        An error in an episode ends its cell; those of other cells go on.
+
         Raises:
             EpisodesFailed: some could not be run; all others were.
         """
 
 
 class EpisodesFailed(RuntimeError):
-    """Episodes that were given up."""
+    """Episodes that were given up.
 
-    def __init__(self, failures: dict[Job, str]) -> None:
-        lines = [f"{job}: {reason}" for job, reason in failures.items()]
+    Args:
+        failures: why, by episode.
+        left_out: cells of which no more episodes were begun, as one of theirs raised an error.
+        notes: tracebacks, for `--debug`.
+    """
+
+    def __init__(
+        self,
+        failures: Mapping[Job, str],
+        left_out: Iterable[Planned] = (),
+        notes: Iterable[str] = (),
+    ) -> None:
+        ended = set(left_out)
+        lines = [
+            f"{job}: {cut(reason, 1000)}"
+            + ("; no more episodes of this cell were begun" if job.planned in ended else "")
+            for job, reason in failures.items()
+        ]
         more = f"\n... and {len(lines) - 5} more" if len(lines) > 5 else ""
         super().__init__(
             f"{len(lines)} episodes could not be run; all others are kept, and the same command "
             "tries these again:\n" + "\n".join(lines[:5]) + more
         )
         self.failures = failures
+        for note in notes:
+            self.add_note(note)
 
 
 class Queue:
@@ -68,11 +89,14 @@ class Queue:
         self._again: deque[Job] = deque()
         self._begun: Counter[Job] = Counter()
         self._failures: dict[Job, str] = {}
+        self._ended: dict[Planned, None] = {}
+        self._notes: list[str] = []
 
     def empty(self) -> bool:
         """Whether `take` has nothing to give."""
-        if not self._again and (job := next(self._fresh, None)) is not None:
-            self._again.append(job)
+        while not self._again and (job := next(self._fresh, None)) is not None:
+            if job.planned not in self._ended:
+                self._again.append(job)
         return not self._again
 
     def peek(self) -> Job | None:
@@ -94,10 +118,22 @@ class Queue:
         else:
             self._failures[job] = reason
 
+    def failed(self, job: Job, error: Exception) -> None:
+        """A job that was taken raised an error: its cell would raise it again, others may not."""
+        said = str(error) or type(error).__name__
+        self._failures[job] = said if isinstance(error, ValueError) else f"{_kind(error)}{said}"
+        self._ended[job.planned] = None
+        self._again = deque(one for one in self._again if one.planned is not job.planned)
+        self._notes += getattr(error, "__notes__", [])[:1]
+
     def finish(self) -> None:
         """Raise `EpisodesFailed` if jobs were given up."""
         if self._failures:
-            raise EpisodesFailed(self._failures)
+            raise EpisodesFailed(self._failures, self._ended, self._notes)
+
+
+def _kind(error: Exception) -> str:
+    return "" if type(error) is RuntimeError else f"{type(error).__name__}: "
 
 
 def check_limits(workers: int, time_limit: float) -> None:
@@ -181,7 +217,7 @@ class Processes:
                     if isinstance(answer, Episode):
                         yield job, answer
                     elif isinstance(answer, Exception):
-                        raise answer
+                        queue.failed(job, answer)
                     else:
                         workers.remove(worker)
                         worker.stop()

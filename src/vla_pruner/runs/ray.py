@@ -182,7 +182,8 @@ class _Dispatch:
             queue.died(job, "the actor with its policy died")
             return None
         if isinstance(answer, Exception):
-            raise answer
+            queue.failed(job, answer)
+            return None
         return job, answer
 
     def _hand_out(self, queue: Queue) -> bool:

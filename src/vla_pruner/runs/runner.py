@@ -11,7 +11,6 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode, run_episode
 from vla_pruner.episodes.policy_runner import LocalPolicyRunner, PolicyRunner
 from vla_pruner.episodes.recording import Recorder
-from vla_pruner.methods import build
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Setup, fingerprint
 from vla_pruner.scenes.scene import Scene
@@ -132,4 +131,4 @@ def first_calls(condition: Condition) -> int:
     """Calls of a new episode up to the second one that drops tokens."""
     if condition.keep is None:
         return 2
-    return build(condition.method, keep=condition.keep, **dict(condition.options)).warmup + 2
+    return condition.build().warmup + 2

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vla_pruner._short import short
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.measure.statistics import median
@@ -99,9 +100,9 @@ class Store:
             raise FileNotFoundError(
                 f"{folder} holds no {FILE}; make it with `vla-pruner eval` or `vla-pruner sweep`"
             )
-        mode = "rwc" if write else "ro"
+        how = "mode=rwc" if write else self._how_to_read()
         self._base = sqlite3.connect(
-            f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None
+            f"{self.path.resolve().as_uri()}?{how}", uri=True, isolation_level=None
         )
         self._base.row_factory = sqlite3.Row
         try:
@@ -109,6 +110,22 @@ class Store:
         except BaseException:
             self.close()
             raise
+
+    def _how_to_read(self) -> str:
+        """How SQLite is to open the file: beside one that is written to it makes files of its own.
+
+        Raises:
+            RuntimeError: newer episodes lie in another file, and the folder cannot be written to.
+        """
+        folder, wal = self.path.parent, self.path.with_name(FILE + "-wal")
+        if os.access(folder, os.W_OK) and not _read_only(folder):
+            return "mode=ro"
+        if wal.exists() and wal.stat().st_size:
+            raise RuntimeError(
+                f"{folder} is read-only, and the newest episodes are in {wal.name}, which SQLite "
+                "has to merge first; copy the folder to where you may write, and read it there"
+            )
+        return "mode=ro&immutable=1"
 
     def __enter__(self) -> Self:
         return self
@@ -229,8 +246,8 @@ class Store:
             if before[name] != wanted[name]:
                 raise ValueError(
                     f"{self.path} holds episodes of {what} with another {name} "
-                    f"({before[name]!r} instead of {wanted[name]!r}); continue with the same "
-                    "one, or choose another folder with --out"
+                    f"({short(before[name])} instead of {short(wanted[name])}); continue with the "
+                    "same one, or choose another folder with --out"
                 )
 
     def _one(self, query: str, values: Sequence[Any]) -> Any:
@@ -305,6 +322,27 @@ class Store:
                     ],
                 )
 
+    def drop(self, conditions: Sequence[str]) -> int:
+        """Forget conditions: what was planned, run and timed of them. Returns their episodes.
+
+        Raises:
+            ValueError: one that the file does not hold.
+            OSError: it cannot be written.
+        """
+        there = {row[0] for row in self._base.execute("SELECT condition FROM plan")}
+        if unknown := [name for name in conditions if name not in there]:
+            raise ValueError(
+                f"{self.path} holds no condition {', '.join(unknown)}; there are "
+                f"{', '.join(sorted(there)) or 'none'}"
+            )
+        marks = ", ".join("?" * len(conditions))
+        where = f"WHERE condition IN ({marks})"
+        with self._transaction():
+            count = self._one(f"SELECT count(*) FROM episodes {where}", conditions)
+            for name in ("episodes", "replays", "plan"):
+                self._base.execute(f"DELETE FROM {name} {where}", list(conditions))
+        return int(count)
+
     # -- reading -----------------------------------------------------------------------------------
 
     def finished(self, setup: Setup) -> set[tuple[str, int]]:
@@ -316,6 +354,15 @@ class Store:
                 [setup.suite, setup.policy],
             )
         }
+
+    def tally(self, item: Planned) -> tuple[int, int]:
+        """Solved and finished episodes of a policy in a suite, under one condition."""
+        row = self._base.execute(
+            "SELECT coalesce(sum(success), 0), count(*) FROM episodes "
+            "WHERE suite = ? AND policy = ? AND condition = ?",
+            [item.setup.suite, item.setup.policy, item.condition.name],
+        ).fetchone()
+        return int(row[0]), int(row[1])
 
     def planned(self) -> list[Planned]:
         """Everything that was asked for, in the order it was asked for."""
@@ -392,6 +439,11 @@ class Store:
                 )
             )
         return found, json.loads(rows[0]["stamp"]) if rows else {}
+
+
+def _read_only(folder: Path) -> bool:
+    """Whether the file system that holds a folder is mounted read-only."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def _condition_values(condition: Condition) -> tuple[str, float | int | None, str]:

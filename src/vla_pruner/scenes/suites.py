@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 
+from vla_pruner._short import short
 from vla_pruner.scenes.scene import Suite
 
 PICK_PLACE = "robosuite_pickplace"
@@ -58,7 +60,7 @@ def open_suite(name: str) -> Suite:
     """The suite called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or what the name leads to is no suite.
         ImportError: its simulator is not installed.
     """
     if name in SUITES:
@@ -66,10 +68,28 @@ def open_suite(name: str) -> Suite:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(
-            f"no suite is called {name!r}; there are {', '.join(SUITES)}, or give your own as "
+            f"no suite is called {short(name)}; there are {', '.join(SUITES)}, or give your own as "
             "MODULE:FUNCTION"
         )
-    suite = getattr(importlib.import_module(module), attribute, None)
-    if suite is None:
-        raise ValueError(f"suite {name!r}: module {module} has no {attribute!r}")
-    return suite()
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module + ".").startswith(error.name + "."):
+            raise ValueError(f"suite {short(name)}: there is no module {module}") from error
+        raise
+    if found is None:
+        raise ValueError(f"suite {short(name)}: module {module} has no {short(attribute)}")
+    if isinstance(found, Suite):
+        return found
+    # Nothing is called that could not be meant: YAML may name any function of any module.
+    if not isinstance(found, FunctionType | partial):
+        raise ValueError(
+            f"suite {short(name)} is {short(found)}; expected a Python function that gives a "
+            "vla_pruner.scenes.scene.Suite"
+        )
+    suite = found()
+    if not isinstance(suite, Suite):
+        raise ValueError(
+            f"suite {short(name)} gave {short(suite)} instead of a vla_pruner.scenes.scene.Suite"
+        )
+    return suite
