@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,30 +67,6 @@ def test_peak_memory_counts_what_was_held_and_freed_again() -> None:
     if peak is None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert 50 < peak < 200
-
-
-def test_recorded_calls_sees_arguments_and_restores_the_function() -> None:
-    owner = SimpleNamespace(double=lambda x, plus=0: 2 * x + plus)
-    original = owner.double
-    with timing.recorded_calls(owner, "double") as calls:
-        assert owner.double(3, plus=1) == 7
-    assert calls == [((3,), {"plus": 1})]
-    assert owner.double is original
-
-
-def test_recorded_calls_restores_an_inherited_method_after_an_error() -> None:
-    class Base:
-        def act(self) -> int:
-            return 1
-
-    class Child(Base):
-        pass
-
-    with pytest.raises(RuntimeError), timing.recorded_calls(Child, "act") as calls:
-        Child().act()
-        raise RuntimeError
-    assert len(calls) == 1
-    assert "act" not in vars(Child)
 
 
 def test_stamp_names_versions_and_machine() -> None:

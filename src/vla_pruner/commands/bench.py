@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from vla_pruner.commands.options import (
     keep_of,
     words_of,
 )
+from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.comparison import Comparison, VariantRow, compare, steps_to_prepare
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.measure.workloads import DTYPES, PUBLISHED, build_workload
-from vla_pruner.methods import build
+from vla_pruner.methods import Method
 
 SUFFIXES = (".json", ".md")
 
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_methods(parser, ["vla-pruner"])
     add_keeps(parser, ["0.5", "0.25", "0.125"])
-    parser.add_argument("--layer", type=int, default=3, help="layers that see every token")
+    parser.add_argument(
+        "--layer", type=int, help="layers that see every token (default: each method's own)"
+    )
     add_device(parser)
     parser.add_argument("--repeats", type=int, help="rounds (default: 5 on the CPU, 30 on a GPU)")
     parser.add_argument(
@@ -86,12 +90,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--threads {args.threads}: at least one thread is needed")
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    keeps = [keep_of(word) for word in words_of("--keep", args.keep)]
-    methods = []
-    for name in words_of("--methods", args.methods):
-        variants = [build(name, keep=keep, layer=args.layer) for keep in keeps]
-        cuts = variants[0].cuts(num_layers=args.layer + 1)
-        methods += variants if cuts else variants[:1]  # what never cuts has no keep ratio
+    named = variants_of(words_of("--methods", args.methods), args.keep, args.layer)
+    methods = list(named.values())
 
     console = Console()
     layers = args.layers
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         result = compare(
             workload,
             methods,
+            names=list(named),
             repeats=repeats,
             compile_decoder=args.compile,
             tick=lambda: bar.advance(task),
@@ -132,6 +133,37 @@ def run(args: argparse.Namespace) -> int:
         path.write_text(_json(result) if path.suffix == ".json" else _markdown(result))
         console.print(f"written: {path}", highlight=False)
     return 0
+
+
+def variants_of(
+    words: Sequence[str], keeps: Sequence[str], layer: int | None = None
+) -> dict[str, Method]:
+    """The methods to measure, by the names of their rows.
+
+    Args:
+        words: names of methods, each measured at every budget of `keeps`, or conditions such as
+            vla-pruner@0.25:window=1.
+        keeps: budgets, as on the command line.
+        layer: K, for all of them; None: each method's own.
+
+    Raises:
+        ValueError: an unknown method, an option that it does not take, or an impossible budget.
+    """
+    amounts = words_of("--keep", keeps)
+    for amount in amounts:
+        keep_of(amount)  # Raises: it is none.
+    found: dict[str, Method] = {}
+    for word in words:
+        if word == ALL_TOKENS:
+            found[word] = make_method(word)
+            continue
+        texts = [word] if "@" in word else [f"{word}@{keep}" for keep in amounts]
+        for text in texts:
+            condition = Condition.parse(text)
+            options = dict(condition.options) | ({} if layer is None else {"layer": layer})
+            name = " ".join(text.replace("@", " ", 1).split(":"))
+            found[name] = make_method(condition.method, keep=condition.keep, **options)
+    return found
 
 
 # -- what is shown -------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +12,19 @@ import torch
 import vla_pruner
 from vla_pruner.measure import timing
 from vla_pruner.measure.environment import stamp
+from vla_pruner.measure.parts import SCORING, SELECTION, measure_parts
 from vla_pruner.measure.timing import PassClock, Spread
 from vla_pruner.measure.workloads import Workload
 from vla_pruner.methods import Method
+from vla_pruner.methods.none import NoPruning
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
-from vla_pruner.surgery import readings
 from vla_pruner.surgery.session import Session
 
 FULL = "full"
+
+_TRIES = 12
+"""Steps after which a method that still drops nothing is measured as it is."""
 
 
 @dataclass
@@ -94,7 +96,10 @@ class _Variant:
             for _ in range(self.method.warmup):
                 self.step()
                 tick()
-            self._measure_parts()
+            method = self.session.method
+            found = measure_parts(method, self._dropping_step, self.device)
+            self.scoring_ms = _spread(found.get(SCORING))
+            self.selection_ms = _spread(found.get(SELECTION))
             tick()
         if compile_decoder:
             if self.session is None:
@@ -110,45 +115,37 @@ class _Variant:
 
     def step(self) -> None:
         self.workload.step(self.policy)
+        if self.session is not None and "motion" in self.session.method.needs:
+            self.session.motion(1.0)  # A robot that never stops, for methods that wait for that.
 
     def measure(self) -> None:
-        """One timed step."""
-        self.total_ms.append(timing.time_ms(self.step, self.device))
-        prefill, *decode = self.clock.take()
+        """One timed step; of a method that runs some steps on all tokens, one that drops tokens."""
+        for _ in range(_TRIES):
+            total = timing.time_ms(self.step, self.device)
+            prefill, *decode = self.clock.take()
+            if not self._was_full():
+                break
+        self.total_ms.append(total)
         self.prefill_ms.append(prefill)
         if decode:
             self.decode_ms.append(sum(decode))
 
-    def _measure_parts(self) -> None:
-        """Time scoring and selection alone, on the tensors they get in the steady state."""
-        assert self.method is not None
-        parts = {
-            "attention_column_mean": (readings, "scoring"),
-            "attention_rows": (readings, "scoring"),
-            "select": (type(self.method), "selection"),
-        }
-        with ExitStack() as stack:
-            recorded = {
-                name: stack.enter_context(timing.recorded_calls(owner, name))
-                for name, (owner, _) in parts.items()
-            }
-            self.step()
-        calls: dict[str, list[Callable[[], Any]]] = {"scoring": [], "selection": []}
-        for name, (owner, part) in parts.items():
-            function = getattr(owner, name)
-            calls[part] += [partial(function, *args, **kwargs) for args, kwargs in recorded[name]]
-        self.scoring_ms = self._replay(calls["scoring"])
-        self.selection_ms = self._replay(calls["selection"])
+    def _dropping_step(self) -> bool:
+        """A step; whether it dropped tokens."""
+        self.step()
+        return not self._was_full()
 
-    def _replay(self, calls: list[Callable[[], Any]], repeats: int = 7) -> Spread | None:
-        def run() -> None:
-            for call in calls:
-                call()
+    def _was_full(self) -> bool:
+        """Whether a method that drops tokens dropped none in the last step."""
+        if self.session is None or self.session.last is None or not self.cuts:
+            return False
+        return bool(self.session.last.warm_up.all())
 
-        if not calls:
-            return None
-        run()
-        return Spread.of([timing.time_ms(run, self.device) for _ in range(repeats)])
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Layers before which tokens are cut, as the attached method has it."""
+        assert self.session is not None
+        return self.session.method.cuts(len(self.session.adapter.layers))
 
 
 def steps_to_prepare(method: Method | None, compile_decoder: bool) -> int:
@@ -160,6 +157,7 @@ def compare(
     workload: Workload,
     methods: Sequence[Method],
     *,
+    names: Sequence[str] | None = None,
     repeats: int,
     compile_decoder: bool = False,
     tick: Callable[[], None] = lambda: None,
@@ -169,6 +167,7 @@ def compare(
     Args:
         workload: the policy and its step.
         methods: configured methods.
+        names: of their rows, all different; None: method and `keep`.
         repeats: rounds; each times every variant once.
         compile_decoder: compile the decoder of every variant, the full one included.
         tick: called after every step, for a progress bar.
@@ -177,9 +176,9 @@ def compare(
     if compile_decoder:  # all variants compile the same function, each with its own modules
         torch._dynamo.config.recompile_limit = 16 * (1 + len(methods))
     variants = {FULL: _Variant(FULL, workload, None, device)}
-    depth = workload.policy.language_model.config.num_hidden_layers
-    for method in methods:
-        name = f"{method.name} {method.keep}" if method.cuts(depth) else method.name
+    for name, method in zip(names or map(_name, methods), methods, strict=True):
+        if name in variants:
+            raise ValueError(f"two variants are called {name!r}; give them different `names`")
         variants[name] = _Variant(name, workload, method, device)
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)
@@ -216,6 +215,10 @@ def compare(
     )
 
 
+def _name(method: Method) -> str:
+    return method.name if isinstance(method, NoPruning) else f"{method.name} {method.keep}"
+
+
 def _row(variant: _Variant, full: _Variant) -> VariantRow:
     workload, text = variant.workload, variant.workload.policy.language_model.config
     tokens, visual, layers = workload.tokens, workload.visual, text.num_hidden_layers
@@ -250,6 +253,10 @@ def _row(variant: _Variant, full: _Variant) -> VariantRow:
         selection_ms=variant.selection_ms,
         memory_mb=variant.memory_mb,
     )
+
+
+def _spread(samples: Sequence[float] | None) -> Spread | None:
+    return Spread.of(samples) if samples else None
 
 
 def _paired(full: Sequence[float], variant: Sequence[float]) -> Spread:

@@ -8,10 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -152,27 +150,3 @@ def _status_kb(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")
-
-
-@contextmanager
-def recorded_calls(owner: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Collect the arguments of every call to `owner.name` inside the block.
-
-    This is how a part is timed on the very tensors that it met inside a model.
-    """
-    original = getattr(owner, name)
-    own = name in vars(owner)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def recorder(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return original(*args, **kwargs)
-
-    setattr(owner, name, recorder)
-    try:
-        yield calls
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
