@@ -102,7 +102,7 @@ def test_policies_apart_answer_several_simulators_and_either_may_die(
     def kill_both() -> None:
         deadline = time.monotonic() + 900
         while time.monotonic() < deadline and len(killed) < 2:
-            busy = [desk for one in dispatches for desk in one._desks if desk.busy == 2]
+            busy = [one for each in dispatches for one in each._policies if one.busy == 2]
             if not killed and busy and len(resets(tmp_path)) >= 4:
                 ray.kill(busy[0].actor)
                 killed.append(len(resets(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vla_pruner._short import cut
 from vla_pruner.models.openvla.processing import resolve_key
 
 Gripper = Literal["robosuite", "rlds"]
@@ -119,7 +121,8 @@ def statistics_of(policy: Any, key: str | None, *, folder: Path | None = None) -
     """The dataset whose statistics scale a policy's actions; None: there is nothing to choose.
 
     Args:
-        policy: its `config.norm_stats` holds them by dataset.
+        policy: its `config.norm_stats` holds them by dataset, and its `predict_action` takes an
+            `unnorm_key`; any other policy has nothing to choose.
         key: what was asked for; None: what the folder says under `control`, or the only one.
         folder: where the policy was loaded from, if from a folder.
 
@@ -128,7 +131,8 @@ def statistics_of(policy: Any, key: str | None, *, folder: Path | None = None) -
     """
     key = key or said_by(folder).get("unnorm_key")
     found = getattr(getattr(policy, "config", None), "norm_stats", None)
-    if not isinstance(found, Mapping) or not found:
+    takes = inspect.signature(getattr(policy, "predict_action", _nothing)).parameters
+    if not isinstance(found, Mapping) or not found or "unnorm_key" not in takes:
         if key is not None:
             raise ValueError(
                 f"--unnorm-key {key}: this policy has no statistics of several datasets to choose "
@@ -137,8 +141,12 @@ def statistics_of(policy: Any, key: str | None, *, folder: Path | None = None) -
         return None
     if key is None and len(found) > 1:
         raise ValueError(
-            "the policy has statistics of several datasets; choose one with --unnorm-key: "
-            + ", ".join(sorted(found))
+            "the policy has statistics of several datasets; choose one with --unnorm-key "
+            f"(in Python and YAML `unnorm_key`): {cut(', '.join(sorted(found)), 1000)}"
         )
     chosen = resolve_key(found, key)
     return chosen if len(found) > 1 else None
+
+
+def _nothing() -> None:
+    """Takes no argument."""
