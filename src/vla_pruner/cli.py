@@ -12,10 +12,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import vla_pruner
+from vla_pruner._short import cut
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -24,15 +24,28 @@ EXTRA_OF = {
     "robosuite": "sim",
     "mujoco": "sim",
     "cv2": "sim",
+    "scipy": "sim",  # comes with robosuite
     "termcolor": "sim",
     "imageio": "sim",
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
     "ray": "ray",
     "vla_eval": "serve",
+    "anyio": "serve",
+    "jsonargparse": "serve",
+    "libero": "libero",
+    "bddl": "libero",
+    "gymnasium": "libero",
+    "h5py": "libero",
+    "easydict": "libero",
+    "cloudpickle": "libero",
+    "future": "libero",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
+LONGEST = 8000
+"""Characters of an error's sentence, whatever it quotes."""
+
 Run = Callable[[argparse.Namespace], "int | None"]
 
 
@@ -45,90 +58,14 @@ class Command:
     load: Callable[[], tuple[AddArguments, Run]]
 
 
-def _module(name: str) -> Callable[[], tuple[AddArguments, Run]]:
+def _file(word: str) -> Callable[[], tuple[AddArguments, Run]]:
+    """Loads the module of `vla_pruner.commands` that is called like the word."""
+
     def load() -> tuple[AddArguments, Run]:
-        module = importlib.import_module(name)
+        module = importlib.import_module(f"vla_pruner.commands.{word}")
         return module.add_arguments, module.run
 
     return load
-
-
-# -- the two lists -------------------------------------------------------------------------------
-
-
-def _add_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="tell more about this one")
-
-
-def _pick(name: str, known: dict[str, Any], kind: str) -> Any:
-    if name not in known:
-        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(known)}")
-    return known[name]
-
-
-def _methods(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from vla_pruner.methods import list_methods
-
-    console, known = Console(), list_methods()
-    if args.name is None:
-        table = Table(Column("method", no_wrap=True), "what it keeps", "from", "licence")
-        for name, method in known.items():
-            paper = (method.paper or "").removeprefix("https://").replace("/abs/", "/abs/\n")
-            table.add_row(name, method.summary, paper, method.licence)
-        console.print(table)
-        console.print("Options of one method: vla-pruner methods NAME", style="dim")
-        return OK
-    method = _pick(args.name, known, "method")
-    console.print(f"[bold]{args.name}[/bold]: {method.summary}", highlight=False)
-    if method.paper:
-        console.print(method.paper)
-    console.print(f"licence: {method.licence}", highlight=False)
-    table = Table("option", "type", "default")
-    for option in fields(method):
-        table.add_row(option.name, str(option.type), repr(option.default))
-    console.print(table)
-    console.print(f'vp.prune(model, "{args.name}", keep=0.25)', style="dim", highlight=False)
-    return OK
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    _add_name(parser)
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the page docs/models.md instead"
-    )
-
-
-def _models(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from vla_pruner.models import list_models, matrix
-    from vla_pruner.models.base import built_in
-    from vla_pruner.models.loading import shipped
-
-    if args.markdown:
-        summaries = {family.name: family.summary for family in built_in()}
-        print(matrix.markdown(matrix.read(), summaries), end="")
-        return OK
-    console, known = Console(), list_models()
-    chosen = known if args.name is None else {args.name: _pick(args.name, known, "model family")}
-    table = Table("family", "what it covers")
-    for name, family in chosen.items():
-        table.add_row(name, family.summary)
-    console.print(table)
-    rows = [row for row in matrix.read() if args.name in (None, row.family)]
-    tested = Table(Column("class", no_wrap=True), "tested on", "what was tested", "with")
-    for row in rows:
-        _, model, on, *_, versions = matrix.cells(row)
-        tested.add_row(model, on, ", ".join(c for c in matrix.CHECKS if c in row.tests), versions)
-    console.print(tested)
-    console.print("What the checks mean: docs/models.md", style="dim")
-    if args.name is None:
-        console.print(f"Policies that ship with this package: {', '.join(shipped()) or 'none'}")
-    return OK
 
 
 COMMANDS = {
@@ -137,58 +74,58 @@ COMMANDS = {
         "Runs the same pick-and-place episodes with all visual tokens and with a pruned model, "
         "prints success, speed and cost side by side, and writes a page with videos that show "
         "which image patches were dropped.",
-        _module("vla_pruner.evaluation.demo"),
+        _file("demo"),
     ),
     "methods": Command(
         "list the pruning methods, or the options of one",
         "Lists what `method=` of vp.prune and `--method` understand. With NAME: its options.",
-        lambda: (_add_name, _methods),
+        _file("methods"),
     ),
     "models": Command(
         "list the model families that can be pruned, and what was tested on each",
         "Lists the model families that vp.prune recognises, and what the tests showed of each "
         "class: on the real one, or on a double where that cannot be installed. Any other Hugging "
         "Face decoder can be pruned with vp.models.Decoder: see docs/adding-a-model.md.",
-        lambda: (_add_models, _models),
+        _file("models"),
     ),
     "analyze": Command(
         "draw what a policy looks at, and what each method would have kept of it",
         "Runs episodes on all visual tokens, shows the same images to each method, and writes a "
         "page with overlaps of attention, errors of its forecasts, agreement of the methods, and "
         "films of what they keep; the numbers also as CSV.",
-        _module("vla_pruner.analysis.command"),
+        _file("analyze"),
     ),
     "bench": Command(
         "measure time, memory and FLOPs of pruned models against the full one, side by side",
         "Runs the full model and each pruned one in turn, again and again, in one process, and "
         "reports medians with quartiles. With the dimensions of a published model it builds that "
         "model with random weights: time does not depend on what the weights are.",
-        _module("vla_pruner.bench.command"),
+        _file("bench"),
     ),
     "eval": Command(
         "success and cost of a policy in a suite, with all or with few of its visual tokens",
         "Runs the held-out scenes of a suite and keeps one row per episode in OUT/episodes.sqlite. "
         "Run again with the same folder, it continues; other methods may be added to it, and "
         "`vla-pruner report` compares them scene by scene.",
-        _module("vla_pruner.evaluation.command"),
+        _file("eval"),
     ),
     "sweep": Command(
         "eval for a matrix: policies x methods x ratios x suites",
         "Runs every cell that a YAML file describes, each scene under all conditions before the "
         "next one, and resumes where it stopped.",
-        _module("vla_pruner.evaluation.sweep"),
+        _file("sweep"),
     ),
     "latency": Command(
         "time the conditions of a run apart, on recorded observations",
         "Records what each policy of a run sees, replays it through every condition in turn, and "
         "keeps latency and memory beside the episodes; `vla-pruner report` then shows these.",
-        _module("vla_pruner.evaluation.latency"),
+        _file("latency"),
     ),
     "report": Command(
         "tables from what eval and sweep have run",
         "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "
         "differences with exact tests, success per task.",
-        _module("vla_pruner.evaluation.report"),
+        _file("report"),
     ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",
@@ -196,21 +133,21 @@ COMMANDS = {
         "says how many visual tokens each layer sees, where all of them leave, or which layers "
         "matter. This command makes it from what a policy sees, and the recipe is refused for any "
         "other model. Use it with vp.prune(model, METHOD, recipe=FILE).",
-        _module("vla_pruner.calibration.command"),
+        _file("calibrate"),
     ),
     "doctor": Command(
         "check that a model sees its images and can be pruned faithfully",
         "Loads a policy and looks for the faults that cost others days: an image that never "
         "reaches the language model, another attention kernel when pruned, visual tokens at "
         "other positions than expected. Exit code 1 if something is wrong.",
-        _module("vla_pruner.bench.doctor"),
+        _file("doctor"),
     ),
     "serve": Command(
         "answer an evaluation harness with a pruned policy: LIBERO, SIMPLER, PickPlace",
         "Loads a policy, attaches a pruning method, and answers the clients of vla-eval "
         "(vla-evaluation-harness) over a WebSocket until Ctrl-C. Every episode has its own "
         "history, also where several clients share a pass of the model. See docs/serving.md.",
-        _module("vla_pruner.serving.command"),
+        _file("serve"),
     ),
 }
 
@@ -292,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, sentence = explain(error)
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {cut(sentence, LONGEST)}", file=sys.stderr)
         return code
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-
 from toy_task import tiny_policy
-
 from vla_pruner.models.openvla import OpenVLA, OpenVLAConfig
 
 

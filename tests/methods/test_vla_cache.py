@@ -8,10 +8,10 @@ import torch
 from slow_cache import SlowStep, slow_choice, slow_pass, slow_similarity
 from test_hf_vlm import IMAGE, inputs_for, llava, smolvlm
 from tiny_openvla import make_oft, make_openvla, observation
-from toy_task import CAMERAS, ToyScene, tiny_policy
 
 import vla_pruner as vp
-from vla_pruner.evaluation.episode import Control, rollout
+from toy_task import CAMERAS, ToyScene, rollout, tiny_policy
+from vla_pruner.episodes.control import Control
 from vla_pruner.methods import build
 from vla_pruner.models import find_adapter
 from vla_pruner.models.openvla.processing import colours, normalise_pixels, prepare_image

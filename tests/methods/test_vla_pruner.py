@@ -5,7 +5,7 @@ import torch
 
 import vla_pruner as vp
 from ladder import VISUAL, M
-from vla_pruner.evaluation.pilot import describe_call
+from vla_pruner.episodes.policy_runner import describe_call
 from vla_pruner.methods import Evidence, StepContext, build
 from vla_pruner.pruning.flops import layered_prefill_flops
 

@@ -16,7 +16,7 @@ from vla_pruner.reference.demonstrations import (
     record,
     record_episode,
 )
-from vla_pruner.reference.scene import EVALUATION_SEEDS, STEP_LIMIT, PickPlaceScene
+from vla_pruner.scenes.pick_place import EVALUATION_SEEDS, STEP_LIMIT, PickPlaceScene
 
 
 @pytest.fixture(scope="module")

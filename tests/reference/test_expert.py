@@ -10,7 +10,7 @@ if find_spec("robosuite") is None:  # not importorskip: the scene picks the rend
     pytest.skip("robosuite is missing: pip install 'vla-pruner[sim]'", allow_module_level=True)
 
 from vla_pruner.reference import expert
-from vla_pruner.reference.scene import STEP_LIMIT, PickPlaceScene
+from vla_pruner.scenes.pick_place import STEP_LIMIT, PickPlaceScene
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from vla_pruner.reference.__main__ import main
 from vla_pruner.reference.dataset import CHUNK, Demonstrations
 from vla_pruner.reference.demonstrations import FORMAT_VERSION, _to_jpeg
 from vla_pruner.reference.flow import FlowTrainer
-from vla_pruner.reference.task import CAMERAS, IMAGE_SIZE, OBJECT_NAMES
 from vla_pruner.reference.training import STAGES, Settings, Trainer, export, plain_attention
+from vla_pruner.scenes.pick_place_task import CAMERAS, IMAGE_SIZE, OBJECT_NAMES
 
 STEPS = 12
 

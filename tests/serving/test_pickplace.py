@@ -37,7 +37,7 @@ def test_tasks_name_each_object_once(benchmark: Any) -> None:
 
 
 def test_episodes_are_the_held_out_scenes(benchmark: Any) -> None:
-    from vla_pruner.reference.scene import PickPlaceScene
+    from vla_pruner.scenes.pick_place import PickPlaceScene
 
     task = benchmark.get_tasks()[2] | {"episode_idx": 3}
     anyio.run(benchmark.start_episode, task)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pruner[serve]'")
@@ -56,8 +57,8 @@ def test_a_configuration_of_vla_eval_makes_the_server(tmp_path: Path) -> None:
         ({"benchmark": "libre"}, "no benchmark is called 'libre'; there are pickplace, libero"),
         ({"chunk_size": 9}, r"chunk_size=9: OpenVLAOFT gives 4 action\(s\) at a time"),
         ({"chunk_size": 0}, "at least 1"),
-        ({"unnorm_key": None}, "choose the statistics"),
-        ({"gripper": "up"}, "gripper='up' is unknown; use rlds or robosuite"),
+        ({"unnorm_key": None}, "choose one with --unnorm-key"),
+        ({"gripper": "up"}, "gripper='up' is unknown; use robosuite or rlds"),
         ({"keep": 2.0}, "keep"),
         ({"method": "fastvv"}, "did you mean 'fastv'"),
         ({"method": "vla-adp"}, "clients do not report.*gate=none"),
@@ -119,3 +120,17 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == cli.INTERRUPTED, rest
     assert "Traceback" not in rest
+
+
+def test_a_flow_policy_is_served_with_its_one_set_of_statistics() -> None:
+    server = PolicyServer("mini-pi0", "fastv", 0.5, "pickplace")
+    try:
+        state = np.zeros(8)
+        image = np.zeros((160, 160, 3), np.uint8)
+        seen = {"images": [image, image], "instruction": "put the can in its bin", "proprio": state}
+        actions = server.served.act([server.served.start("a")], [seen])
+    finally:
+        server.served.close()
+    assert actions.shape == (1, 8, 7) and np.isfinite(actions).all()
+    with pytest.raises(ValueError, match="--unnorm-key action: this policy has no statistics"):
+        PolicyServer("mini-pi0", "fastv", 0.5, "pickplace", unnorm_key="action")

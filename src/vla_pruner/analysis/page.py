@@ -11,9 +11,9 @@ from typing import Any
 from vla_pruner.analysis.pictures import film, strip
 from vla_pruner.analysis.record import Trace
 from vla_pruner.analysis.tables import Rows, to_csv
-from vla_pruner.evaluation.document import html_page
-from vla_pruner.evaluation.plots import lines
-from vla_pruner.evaluation.summary import write_text
+from vla_pruner.reports.document import html_page
+from vla_pruner.reports.files import write_text
+from vla_pruner.reports.plots import lines
 
 PICTURE_BYTES = 2_300_000
 """Films are left out once a page's pictures are this large, so that it stays below 3 MB."""

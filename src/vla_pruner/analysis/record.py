@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.analysis.oracle import Oracle, OracleSession
 from vla_pruner.core.session import Session, StepReport
-from vla_pruner.evaluation.episode import Scene
-from vla_pruner.evaluation.oracle import Oracle, OracleSession
-from vla_pruner.evaluation.recording import crop, visible_side
-from vla_pruner.evaluation.rollouts import Setup
+from vla_pruner.episodes.control import Control
+from vla_pruner.episodes.episode import Moment, run_episode
+from vla_pruner.episodes.observations import Watcher
+from vla_pruner.episodes.policy_runner import LocalPolicyRunner, report_of, seed_call
+from vla_pruner.episodes.recording import crop
 from vla_pruner.methods.base import Evidence, Method, OneCut, SemanticRows, StepContext
 from vla_pruner.models.prune import prune
 from vla_pruner.pruning.history import HistorySpec
+from vla_pruner.runs.job import Setup
+from vla_pruner.scenes.scene import Scene
 
 FRAME = 112
 """Side of a recorded frame in pixels."""
@@ -56,7 +60,7 @@ class Watch(OneCut):
 
 
 @dataclass(frozen=True, eq=False)
-class Replay:
+class MethodReplay:
     """What one method did on recorded observations. T calls, M visual tokens.
 
     Args:
@@ -92,7 +96,7 @@ class Trace:
     semantic: np.ndarray
     action: np.ndarray
     frames: np.ndarray
-    replays: Mapping[str, Replay] = field(default_factory=dict)
+    replays: Mapping[str, MethodReplay] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the trace at once: an interruption never leaves half of it."""
@@ -128,7 +132,9 @@ class Trace:
                 values = dict(stored)
             about = json.loads(str(values["about"]))
             replays = {
-                name: Replay(values[f"kept{n}"], values[f"full{n}"], values.get(f"forecast{n}"))
+                name: MethodReplay(
+                    values[f"kept{n}"], values[f"full{n}"], values.get(f"forecast{n}")
+                )
                 for n, name in enumerate(about["replays"])
             }
             return cls(
@@ -171,67 +177,73 @@ def trace(
     Raises:
         RuntimeError: no image reached the language model.
     """
-    control, side = setup.control, visible_side(policy)
-    instruction = str(scene.reset(seed, target)["instruction"])
-    seen: list[dict[str, Any]] = []
-    steps, reports, frames, done, taken = [], [], [], False, 0
+    control = setup.control
     with prune(policy, Watch(layer=layer)) as session:
-        session.episodes([seed])
-        while not done and taken < setup.step_limit:
-            images = scene.observe(control.cameras)
-            state = scene.proprio() if control.reads_state else None
-            views = [images[camera] for camera in control.cameras]
-            seen.append({"images": views, "proprio": state})
-            frames.append([np.asarray(crop(view, side).resize((FRAME, FRAME))) for view in views])
-            steps.append(taken)
-            actions = policy.predict_action(views, instruction, proprio=state)
-            reports.append(_report(session))
-            for action in np.atleast_2d(actions)[: control.execute]:
-                scene.step(action)
-                taken += 1
-                done = scene.success()
-                if done or taken >= setup.step_limit:
-                    break
-    replays = {name: _replay(policy, way, seed, instruction, seen) for name, way in ways.items()}
+        watcher = _TraceWatcher(session)
+        episode = run_episode(
+            LocalPolicyRunner(policy, session, control.arguments),
+            scene,
+            seed,
+            target,
+            control=control,
+            step_limit=setup.step_limit,
+            subscribers=[watcher],
+        )
+    replays = {name: _replay(policy, way, seed, watcher.seen) for name, way in ways.items()}
+    reports = watcher.reports
     return Trace(
         seed,
-        instruction,
-        bool(done),
+        episode.instruction,
+        episode.success,
         tuple(reports[0].views),
-        np.array(steps),
+        np.array([call.step for call in episode.calls]),
         _rows([report.semantic for report in reports]),
         _rows([report.action for report in reports]),
-        np.array(frames, dtype=np.uint8),
+        np.array(watcher.frames, dtype=np.uint8),
         replays,
     )
 
 
-def _replay(
-    policy: nn.Module, way: Way, seed: int, instruction: str, seen: list[dict[str, Any]]
-) -> Replay:
+class _TraceWatcher(Watcher):
+    """What a policy is shown, cropped as it sees it, and what the session reports of each call."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self.reports: list[StepReport] = []
+        self.frames: list[list[np.ndarray]] = []
+
+    def started(self, scene: Scene, control: Control, side: float) -> None:
+        """Nothing has been seen yet."""
+        super().started(scene, control, side)
+        self._side, self.reports, self.frames = side, [], []
+
+    def called(self, moment: Moment) -> None:
+        """Keep small frames, and the report."""
+        super().called(moment)
+        views = self.seen[-1]["images"]
+        self.frames.append(
+            [np.asarray(crop(view, self._side).resize((FRAME, FRAME))) for view in views]
+        )
+        self.reports.append(report_of(self._session))
+
+
+def _replay(policy: nn.Module, way: Way, seed: int, seen: list[dict[str, Any]]) -> MethodReplay:
     reports = []
     session = OracleSession(policy, way) if isinstance(way, Oracle) else prune(policy, way)
     act: Any = policy
     with session:
         session.episodes([seed])
-        for view in seen:
-            act.predict_action(view["images"], instruction, proprio=view["proprio"])
-            reports.append(_report(session))
+        for number, observation in enumerate(seen):
+            seed_call(seed, number)
+            act.predict_action(**observation)
+            reports.append(report_of(session))
     forecast = [report.forecast for report in reports]
-    return Replay(
+    return MethodReplay(
         torch.cat([report.kept_mask for report in reports]).cpu().numpy(),
         torch.cat([report.warm_up for report in reports]).cpu().numpy(),
         None if forecast[0] is None else _rows(forecast),
     )
-
-
-def _report(session: Session | OracleSession) -> StepReport:
-    if session.last is None:
-        raise RuntimeError(
-            "no image reached the language model in a call of `predict_action`; run "
-            "`vla-pruner doctor` on this policy"
-        )
-    return session.last
 
 
 def _rows(scores: list[Tensor | None]) -> np.ndarray:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.bench.environment import stamp
 from vla_pruner.calibration import efficientvla, fitprune, vtw
 from vla_pruner.calibration.calls import Call, Tick
 from vla_pruner.calibration.cost import one_cut_share
-from vla_pruner.calibration.observations import Observations
+from vla_pruner.episodes.observations import Observations
+from vla_pruner.measure.environment import stamp
 from vla_pruner.methods.recipe import Recipe
 from vla_pruner.models.base import Adapter, find_adapter
 from vla_pruner.models.recipes import stamp_model

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..scenes.pick_place_task import CAMERAS, IMAGE_SIZE, INSTRUCTION_TEMPLATES, OBJECT_NAMES
 from .demonstrations import load_episode
-from .task import CAMERAS, IMAGE_SIZE, INSTRUCTION_TEMPLATES, OBJECT_NAMES
 
 CHUNK = 8
 """Actions per training sample; the last one is repeated past the end of an episode."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .task import CAMERAS, OBJECT_NAMES
+from ..scenes.pick_place_task import CAMERAS, OBJECT_NAMES
 
 if TYPE_CHECKING:  # reading episodes needs no simulator
-    from .scene import PickPlaceScene
+    from ..scenes.pick_place import PickPlaceScene
 
 FORMAT_VERSION = 1
 STEPS_AFTER_SUCCESS = 3
@@ -118,8 +118,8 @@ def record_episode(
     many steps as in an episode of its own. See `load_episode` for the arrays; here images are still
     JPEG bytes.
     """
+    from ..scenes.pick_place import STEP_LIMIT
     from . import expert
-    from .scene import STEP_LIMIT
 
     instruction = str(scene.reset(seed, target)["instruction"])
     disturb = Disturbance(seed)
@@ -167,7 +167,7 @@ def record(
     leaves an empty `episode_SEED.failed`. `policy` names a policy that acts first in every
     episode, see `Apprentice`.
     """
-    from .scene import TRAINING_SEEDS
+    from ..scenes.pick_place import TRAINING_SEEDS
 
     seeds = range(seed0, seed0 + episodes)
     if episodes < 1 or seeds[0] not in TRAINING_SEEDS or seeds[-1] not in TRAINING_SEEDS:
@@ -298,7 +298,7 @@ def _open_worker(policy: str | None) -> None:
 
     import torch
 
-    from .scene import PickPlaceScene
+    from ..scenes.pick_place import PickPlaceScene
 
     torch.set_num_threads(1)
     scene = PickPlaceScene()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from .scene import BIN_FLOOR_M, BIN_WALL_TOP_M, FULL_STEP_M, FULL_TURN_RAD, SceneState
+from ..scenes.pick_place import BIN_FLOOR_M, BIN_WALL_TOP_M, FULL_STEP_M, FULL_TURN_RAD, SceneState
 
 OPEN, CLOSE = -1.0, 1.0
 

@@ -18,8 +18,14 @@ from ..models.openvla.config import (
 )
 from ..models.openvla.processing import PROMPT
 from ..models.pi0.config import Pi0Config, StackConfig, VisionConfig
+from ..scenes.pick_place_task import (
+    ACTION_DIM,
+    CAMERAS,
+    INSTRUCTION_TEMPLATES,
+    OBJECT_NAMES,
+    PROPRIO_DIM,
+)
 from .libero.suites import INSTRUCTIONS
-from .task import ACTION_DIM, CAMERAS, INSTRUCTION_TEMPLATES, OBJECT_NAMES, PROPRIO_DIM
 
 VOCABULARY = 512
 """Embedding rows: words first, then 256 action tokens, then 64 rows of padding."""

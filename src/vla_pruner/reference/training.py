@@ -32,9 +32,9 @@ from ..models.loading import load
 from ..models.openvla.modeling import OpenVLA, insert_after_bos, widen_mask
 from ..models.openvla.oft import OpenVLAOFT
 from ..models.openvla.processing import PROMPT
+from ..scenes.pick_place_task import CAMERAS
 from . import policies
 from .dataset import Batch, Demonstrations
-from .task import CAMERAS
 
 Bounds = tuple[np.ndarray, np.ndarray]
 """What is normalised to -1 and to 1, per dimension."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from vla_eval.rotation import euler_xyz_to_matrix, matrix_to_quat, quat_to_axisangle
@@ -31,8 +31,8 @@ from vla_eval.specs import (
     DimSpec,
 )
 
-Gripper = Literal["rlds", "robosuite"]
-"""How a policy writes the gripper: 0 close and 1 open, or +1 close and -1 open."""
+from vla_pruner._short import cut, short
+from vla_pruner.episodes.control import Gripper
 
 ACTION_DIM = 7
 
@@ -179,12 +179,12 @@ class Translator:
         if missing := [camera for camera in wanted if camera not in images]:
             raise ValueError(
                 f"no image of {', '.join(missing)}: this policy needs {', '.join(wanted)}, and "
-                f"`images` holds {', '.join(images) or 'none'}"
+                f"`images` holds {cut(', '.join(map(str, images)), 200) or 'none'}"
                 + self._advice(self.convention.camera_params)
             )
         instruction = message.get("task_description")
         if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"`task_description` must be a sentence; got {instruction!r}")
+            raise ValueError(f"`task_description` must be a sentence; got {short(instruction)}")
         views = [self._image(camera, images[camera]) for camera in wanted]
         observation: dict[str, Any] = {"images": views, "instruction": instruction}
         if self.state_dim is not None:
@@ -194,9 +194,13 @@ class Translator:
     def _image(self, camera: str, image: Any) -> np.ndarray:
         shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
         if not isinstance(image, np.ndarray) or dtype != np.uint8:
-            raise ValueError(f"image {camera!r} must be uint8; got {dtype or type(image).__name__}")
+            raise ValueError(
+                f"image {short(camera)} must be uint8; got {dtype or type(image).__name__}"
+            )
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"image {camera!r} has shape {shape}; expected (height, width, 3)")
+            raise ValueError(
+                f"image {short(camera)} has shape {shape}; expected (height, width, 3)"
+            )
         return through_jpeg(image) if self.jpeg else image
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
@@ -210,7 +214,7 @@ class Translator:
         if state.shape != (self.state_dim,):
             raise ValueError(f"{name!r} has shape {state.shape}; expected ({self.state_dim},)")
         if not np.isfinite(state).all():
-            raise ValueError(f"{name!r} is not finite: {state.tolist()}")
+            raise ValueError(f"{name!r} is not finite: {short(state.tolist())}")
         return state
 
     def _advice(self, params: Mapping[str, Any]) -> str:

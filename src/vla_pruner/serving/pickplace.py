@@ -21,7 +21,12 @@ from vla_eval.specs import (
 )
 from vla_eval.types import Action, EpisodeResult, Observation, Task
 
-from vla_pruner.reference.task import ACTION_DIM, CAMERAS, INSTRUCTION_TEMPLATES, OBJECT_NAMES
+from vla_pruner.scenes.pick_place_task import (
+    ACTION_DIM,
+    CAMERAS,
+    INSTRUCTION_TEMPLATES,
+    OBJECT_NAMES,
+)
 
 SUITE = "robosuite_pickplace"
 
@@ -68,7 +73,7 @@ class PickPlaceBenchmark(StepBenchmark):
             ValueError: there are not that many held-out scenes.
             ImportError: the simulator is not installed.
         """
-        from vla_pruner.reference.scene import EVALUATION_SEEDS, PickPlaceScene
+        from vla_pruner.scenes.pick_place import EVALUATION_SEEDS, PickPlaceScene
 
         number = len(OBJECT_NAMES) * int(task.get("episode_idx", 0)) + task["target"]
         if number not in range(len(EVALUATION_SEEDS)):
@@ -106,7 +111,7 @@ class PickPlaceBenchmark(StepBenchmark):
         return {"success": step_result.done}
 
     def get_metadata(self) -> dict[str, Any]:
-        from vla_pruner.reference.scene import EVALUATION_SEEDS, STEP_LIMIT
+        from vla_pruner.scenes.pick_place import EVALUATION_SEEDS, STEP_LIMIT
 
         each = len(EVALUATION_SEEDS) // len(OBJECT_NAMES)
         return {"max_steps": STEP_LIMIT, "max_episodes_per_task": each, "suite": SUITE}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vla_pruner.methods import build
+from vla_pruner.episodes.condition import make_method
 from vla_pruner.models.prune import prune
 
 
@@ -46,7 +46,8 @@ class ServedPolicy:
         Args:
             policy: has `predict_actions(observations, unnorm_key=, center_crop=)`, as the ports in
                 `vla_pruner.models` have.
-            method, options: name of a method and its options, `keep` and `layer` among them.
+            method, options: name of a method, or MODULE:CLASS, and its options, `keep` and `layer`
+                among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
 
@@ -59,7 +60,7 @@ class ServedPolicy:
                 f"a {type(policy).__name__} has no `predict_actions(observations)`; only policies "
                 "that give actions can be served"
             )
-        chosen = build(method, **options)
+        chosen = make_method(method, **options)
         if "motion" in chosen.needs:
             raise ValueError(
                 f"method {method!r} decides by the robot's motion, which clients do not report; "
@@ -67,7 +68,8 @@ class ServedPolicy:
             )
         self.policy: Any = policy
         self.session = prune(policy, chosen)
-        self._options = {"unnorm_key": unnorm_key, "center_crop": center_crop}
+        given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
+        self._options = {name: value for name, value in given.items() if value is not None}
 
     def start(self, label: str) -> EpisodeKey:
         """A new episode, with nothing remembered."""

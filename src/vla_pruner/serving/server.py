@@ -14,7 +14,6 @@ Non-obvious behaviours
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import DimSpec
 from vla_eval.types import Action, Observation
 
+from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import load, locate
-from vla_pruner.models.openvla.processing import resolve_key
 from vla_pruner.serving.conventions import CONVENTIONS, Gripper, Translator
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy
 
@@ -86,7 +85,7 @@ class PolicyServer(PredictModelServer):
             raise ValueError("chunk_size and max_batch_size are at least 1")
         name = policy if isinstance(policy, str) else type(policy).__name__
         model = _load(policy, device, dtype) if isinstance(policy, str) else policy
-        control = _control(policy) if isinstance(policy, str) else {}
+        control = said_by(Path(locate(policy))) if isinstance(policy, str) else {}
         config = getattr(model, "config", None)
         chunk = getattr(config, "chunk", 1)
         if chunk_size is not None and chunk_size > chunk:
@@ -105,8 +104,9 @@ class PolicyServer(PredictModelServer):
             gripper=gripper or ("robosuite" if control else "rlds"),
             jpeg=jpeg,
         )
-        if (statistics := getattr(config, "norm_stats", None)) is not None:
-            unnorm_key = resolve_key(statistics, unnorm_key)
+        unnorm_key = statistics_of(
+            model, unnorm_key, folder=Path(locate(policy)) if isinstance(policy, str) else None
+        )
         self.served = ServedPolicy(
             model,
             method,
@@ -179,14 +179,6 @@ def _load(name: str, device: str, dtype: str | None) -> Any:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
-
-
-def _control(name: str) -> dict[str, Any]:
-    """What a policy's folder says about how it is driven; nothing if it is no folder here."""
-    file = Path(locate(name)) / "config.json"
-    if not file.is_file():
-        return {}
-    return json.loads(file.read_text(encoding="utf-8")).get("control", {})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from groot_double import HORIZON, PATCHES, GrootPolicy, observation
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
-from vla_pruner.bench.doctor import examine
+from vla_pruner.measure.doctor import examine
 from vla_pruner.models.adapters.groot import GrootAdapter
 
 

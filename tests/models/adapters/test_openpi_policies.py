@@ -9,7 +9,7 @@ from openpi_double import ACTION, HORIZON, WORDS, PI0Pytorch, observation
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
-from vla_pruner.bench.doctor import examine
+from vla_pruner.measure.doctor import examine
 from vla_pruner.models.adapters.pi0 import FlowPolicyAdapter
 
 FAMILY, M = "pi0-policies", 16

@@ -16,7 +16,7 @@ from openvla_doubles import (
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
-from vla_pruner.bench.doctor import examine
+from vla_pruner.measure.doctor import examine
 
 FAMILY, M, KEEP = "openvla-remote", 16, 5
 PROMPT = torch.tensor([[BOS, 7, 8, 9, 10]])

@@ -11,8 +11,8 @@ from vla_pruner.reference.dataset import CHUNK
 from vla_pruner.reference.demonstrations import FORMAT_VERSION, pack_images, write_episode
 from vla_pruner.reference.libero.dataset import LiberoDemonstrations
 from vla_pruner.reference.libero.suites import INSTRUCTIONS, SUITES, TASKS
-from vla_pruner.reference.task import CAMERAS, IMAGE_SIZE
 from vla_pruner.reference.training import Settings, Trainer, export
+from vla_pruner.scenes.pick_place_task import CAMERAS, IMAGE_SIZE
 
 FRAMES, STRIDE, STEPS = 5, 4, 18
 

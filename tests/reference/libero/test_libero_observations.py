@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_libero_dataset import FRAMES, make_episode
 
-from vla_pruner.calibration.observations import read_observations
+from vla_pruner.episodes.observations import read_observations
 from vla_pruner.reference.__main__ import main
 from vla_pruner.reference.demonstrations import load_episode, write_episode
 from vla_pruner.reference.libero.observations import write_observations

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...scenes.pick_place_task import CAMERAS
 from ..demonstrations import FORMAT_VERSION, pack_images, write_episode
-from ..task import CAMERAS
 from .suites import FRAME_STRIDE, STEP_LIMITS, TASKS, check_task
 
 if TYPE_CHECKING:  # importing this module needs no simulator

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...calibration.observations import write_episode
+from ...episodes.observations import write_episode
+from ...scenes.pick_place_task import CAMERAS
 from ..demonstrations import load_episode
-from ..task import CAMERAS
 
 
 def write_observations(data: Path, out: Path, *, seed: int = 0, moments: int = 6) -> int:

@@ -26,7 +26,7 @@ os.environ.setdefault("LP_NUM_THREADS", "1")
 import numpy as np
 from PIL import Image
 
-from ..task import ACTION_DIM, CAMERAS, IMAGE_SIZE
+from ...scenes.pick_place_task import ACTION_DIM, CAMERAS, IMAGE_SIZE
 from .suites import SETTLE_STEPS, check_task
 
 RENDER_SIZE = 256

@@ -1,1 +1,0 @@
-"""Measuring: time, memory and FLOPs of pruned models, and whether pruning can be trusted at all."""

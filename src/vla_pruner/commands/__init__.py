@@ -1,0 +1,1 @@
+"""The words of `vla-pruner`: one file each, and what they share."""

@@ -1,0 +1,54 @@
+"""`vla-pruner doctor`: does a model see its images, and can it be pruned faithfully?"""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from vla_pruner.commands.options import add_device, device_of
+from vla_pruner.measure.doctor import act_of, examine
+from vla_pruner.measure.environment import stamp
+from vla_pruner.measure.workloads import DTYPES
+from vla_pruner.models.loading import load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner doctor`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), or a folder "
+        "or hub id of an OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
+    )
+    add_device(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--keep", type=float, default=0.25, help="fraction kept when dropping")
+    parser.add_argument("--instruction", default="pick up the can", help="what the model is told")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and report; 1 if something is wrong."""
+    device, console = device_of(args.device), Console()
+    with console.status(f"loading {args.model}") as status:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        model = load(args.model, device=device, dtype=dtype)
+        act = act_of(model, args.model, args.instruction)
+        findings = examine(
+            model, act, keep=args.keep, tick=lambda check: status.update(f"checking: {check}")
+        )
+    wrong = sum(finding.well is False for finding in findings)
+    table = Table("check", "", "found", *(["what to do"] if wrong else []))
+    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "skipped"}
+    for finding in findings:
+        cells = (finding.check, marks[finding.well], finding.found, finding.advice)
+        table.add_row(*cells[: len(table.columns)])
+    console.print(table)
+    versions = ", ".join(f"{key} {value}" for key, value in stamp(device).items() if value)
+    console.print(versions, style="dim", highlight=False)
+    if wrong:
+        console.print(f"[red]{wrong} of {len(findings)} checks failed[/red]")
+        return 1
+    console.print("[green]nothing wrong found[/green]")
+    return 0

@@ -1,0 +1,66 @@
+"""`vla-pruner report`: tables and curves from the episodes of one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from vla_pruner.commands.options import words_of
+from vla_pruner.episodes.condition import Condition
+from vla_pruner.reports import identical
+from vla_pruner.reports.compare import read_runs
+from vla_pruner.reports.document import to_html, to_latex, to_markdown
+from vla_pruner.reports.files import to_csv, write_text
+from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vla-pruner report`."""
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="leave these conditions out; their episodes stay in the run",
+    )
+    parser.add_argument("--against", help="also compare with this condition: vla-pruner@0.25")
+    parser.add_argument(
+        "--identical",
+        action="store_true",
+        help="instead of a report: say whether other runs gave the same episodes as the first, one "
+        "for one; exit code 1 if not",
+    )
+    parser.add_argument("--out", type=Path, help="folder for the report; default: the first run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write report.md, .html, .tex and .csv and episodes.csv, and print the first."""
+    if args.identical:
+        return _identical(args.runs)
+    against = Condition.parse(args.against).name if args.against else None
+    without = words_of("--without", args.without) if args.without else []
+    groups = read_runs(args.runs, without=[Condition.parse(word).name for word in without])
+    names = dict.fromkeys(condition.name for group in groups for condition in group.conditions)
+    if against and against not in names:
+        raise ValueError(f"--against {against}: the runs hold {', '.join(names)}")
+    blocks = blocks_of(groups, against)
+    out = args.out or args.runs[0]
+    write_text(out / "report.md", to_markdown(blocks))
+    write_text(out / "report.html", to_html(blocks))
+    write_text(out / "report.tex", to_latex(blocks))
+    write_text(out / "report.csv", to_csv(rows_of(groups)))
+    write_text(out / "episodes.csv", to_csv(episode_rows_of(groups)))
+    print(to_markdown(blocks))
+    print(f"Report: {out / 'report.html'} (also .md, .tex, .csv; episodes.csv)")
+    return 0
+
+
+def _identical(runs: Sequence[Path]) -> int:
+    """Print whether the runs gave the same episodes as the first; 1 if not."""
+    if len(runs) < 2:
+        raise ValueError("--identical: name two runs or more")
+    found = [pairs for run in runs[1:] for pairs in identical.compare_runs(runs[0], run)]
+    print(to_markdown(identical.blocks_of(found)))
+    return int(any(pairs.differences for pairs in found))

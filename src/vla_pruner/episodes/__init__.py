@@ -1,0 +1,1 @@
+"""One closed-loop episode: a policy under a condition acts in a scene."""

@@ -1,0 +1,134 @@
+"""One way of running a policy: which method, how much it keeps; `none` is all tokens."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vla_pruner._short import short
+from vla_pruner.core.session import Session
+from vla_pruner.methods import Method, build
+from vla_pruner.models.prune import prune
+
+ALL_TOKENS = "none"
+"""Name of the condition without pruning, the baseline of every comparison."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of running a policy.
+
+    Args:
+        method: name of a pruning method, or MODULE:CLASS; "none" leaves the model untouched.
+        keep: fraction of the visual tokens in (0, 1], or their number; None with "none".
+        options: further options of the method, as names and values.
+    """
+
+    method: str = ALL_TOKENS
+    keep: float | int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.method == ALL_TOKENS) != (self.keep is None):
+            raise ValueError(
+                f"condition {short(self.name)}: write 'none', or a method with what it keeps, such "
+                "as 'vla-pruner@0.25'"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """The condition called "none", "vla-pruner@0.25" (a fraction) or "fastv@64" (a number).
+
+        Options of the method follow after colons: "vla-pruner@0.25:window=1:first=nearest".
+
+        Raises:
+            ValueError: anything else, an unknown method or option, or an impossible budget.
+        """
+        method, _, rest = text.strip().partition("@")
+        keep, *options = rest.split(":") if rest else [""]
+        try:
+            value = None if not keep else int(keep) if keep.isdecimal() else float(keep)
+        except ValueError:
+            raise ValueError(
+                f"condition {short(text)}: after '@' comes a fraction such as 0.25 or a number of "
+                "visual tokens such as 64"
+            ) from None
+        pairs = [option.partition("=") for option in options]
+        if not all(name and sign and said for name, sign, said in pairs):
+            raise ValueError(
+                f"condition {short(text)}: options come after a colon as name=value, such as "
+                "':window=1'"
+            )
+        condition = cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+        condition.build()  # Raises: no such method or option.
+        return condition
+
+    @property
+    def name(self) -> str:
+        """The condition as `parse` reads it."""
+        options = "".join(f":{name}={value}" for name, value in self.options)
+        return self.method if self.keep is None else f"{self.method}@{self.keep}{options}"
+
+    @property
+    def label(self) -> str:
+        """The condition for people."""
+        if self.keep is None:
+            return "all tokens"
+        amount = f"{100 * self.keep:g} %" if isinstance(self.keep, float) else f"{self.keep} tokens"
+        options = "".join(f", {name} {value}" for name, value in self.options)
+        return f"{self.method}, {amount}{options}"
+
+    def attach(self, policy: nn.Module) -> Session | None:
+        """The session that brings the condition about; None leaves the model untouched."""
+        return None if self.keep is None else prune(policy, self.build())
+
+    def build(self) -> Method:
+        """The method with its options.
+
+        Raises:
+            ValueError: there is no such method, or an option that it does not take.
+        """
+        return make_method(self.method, keep=self.keep, **dict(self.options))
+
+
+def make_method(method: str | Method, **options: Any) -> Method:
+    """A method from its name, or from the class that MODULE:CLASS names.
+
+    Args:
+        method: as `vla-pruner methods` lists them, MODULE:CLASS of a subclass of `Method`, or an
+            instance, which takes no options.
+        options: fields of the method; None leaves an option at its default.
+
+    Raises:
+        ValueError: there is no such method, or an option that it does not take.
+    """
+    if not isinstance(method, str) or ":" not in method:
+        return build(method, **options)
+    module, _, name = method.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(f"method {short(method)}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        what = f"has no {short(name)}" if found is None else f"has {short(found)} there"
+        raise ValueError(
+            f"method {short(method)}: module {module} {what}; expected a subclass of "
+            "vla_pruner.methods.Method"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return found(**given)
+    except TypeError as error:
+        raise ValueError(f"method {short(method)}: {error}") from error
+
+
+def _read(text: str) -> Any:
+    """A number, true or false where the text is one, the text otherwise."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text

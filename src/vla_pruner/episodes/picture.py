@@ -1,0 +1,63 @@
+"""What one call did with its visual tokens, as plain values that a page or a film can show."""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vla_pruner.core.session import StepReport
+from vla_pruner.models.openvla.processing import CROP_AREA
+
+REASONS = {"semantic": "1", "action": "2", "both": "3", "warm-up": "4", "other": "4"}
+"""One character per visual token says why it stayed; a dropped one is "0"."""
+
+
+def picture_of(report: StepReport) -> dict[str, Any]:
+    """What a call did with its visual tokens (the batch's first row), as plain values.
+
+    Raises:
+        ValueError: a camera whose tokens are no square grid.
+    """
+    kept = ["0"] * report.visual_full
+    indices = report.kept_mask[0].nonzero()[:, 0].tolist()
+    for index, reason in zip(indices, report.reasons()[0], strict=True):
+        kept[index] = REASONS[reason]
+    return {
+        "grids": [_grid(tokens) for tokens in report.views],
+        "warm_up": bool(report.warm_up[0]),
+        "kept": "".join(kept),
+        "semantic": _bytes(report.semantic),
+        "forecast": _bytes(report.forecast),
+    }
+
+
+def visible_side(policy: Any) -> float:
+    """The share of an image's height and width that the policy sees."""
+    cropped = getattr(getattr(policy, "config", None), "center_crop", False)
+    return CROP_AREA**0.5 if cropped else 1.0
+
+
+def _grid(tokens: int) -> int:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f"{tokens} visual tokens of a camera are no square grid of patches, which the report "
+            "page draws; run without recording"
+        )
+    return side
+
+
+def _bytes(scores: Tensor | None) -> str | None:
+    """Scores `[B, M]` of the first row as base64 bytes; None if there are none or all are 0."""
+    if scores is None:
+        return None
+    values = scores[0].float().cpu().numpy()
+    largest = float(values.max())
+    if largest <= 0:
+        return None
+    scaled = np.round(255 * np.clip(values / largest, 0, 1)).astype(np.uint8)
+    return base64.b64encode(scaled.tobytes()).decode()

@@ -1,0 +1,176 @@
+"""Intervals and tests for paired episodes, without any dependency beyond NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a success rate (Wilson, JASA 1927).
+
+    It stays within [0, 1] and keeps its coverage for few episodes and for rates near 0 and 1.
+
+    Raises:
+        ValueError: not 0 <= successes <= episodes, or no episodes.
+    """
+    if episodes < 1 or not 0 <= successes <= episodes:
+        raise ValueError(
+            f"{successes} successes in {episodes} episodes have no success rate; "
+            "need 0 <= successes <= episodes and at least one episode"
+        )
+    z = _z(confidence)
+    rate, shrink = successes / episodes, z * z / episodes
+    centre = (rate + shrink / 2) / (1 + shrink)
+    half = z * math.sqrt(rate * (1 - rate) / episodes + shrink / (4 * episodes)) / (1 + shrink)
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == episodes else centre + half
+    return Interval(low, high)
+
+
+@dataclass(frozen=True)
+class PairedSuccess:
+    """The same episodes under a baseline and under a treatment.
+
+    Args:
+        gained: episodes that only the treatment solved.
+        lost: episodes that only the baseline solved.
+        pairs: all episodes that both ran.
+    """
+
+    gained: int
+    lost: int
+    pairs: int
+
+    def __post_init__(self) -> None:
+        if min(self.gained, self.lost) < 0 or self.pairs < max(1, self.gained + self.lost):
+            raise ValueError(
+                f"gained={self.gained} and lost={self.lost} do not fit into {self.pairs} pairs"
+            )
+
+    @property
+    def difference(self) -> float:
+        """Success rate of the treatment minus that of the baseline."""
+        return (self.gained - self.lost) / self.pairs
+
+    def p_value(self) -> float:
+        """Two-sided exact McNemar test: a fair coin decides each episode that differs."""
+        differing = self.gained + self.lost
+        fewer = min(self.gained, self.lost)
+        tail = sum(math.comb(differing, k) for k in range(fewer + 1)) / 2**differing
+        return min(1.0, 2 * tail)
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Score interval of the difference (Tango, Statistics in Medicine 1998)."""
+        z = _z(confidence)
+        return Interval(
+            _crossing(lambda delta: self._score(delta) - z, -1.0, self.difference),
+            _crossing(lambda delta: self._score(delta) + z, self.difference, 1.0),
+        )
+
+    def _score(self, delta: float) -> float:
+        """Standardised distance of the observed difference from `delta`; it falls with delta."""
+        distance = self.gained - self.lost - self.pairs * delta
+        if distance == 0:
+            return 0.0
+        # Maximum-likelihood rate of "only the baseline" if the true difference were delta.
+        b = -(self.gained + self.lost) + (2 * self.pairs - self.gained + self.lost) * delta
+        c = -self.lost * delta * (1 - delta)
+        lost_rate = (math.sqrt(max(b * b - 8 * self.pairs * c, 0.0)) - b) / (4 * self.pairs)
+        variance = self.pairs * (2 * lost_rate + delta * (1 - delta))
+        return math.copysign(math.inf, distance) if variance <= 0 else distance / variance**0.5
+
+
+def paired_success(baseline: Sequence[bool], treatment: Sequence[bool]) -> PairedSuccess:
+    """Count the episodes that differ; entry i of both is the same episode.
+
+    Raises:
+        ValueError: different lengths, or no episodes.
+    """
+    pairs = list(zip(baseline, treatment, strict=True))
+    return PairedSuccess(
+        gained=sum(after and not before for before, after in pairs),
+        lost=sum(before and not after for before, after in pairs),
+        pairs=len(pairs),
+    )
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile (q in [0, 1]), interpolated between neighbours; NaN without values."""
+    return float(np.quantile(np.asarray(values, dtype=np.float64), q)) if len(values) else math.nan
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle of the values; NaN without values."""
+    return quantile(values, 0.5)
+
+
+def speedup_of(
+    baseline: Sequence[Sequence[float]],
+    treatment: Sequence[Sequence[float]],
+    confidence: float = 0.95,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, Interval | None]:
+    """How many times faster the median call of `treatment` is, and its bootstrap interval.
+
+    Whole episodes are drawn, in pairs: calls within an episode are alike, and what slowed the
+    machine during an episode slowed its partner. A single episode has no interval.
+
+    Args:
+        baseline, treatment: latencies of the calls of each episode; entry i is the same episode.
+
+    Raises:
+        ValueError: different numbers of episodes, or none.
+    """
+    if len(baseline) != len(treatment) or not baseline:
+        raise ValueError(
+            f"need the same episodes on both sides, got {len(baseline)} and {len(treatment)}"
+        )
+    rng = np.random.default_rng(seed)
+    before = [np.asarray(calls, dtype=np.float64) for calls in baseline]
+    after = [np.asarray(calls, dtype=np.float64) for calls in treatment]
+
+    def ratio(episodes: Iterable[int]) -> float:
+        chosen = list(episodes)
+        slow = np.median(np.concatenate([before[i] for i in chosen]))
+        return float(slow / np.median(np.concatenate([after[i] for i in chosen])))
+
+    if len(before) == 1:
+        return ratio([0]), None
+    drawn = [ratio(rng.integers(len(before), size=len(before))) for _ in range(draws)]
+    tail = (1 - confidence) / 2
+    interval = Interval(quantile(drawn, tail), quantile(drawn, 1 - tail))
+    return ratio(range(len(before))), interval
+
+
+def _z(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function passes zero between `low` and `high`."""
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if falling(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

@@ -1,0 +1,304 @@
+"""The report of one or more runs: which tables, curves and notes it has, and their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vla_pruner.episodes.condition import ALL_TOKENS
+from vla_pruner.measure.statistics import PairedSuccess
+from vla_pruner.reports import latency
+from vla_pruner.reports.compare import (
+    Group,
+    Line,
+    compare,
+    mean_of,
+    per_task,
+    table_one,
+)
+from vla_pruner.reports.document import (
+    Block,
+    Heading,
+    Items,
+    Plot,
+    Table,
+    Text,
+)
+from vla_pruner.reports.files import flat
+from vla_pruner.reports.plots import Point, curves
+from vla_pruner.reports.summary import (
+    COLUMNS,
+    NOTES,
+    ConditionRow,
+    Latency,
+    cells,
+    difference_text,
+    episode_row,
+    flat_row,
+    percent,
+    speedup_text,
+)
+from vla_pruner.reports.timings import Speed, Timing
+
+DEFINITIONS = (
+    "Success: share of the finished episodes that were solved within the step limit of the suite. "
+    "Relative accuracy: mean over suites of the success rate divided by that of all tokens, on "
+    "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
+    "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens. Pruned "
+    "calls leave out the first calls of an episode, which run on all tokens; all other figures "
+    "include them. Cost is a mean over suites. "
+)
+IN_THE_LOOP = (
+    "Speed-up: median latency of a call with all tokens over that of this row. Latency is that of "
+    "calls in the closed loop, with the other processes of the run at work: it compares within a "
+    "run alone; `vla-pruner latency RUN` measures it apart."
+)
+APART = (
+    "Latency, speed-up and memory (the largest over suites) were measured apart, on recorded "
+    "observations that every condition replayed in turn; the tables of each suite say how. A row "
+    "that was not measured so has none."
+)
+STAND_IN = (
+    "Stand-in assets: some objects of this suite look other than in the published one. Success "
+    "rates compare within this report, not with published ones."
+)
+
+
+def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block]:
+    """The whole report.
+
+    Args:
+        groups: what was run.
+        against: name of a condition that all others are also compared with, pair by pair.
+    """
+    summaries = {group: group.summary() for group in groups}
+    blocks: list[Block] = [Heading("Success and cost of visual token pruning", 1)]
+    for group, summary in summaries.items():
+        if not summary.complete:
+            missing = summary.planned - len(summary.episodes)
+            blocks.append(
+                Text(f"Partial: {missing} episodes of {group.title} are missing.", notice=True)
+            )
+    if any(group.setup.stand_in_assets for group in groups):
+        blocks.append(Text(STAND_IN, notice=True))
+    suites = list(dict.fromkeys(group.suite for group in groups))
+    apart = any(group.timings for group in groups)
+    blocks.append(_table_one(table_one(summaries), suites, apart))
+    blocks.append(Text(DEFINITIONS + (APART if apart else IN_THE_LOOP)))
+    for group, summary in summaries.items():
+        rows = [[*cells(row)] for row in summary.rows]
+        blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
+        if group.timings:
+            blocks += _timings(group)
+        blocks += _curves(summary.rows, group.timings)
+        if against and any(condition.name == against for condition in group.conditions):
+            blocks += [
+                Heading(f"Against {against}", 3),
+                _pairs(f"{group.title}: against {against}", compare(group, against)),
+            ]
+        blocks += [Heading("By task: episodes solved", 3), _tasks(group)]
+    blocks += [Text(NOTES), Heading("Measured with"), Items(list(_facts(groups)))]
+    return blocks
+
+
+def _table_one(lines: Sequence[Line], suites: Sequence[str], apart: bool) -> Table:
+    header = ["policy", "tokens", *suites, "relative accuracy", "prefill FLOPs"]
+    header += ["in pruned calls", *(APART_COLUMNS if apart else ("speed-up", "of pruned calls"))]
+    return Table(
+        "Success per suite, and cost, of every policy with all and with few visual tokens",
+        header,
+        [
+            [
+                line.policy,
+                line.label,
+                *(_success(line.rows.get(suite)) for suite in suites),
+                "-" if line.relative_accuracy is None else percent(line.relative_accuracy),
+                percent(line.prefill_ratio),
+                percent(line.pruned_prefill_ratio),
+                *(_cost_apart(line) if apart else _cost_in_the_loop(line)),
+            ]
+            for line in lines
+        ],
+    )
+
+
+def _cost_in_the_loop(line: Line) -> list[str]:
+    rows = line.rows.values()
+    return [
+        _speedup(line.speedup, [row.all_calls for row in rows]),
+        _speedup(line.pruned_speedup, [row.pruned_calls for row in rows]),
+    ]
+
+
+APART_COLUMNS = (
+    "latency ms",
+    "speed-up",
+    "warm-up calls ms",
+    "pruned calls ms",
+    "speed-up of pruned calls",
+    "peak memory",
+)
+
+
+def _cost_apart(line: Line) -> list[str]:
+    """What was measured apart, if it was in every suite of the line."""
+    found = list(line.timings.values())
+    if len(found) < len(line.rows):
+        return ["-"] * len(APART_COLUMNS)
+    every, pruned = [one.every for one in found], [one.pruned for one in found]
+    known = [speed.peak_mb for speed in every if speed.peak_mb is not None]
+    return [
+        _milliseconds(every),
+        _speedup_apart(every),
+        _milliseconds([one.warm_up for one in found]),
+        _milliseconds(pruned),
+        _speedup_apart(pruned),
+        latency.memory_text(max(known) if len(known) == len(found) else None),
+    ]
+
+
+def _milliseconds(speeds: Sequence[Speed | None]) -> str:
+    mean = mean_of(speed.latency_ms if speed else None for speed in speeds)
+    return "-" if mean is None else f"{mean:.1f}"
+
+
+def _speedup_apart(speeds: Sequence[Speed | None]) -> str:
+    mean = mean_of(speed.speedup if speed else None for speed in speeds)
+    return _speedup(mean, speeds)
+
+
+def _speedup(mean: float | None, latencies: Sequence[Latency | Speed | None]) -> str:
+    """The mean over suites; of a single suite with its interval."""
+    if mean is None:
+        return "-"
+    only = latencies[0] if len(latencies) == 1 else None
+    return f"{mean:.2f}x" if only is None else speedup_text(only.speedup, only.interval)
+
+
+def _timings(group: Group) -> list[Block]:
+    """What was measured apart."""
+    labels = {condition.name: condition.label for condition in group.conditions}
+    rows = [
+        latency.cells(labels[name], group.timings[name]) for name in labels if name in group.timings
+    ]
+    said = (f"{name}: {value}" for name, value in group.timed_on.items() if value is not None)
+    return [
+        Heading("Latency on replayed observations", 3),
+        Table(f"{group.title}: latency on replayed observations", latency.COLUMNS, rows),
+        Text(f"{latency.notes(group.timings)} Measured with: {', '.join(said)}."),
+    ]
+
+
+def _success(row: ConditionRow | None) -> str:
+    return "-" if row is None else f"{100 * row.success:.1f} % ({row.successes} of {row.episodes})"
+
+
+def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
+    header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
+    rows = [
+        [label, "-", "-", "-", "-"]
+        if pairs is None
+        else [
+            label,
+            str(pairs.pairs),
+            str(pairs.gained),
+            str(pairs.lost),
+            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
+        ]
+        for label, pairs in compared.items()
+    ]
+    return Table(caption, header, rows)
+
+
+def _tasks(group: Group) -> Table:
+    rows, shades = [], []
+    for label, solved in per_task(group).items():
+        rows.append([label, *("-" if not total else f"{won} of {total}" for won, total in solved)])
+        shades.append([won / total if total else None for won, total in solved])
+    header = ["condition", *group.setup.tasks]
+    return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
+
+
+def _curves(rows: Sequence[ConditionRow], timings: Mapping[str, Timing]) -> list[Block]:
+    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4).
+
+    The speed-up is that measured apart, if any was.
+    """
+    success: dict[str, list[Point]] = {}
+    speed: dict[str, list[Point]] = {}
+    full = next((row for row in rows if row.name == ALL_TOKENS), None)
+    for row in rows:
+        if row.name == ALL_TOKENS:
+            continue
+        method, _, rest = row.name.partition("@")
+        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
+        if full is not None and name not in success:
+            interval = full.success_interval
+            success[name] = [(1.0, full.success, interval.low, interval.high)]
+        share, interval = row.pruned_prefill_ratio, row.success_interval
+        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
+        timing = timings.get(row.name)
+        latency = timing.every if timing else None if timings else row.all_calls
+        speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
+        if speedup is not None:
+            low, high = (spread.low, spread.high) if spread else (speedup, speedup)
+            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
+            speed[name].append((share, speedup, low, high))
+    blocks: list[Block] = []
+    if success:
+        label = "prefill FLOPs of pruned calls, relative to all tokens"
+        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
+        top = max((end for points in speed.values() for *_, end in points), default=1.0)
+        if speed:
+            plot = curves(speed, x_label=label, high=math.ceil(top))
+            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
+    return blocks
+
+
+def _facts(groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        setup, control = group.setup, group.setup.control
+        yield (
+            f"{group.title}: weights {setup.weights}, cameras {', '.join(control.cameras)}, "
+            f"{control.execute} actions per call, at most {setup.step_limit} steps"
+        )
+    stamps = [stamp for group in groups for stamp in group.environments]
+    distinct = {str({**stamp, "date": None}): stamp for stamp in stamps}
+    for stamp in distinct.values():
+        yield ", ".join(f"{name}: {value}" for name, value in stamp.items() if value is not None)
+
+
+def rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every number of every condition, one flat row each, for CSV."""
+    return [
+        {
+            "suite": group.setup.suite,
+            "policy": group.setup.policy,
+            "stand_in_assets": group.setup.stand_in_assets,
+            **flat_row(row),
+            **_flat_timing(group.timings.get(row.name)),
+        }
+        for group in groups
+        for row in group.summary().rows
+    ]
+
+
+def _flat_timing(timing: Timing | None) -> dict[str, Any]:
+    return {} if timing is None else flat(asdict(timing), "replayed.")
+
+
+def episode_rows_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """All episodes, by policy, suite, condition and scene."""
+    rows = [
+        {
+            "suite": group.setup.suite,
+            "policy": group.setup.policy,
+            "weights": group.setup.weights,
+            **episode_row(episode),
+        }
+        for group in groups
+        for episode in group.episodes
+    ]
+    return sorted(rows, key=lambda r: (r["policy"], r["suite"], r["condition"], r["seed"]))

@@ -1,0 +1,1 @@
+"""What policies act in: PickPlace, and the suites of other benchmarks."""

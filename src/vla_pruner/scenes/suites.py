@@ -1,0 +1,95 @@
+"""The suites that `--suite` understands, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+
+from vla_pruner._short import short
+from vla_pruner.scenes.scene import Suite
+
+PICK_PLACE = "robosuite_pickplace"
+
+
+def pick_place() -> Suite:
+    """Pick and place by language, the task of the policies that ship with the package.
+
+    Raises:
+        ImportError: the simulator is not installed.
+    """
+    from vla_pruner.scenes import pick_place as scene
+
+    return Suite(
+        name=PICK_PLACE,
+        open_scene=scene.PickPlaceScene,
+        cameras=scene.CAMERAS,
+        seeds=scene.EVALUATION_SEEDS,
+        tasks=scene.OBJECT_NAMES,
+        step_limit=scene.STEP_LIMIT,
+        hz=scene.CONTROL_HZ,
+    )
+
+
+def _in_harness(kind: str, name: str) -> Suite:
+    """A suite of vla-eval, which is imported when it is asked for."""
+    return getattr(importlib.import_module("vla_pruner.scenes.vla_eval"), kind)(name)
+
+
+_HARNESS = {
+    "libero": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    "simpler": (
+        "simpler_pick_coke_can",
+        "simpler_move_near",
+        "simpler_open_drawer",
+        "simpler_close_drawer",
+    ),
+}
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    PICK_PLACE: pick_place,
+    **{
+        name: partial(_in_harness, kind, name) for kind, names in _HARNESS.items() for name in names
+    },
+}
+"""What `--suite` understands, besides `MODULE:FUNCTION` of a function that gives a `Suite`."""
+
+
+def open_suite(name: str) -> Suite:
+    """The suite called `name`.
+
+    Raises:
+        ValueError: there is none, or what the name leads to is no suite.
+        ImportError: its simulator is not installed.
+    """
+    if name in SUITES:
+        return SUITES[name]()
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"no suite is called {short(name)}; there are {', '.join(SUITES)}, or give your own as "
+            "MODULE:FUNCTION"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module + ".").startswith(error.name + "."):
+            raise ValueError(f"suite {short(name)}: there is no module {module}") from error
+        raise
+    if found is None:
+        raise ValueError(f"suite {short(name)}: module {module} has no {short(attribute)}")
+    if isinstance(found, Suite):
+        return found
+    # Nothing is called that could not be meant: YAML may name any function of any module.
+    if not isinstance(found, FunctionType | partial):
+        raise ValueError(
+            f"suite {short(name)} is {short(found)}; expected a Python function that gives a "
+            "vla_pruner.scenes.scene.Suite"
+        )
+    suite = found()
+    if not isinstance(suite, Suite):
+        raise ValueError(
+            f"suite {short(name)} gave {short(suite)} instead of a vla_pruner.scenes.scene.Suite"
+        )
+    return suite

@@ -1,0 +1,155 @@
+"""Every command that the documentation prints is run in a short form: up to the first episode.
+
+Policies are loaded, methods attached, recipes found, suites checked against policies, files read.
+What then takes long is left out. A simulator that is not installed is stood in for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vla_pruner import cli
+from vla_pruner.commands import analyze, bench, calibrate, demo, latency, report, running, serve
+from vla_pruner.runs import execute
+from vla_pruner.scenes.suites import SUITES, pick_place
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "experiments").glob("*.md"),
+    ]
+)
+WORD = re.compile(r"(?:VLA_\w+=\S+ )?vla-pruner ([a-z]+)\b(.*)", re.DOTALL)
+
+
+def printed(page: Path) -> Iterator[str]:
+    """Commands of a page: the lines of its shell blocks, and what stands in backticks."""
+    text = page.read_text("utf-8")
+    for block in re.findall(r"^ *```(?:bash|sh)?\n(.*?)^ *```$", text, flags=re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.strip().partition("   #")[0].rstrip("& ").removeprefix("$ ")
+    spans = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+    yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", spans))
+
+
+def is_whole(command: str) -> bool:
+    """Whether it is a command to type, not the name of one or a part of one."""
+    found = WORD.fullmatch(command)
+    return found is not None and bool(found[2].strip()) and "..." not in command
+
+
+COMMANDS = sorted(
+    {
+        (str(page.relative_to(ROOT)), command)
+        for page in PAGES
+        for command in printed(page)
+        if is_whole(command)
+    }
+)
+
+
+class Reached(Exception):
+    """The command would now do what takes long."""
+
+
+def reach(*_: Any, **__: Any) -> Any:
+    raise Reached
+
+
+class NoEpisodes:
+    """Runs nothing."""
+
+    workers, device = 1, "cpu"
+
+    def run(self, jobs: Any) -> Iterator[Any]:
+        return iter(())
+
+
+def stand_in(name: str) -> Any:
+    """A suite, or one of its shape where its simulator is not installed."""
+    if name not in SUITES:
+        raise ValueError(f"the documentation names a suite {name!r}, which there is not")
+    suite = pick_place()
+    return dataclasses.replace(suite, name=name, seeds=range(500), tasks=("task",) * 10)
+
+
+@pytest.fixture
+def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Runs a command in a folder of its own; returns how far it came."""
+    if importlib.util.find_spec("robosuite") is None:
+        pytest.skip("needs the extra sim")
+    for name in ("experiments", "src"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(execute, "open_suite", stand_in)
+    monkeypatch.setattr(demo, "open_suite", stand_in)
+    monkeypatch.setattr(analyze, "open_suite", stand_in)
+    monkeypatch.setattr(running, "open_executor", lambda args: NoEpisodes())
+    monkeypatch.setattr(bench, "build_workload", reach)
+    monkeypatch.setattr(demo.EpisodeRunner, "run", reach)
+    monkeypatch.setattr(analyze, "trace", reach)
+    monkeypatch.setattr(calibrate, "_record", reach)
+    monkeypatch.setattr(calibrate, "read_observations", reach)
+    # What these read was written by commands that were not really run.
+    monkeypatch.setattr(latency, "Store", reach)
+    monkeypatch.setattr(report, "read_runs", reach)
+    monkeypatch.setattr(report.identical, "compare_runs", reach)
+    monkeypatch.setattr(serve, "_serve", reach)
+
+    def run(command: str) -> str:
+        words = shlex.split(command.partition("vla-pruner ")[2])
+        parser = cli.build_parser(words[0])
+        args = parser.parse_args(words)
+        try:
+            return f"done: {args.run(args)}"
+        except Reached:
+            return "reached"
+
+    return run
+
+
+def test_the_pages_print_commands() -> None:
+    assert len(COMMANDS) > 40
+    words = {WORD.fullmatch(command)[1] for _, command in COMMANDS}  # type: ignore[index]
+    assert words >= {"eval", "sweep", "report", "latency", "bench", "calibrate", "serve", "analyze"}
+    assert ("docs/results.md", "vla-pruner bench --repeats 7") in COMMANDS
+
+
+def test_words_that_the_pages_name_exist() -> None:
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue
+        for command in printed(page):
+            if (found := WORD.fullmatch(command)) is not None:
+                assert found[1] in cli.COMMANDS, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_printed_command_runs(page: str, command: str, follow: Callable[[str], str]) -> None:
+    word = WORD.fullmatch(command)[1]  # type: ignore[index]
+    if "--help" in command:
+        with pytest.raises(SystemExit) as end:
+            follow(command)
+        assert end.value.code == 0
+        return
+    if word == "doctor" or re.search(r"--policy (\S+/|POLICY)", command):
+        cli.build_parser(word).parse_args(shlex.split(command)[1:])  # a model of the reader's
+        return
+    if page == "docs/evaluating.md" and "sweep.yaml" in command:
+        text = (ROOT / page).read_text("utf-8")
+        (matrix,) = re.findall(r"^```yaml\n# sweep\.yaml\n(.*?)^```", text, flags=re.M | re.S)
+        Path("sweep.yaml").write_text(matrix.replace("runs/my-checkpoint", "mini-openvla"))
+        command = command.replace("--device cuda", "--device cpu")
+    if "prompt-top" in command:
+        pytest.skip("a method of that page, which test_pages.py installs")
+    assert follow(command) in ("reached", "done: 0")
