@@ -27,6 +27,7 @@ def environment(monkeypatch):
             monkeypatch.setenv(name, value)
         found = dict.fromkeys(libraries, "lib.so")
         monkeypatch.setattr(rendering, "find_library", found.get)
+        monkeypatch.setattr(rendering, "_settled", {})
         rendering.settle()
         return os.environ["MUJOCO_GL"]
 
@@ -107,9 +108,17 @@ def test_devices_that_are_there(monkeypatch):
 
 def test_an_import_before_ours_is_named(monkeypatch):
     monkeypatch.setattr(rendering, "_loaded", lambda: "glfw")
-    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setitem(rendering._settled, "by", "egl")
     said = rendering.explain(RuntimeError("gladLoadGL error"))
     assert "gladLoadGL error" in said and "imported before" in said and "MUJOCO_GL=egl" in said
+
+
+def test_a_display_that_does_not_work(monkeypatch, environment):
+    environment(MUJOCO_GL="glfw", DISPLAY=":99")
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # as robosuite does
+    monkeypatch.setattr(rendering, "_loaded", lambda: "glfw")
+    said = rendering.explain(RuntimeError("gladLoadGL error"))
+    assert "with glfw (gladLoadGL error); unset MUJOCO_GL" in said
 
 
 DRAW = """

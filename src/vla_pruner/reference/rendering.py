@@ -14,6 +14,8 @@ _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
 _CONTEXT = "mujoco.rendering.classic.gl_context"
 _PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 
+_settled: dict[str, str] = {}  # robosuite overwrites MUJOCO_GL
+
 
 def settle() -> None:
     """Choose what MuJoCo draws with, EGL unless the environment says otherwise.
@@ -29,7 +31,7 @@ def settle() -> None:
     asked = os.environ.get("MUJOCO_GL", "").strip().lower()
     opengl = os.environ.get("PYOPENGL_PLATFORM", "").strip().lower()
     chosen = asked or (opengl if opengl in _LIBRARIES else "egl")
-    os.environ["MUJOCO_GL"] = chosen
+    os.environ["MUJOCO_GL"] = _settled["by"] = chosen
     if chosen in _OFF:
         raise RuntimeError(
             f"MUJOCO_GL={asked!r} switches drawing off, but a policy looks at images; unset it"
@@ -87,7 +89,7 @@ def check_device() -> None:
 
 def explain(error: BaseException) -> str:
     """Why MuJoCo could not be imported, or not draw, and what helps."""
-    chosen = os.environ.get("MUJOCO_GL", "egl")
+    chosen = _settled.get("by", "egl")
     said = str(error).strip().split("\n")[0] or type(error).__name__
     loaded = _loaded()
     if loaded is not None and loaded != chosen and chosen in _LIBRARIES:
