@@ -15,7 +15,7 @@ from vla_pruner.measure import parts
 from vla_pruner.measure.comparison import compare
 from vla_pruner.measure.parts import SCORING, SELECTION, Parts, measure_parts
 from vla_pruner.measure.workloads import build_workload
-from vla_pruner.methods import build, Evidence, OneCut
+from vla_pruner.methods import Evidence, OneCut, build
 from vla_pruner.pruning import received, scores
 
 CPU = torch.device("cpu")
@@ -38,7 +38,9 @@ def workload() -> Any:
     return build_workload("mini-oft", layers=None, vision=True, dtype=None, device=CPU)
 
 
-@pytest.mark.parametrize("name", [name for name in vp.list_methods() if name not in ("none", "fixed")])
+@pytest.mark.parametrize(
+    "name", [name for name in vp.list_methods() if name not in ("none", "fixed")]
+)
 def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any) -> None:
     """Its own layer and recipe, and a step that drops tokens, also where some do not."""
     full, row = compare(workload, [build(name, keep=0.25)], repeats=1).rows

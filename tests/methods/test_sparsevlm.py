@@ -1,6 +1,7 @@
 """SparseVLM cuts where, and keeps as many as, its budget says; its raters score."""
 
 import dataclasses
+import math
 from fractions import Fraction
 from itertools import pairwise
 
@@ -49,7 +50,7 @@ def test_any_image_and_any_budget(keep, views, layers, count):
     cuts = method.cuts(layers)
     least = (cuts[0] * visual + layers - cuts[0]) / layers / visual
     if count == "average" and keep < least:
-        assume(round(keep * visual * layers) < cuts[0] * visual + layers - cuts[0])
+        assume(keep * visual * layers + 1e-6 < cuts[0] * visual + layers - cuts[0])
         with pytest.raises(
             ValueError, match=f"the {cuts[0]} before the first cut see all {visual}"
         ):
@@ -63,10 +64,10 @@ def test_any_image_and_any_budget(keep, views, layers, count):
         assert counts[-1] == method.kept(views) == max(1, round(keep * visual))
         return
     counted = per_layer if count == "average" else per_layer[cuts[0] :]
-    total = round(Fraction(keep) * visual * len(counted))
-    spare = total - sum(counted)
+    budget = Fraction(keep) * visual * len(counted)
+    assert sum(counted) <= budget + Fraction(1, 10**6)
+    spare = math.floor(budget) - sum(counted)
     spans = [b - a for a, b in pairwise((*cuts, layers))]
-    assert spare >= 0
     for span, (before, now) in zip(spans, pairwise((visual, *counts)), strict=True):
         assert now == before or spare < span
 
@@ -84,6 +85,27 @@ def test_behind_costs_what_one_cut_costs():
         counts = build("sparsevlm", keep=keep, count="behind").schedule((256,), 32)
         one_cut = build("fastv", keep=keep, layer=3).schedule((256,), 32)[0] * 29
         assert one_cut - 4 < sum(w * n for w, n in zip(WEIGHTS[32], counts, strict=True)) <= one_cut
+
+
+def test_half_a_token_is_not_spent():
+    """12.5 tokens in each of 7 layers are 87, not 88."""
+    for keep, visual, layers in [(0.125, 100, 8), (0.3, 15, 8), (0.17, 33, 12), (0.5, 7, 5)]:
+        method = build("sparsevlm", keep=keep, count="behind")
+        cuts = method.cuts(layers)
+        left = average(method.schedule((visual,), layers), visual, layers, cuts)[cuts[0] :]
+        assert sum(left) <= Fraction(str(keep)) * visual * len(left) < sum(left) + layers
+
+
+def test_the_smallest_average_is_the_one_on_the_page():
+    """c_1 / T + (T - c_1) / (T M); with a token less it is refused."""
+    for visual, layers, first in [(100, 8, 1), (576, 32, 3), (256, 32, 3)]:
+        least = Fraction(first, layers) + Fraction(layers - first, layers * visual)
+        method = build("sparsevlm", keep=float(least))
+        assert method.schedule((visual,), layers) == (1, 1, 1)
+        with pytest.raises(ValueError, match="at least"):
+            build("sparsevlm", keep=float(least) - 1 / layers / visual).schedule((visual,), layers)
+    with pytest.raises(ValueError, match=r"at least 0\.134"):
+        build("sparsevlm", keep=0.125).schedule((100,), 8)
 
 
 def test_tokens_left_in_the_end_depend_on_the_depth():

@@ -81,6 +81,20 @@ def test_the_largest_noise_is_the_first_of_equals():
     assert 1 in centres[0].tolist()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_far_below_the_resolution_of_fp32_decides(seed):
+    """With one cluster all are equally dense: the centre is where the noise is largest."""
+    noise = 1e-6 * lots(torch.tensor([seed]), torch.arange(150))
+    assert len(set((1 + noise).flatten().tolist())) < 12, "fp32 would do"
+    points = torch.randn(1, 150, 16, generator=torch.Generator().manual_seed(seed))
+    centres, cluster = density_peaks(points, 1, noise=noise)
+    expected, _ = slow_peaks(points[0].tolist(), 1, noise[0].tolist())
+    # All but the densest multiply a density of 1 with the distance to a denser one.
+    assert centres[0].tolist() == expected and cluster[0].tolist() == [0] * 150
+    same = torch.ones(1, 150, 16)
+    assert density_peaks(same, 1, noise=noise)[0].tolist() == [[0]]  # no distance, no peak
+
+
 def test_invalid_points_are_centres_last():
     points = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(1))
     valid = torch.tensor([[True] * 5 + [False] * 3])

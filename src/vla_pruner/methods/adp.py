@@ -1,4 +1,4 @@
-"""VLA-ADP: prune by what the first layer would look at, and only while the robot moves far."""
+"""VLA-ADP: prune by what the first layer would look at, and not while the robot slows down."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class VLAADP(OneCut):
                  `between` says what happens otherwise; all tokens until w values are known
         average: prune if d_t >= e_{t-1}, with e_t = (e_{t-1} + d_t) / 2 and e_1 = d_1
 
-    After `most_in_a_row` pruned steps one runs on all tokens.
+    After `most_in_a_row` pruned steps one runs on all tokens. A robot that stands still moves as
+    far as before, d_t = 0 = max, and is pruned for: the source's rule.
 
     Args:
         keep: fraction or number of visual tokens of a pruned step, over all cameras.
@@ -45,7 +46,8 @@ class VLAADP(OneCut):
         window: w, at least 2.
         between: "prune", or "hold" what the last step did.
         most_in_a_row: at least 1.
-        rows: R: "all" rows of the prefill, as the public code, or the instruction's ("text").
+        rows: R: "all" rows of the prefill, as the public code, or the instruction's ("text"). Where
+            an adapter's action slots are not zero (`Decoder(action_rows=...)`), "all" counts them.
         layer: K; 0 cuts before the decoder, as the source does.
         positions: "compact", the source's; "keep".
 
@@ -61,7 +63,7 @@ class VLAADP(OneCut):
     """
 
     name: ClassVar[str] = "vla-adp"
-    summary: ClassVar[str] = "first-layer products, only while the robot moves"
+    summary: ClassVar[str] = "first-layer products, not while the robot slows down"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2509.22093"
     licence: ClassVar[str] = "Apache-2.0 (public code: Apache-2.0 and MIT)"
 

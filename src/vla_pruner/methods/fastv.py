@@ -1,4 +1,4 @@
-"""FastV: keep the visual tokens that the last prompt token attends to most."""
+"""FastV: keep the visual tokens that the last row of the prefill attends to most."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from vla_pruner.pruning.selection import top_k
 class FastV(OneCut):
     """Rank visual tokens by the attention of the last prefill query at layer K-1, heads averaged.
 
+    That row is the last token of the prompt where an answer follows; where action slots stand in
+    the prefill it is the last of these, or the stop token behind them (OpenVLA-OFT).
+
     Reference: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
     """
 
     name: ClassVar[str] = "fastv"
-    summary: ClassVar[str] = "top attention of the last prompt token"
+    summary: ClassVar[str] = "top attention of the last row of the prefill"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.06764"
 
     @property

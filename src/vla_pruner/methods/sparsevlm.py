@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -153,8 +154,8 @@ class SparseVLM(Method):
         weights = [b - a for a, b in pairwise((*cuts, num_layers))]
         mean = Fraction(self.keep) * visual if isinstance(self.keep, float) else Fraction(whole)
         if self.count == "behind":
-            return stages_by_total(_TABLE, weights, visual, Fraction(round(mean * sum(weights))))
-        total = Fraction(round(mean * num_layers)) - cuts[0] * visual
+            return stages_by_total(_TABLE, weights, visual, _whole(mean * sum(weights)))
+        total = _whole(mean * num_layers) - cuts[0] * visual
         least = Fraction(cuts[0] * visual + sum(weights), num_layers * visual)
         if total < sum(weights):
             raise ValueError(
@@ -217,3 +218,8 @@ def _best(evidence: Evidence, k: int) -> Tensor:
     """The k tokens with the highest score: `[B, k]`, ascending."""
     assert evidence.semantic is not None
     return top_k(evidence.semantic, k, valid=evidence.valid)
+
+
+def _whole(budget: Fraction) -> Fraction:
+    """Rounded down; what is a whole number but for the rounding of `keep` counts as one."""
+    return Fraction(math.floor(budget + Fraction(1, 10**6)))

@@ -314,17 +314,20 @@ def check_control(raw: Mapping[str, Any], file: Path, *, cameras: int, chunk: in
         CheckpointError: an unknown entry, or one out of range.
     """
     said = entry(raw, "control", dict, file)
-    unknown = sorted(set(said) - {"cameras", "execute", "gripper"})
+    unknown = sorted(set(said) - {"cameras", "execute", "gripper", "suites"})
     if unknown:
         raise CheckpointError(
             f"{file}: control has unknown entries {listed(unknown)}; known are cameras, execute, "
-            "gripper"
+            "gripper, suites"
         )
     with reading(file, "control: "):
         if "execute" in said:
             whole("execute", said["execute"], 1, chunk)
         if said.get("gripper", GRIPPERS[0]) not in GRIPPERS:
             raise ValueError(f"gripper={shown(said['gripper'])} must be {' or '.join(GRIPPERS)}")
+        suites = said.get("suites", [])
+        if not isinstance(suites, list) or not all(isinstance(suite, str) for suite in suites):
+            raise ValueError(f"suites={shown(suites)} must be a list of names")
         if "cameras" not in said:
             return
         names = said["cameras"]
