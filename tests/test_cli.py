@@ -1,14 +1,20 @@
 """The command line: quick help, sentences instead of tracebacks, exit codes."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 import vla_pruner
 from vla_pruner import cli
+from vla_pruner.commands.methods import explain
 
 
 @pytest.fixture
@@ -142,6 +148,62 @@ def test_a_missing_package_names_the_extra_that_brings_it(
     assert "pip install 'vla-pruner[sim]'" in capsys.readouterr().err
 
 
+BARE = """
+import contextlib, io, json, sys
+from importlib.machinery import PathFinder
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+from vla_pruner.cli import main
+for words in {commands!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = main(words)
+    print(json.dumps([code, said.getvalue()]))
+"""
+SWEEP = "policies: [mini-oft]\nsuites: [robosuite_pickplace]\nmethods: [none]\n"
+NEEDS = {
+    ("demo",): r"vla-pruner\[sim\]",
+    ("analyze",): r"vla-pruner\[sim\]",
+    ("eval", "--out", "run"): r"vla-pruner\[sim\]",
+    ("sweep", "sweep.yaml", "--out", "run"): r"vla-pruner\[sim\]",
+    ("calibrate", "vtw", "--episodes", "1"): r"vla-pruner\[sim\]",
+    ("eval", "--out", "run", "--video", "1"): r"vla-pruner\[sim\]",
+    ("serve", "--policy", "mini-oft"): r"vla-pruner\[serve\]",
+    ("eval", "--out", "run", "--suite", "libero_goal"): r"make libero",
+    ("methods",): None,
+    ("models",): None,
+    ("doctor", "mini-oft"): None,
+}
+"""Commands, and what the sentence names that ends them; None: they work."""
+
+
+def test_an_install_without_extras_works_or_names_the_extra(tmp_path: Path) -> None:
+    """What the wheel alone brings: the packages of all extras cannot be imported."""
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    commands = [list(words) for words in NEEDS]
+    script = BARE.format(packages=set(cli.EXTRA_OF), commands=commands)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    for (words, named), (code, said) in zip(NEEDS.items(), answers, strict=True):
+        assert (code == 0) == (named is None), (words, said)
+        assert named is None or re.search(f"^error: .*{named}", said), (words, said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     shown = capsys.readouterr().out
@@ -154,6 +216,23 @@ def test_methods_shows_the_options_of_one(capsys: pytest.CaptureFixture[str]) ->
     for option, default in {"keep": "0.25", "gamma": "0.8", "window": "3"}.items():
         assert option in shown
         assert default in shown
+
+
+@pytest.mark.parametrize("name", list(vla_pruner.methods()))
+def test_every_option_of_a_method_is_explained(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = vla_pruner.methods()[name]
+    explained = explain(method)
+    options = [field.name for field in fields(method) if field.init]
+    assert {
+        option: explained.get(option, "") for option in options if not explained.get(option)
+    } == {}
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["methods", name]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in options:
+        assert explained[option][:30] in shown, option
 
 
 def test_an_unknown_method_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -290,3 +291,12 @@ def test_amounts_may_be_separated_by_commas(policy, tmp_path):
     run(arguments(policy, tmp_path / "report", "--episodes", "1", "--keep", "0.5,4"))
     rows = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
     assert [row["visual_kept"] for row in rows] == [32, 16, 4]
+
+
+def test_the_policy_of_another_suite_is_refused(tmp_path):
+    """Before the simulator is asked for anything: it would solve none of these scenes."""
+    suite = dataclasses.replace(toy_task(), name="robosuite_pickplace")
+    args = arguments("mini-oft-libero", tmp_path / "report")
+    with pytest.raises(ValueError, match=r"was trained for libero_spatial.*name one of these with"):
+        demo.demo(args, suite, Console(file=io.StringIO()))
+    assert not (tmp_path / "report").exists()

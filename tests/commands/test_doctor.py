@@ -194,3 +194,13 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Pa
     )
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tpu", "cpu:x", "mps"])
+def test_a_device_that_is_not_there_is_a_sentence(
+    device: str, oft_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["doctor", str(oft_folder), "--device", device]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --device {device}: ") and "use " in said

@@ -46,6 +46,16 @@ def follow(monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def test_the_snippet_of_the_readme_runs_as_it_is() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["actions"].shape == (8, 7)
+    assert names["session"].last.visual_full == 200
+    assert not names["policy"]._forward_hooks
+
+
 def test_adding_a_method(follow) -> None:
     page = follow("adding-a-method.md", "vla_pruner.methods")
     assert vp.methods()["prompt-top"] is page.PromptTop

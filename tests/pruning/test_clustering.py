@@ -84,7 +84,7 @@ def test_the_largest_noise_is_the_first_of_equals():
 @pytest.mark.parametrize("seed", range(8))
 def test_noise_far_below_the_resolution_of_fp32_decides(seed):
     """With one cluster all are equally dense: the centre is where the noise is largest."""
-    noise = 1e-6 * lots(torch.tensor([seed]), torch.arange(150))
+    noise = 1e-6 * hashed_uniform(torch.tensor([seed]), torch.arange(150))
     assert len(set((1 + noise).flatten().tolist())) < 12, "fp32 would do"
     points = torch.randn(1, 150, 16, generator=torch.Generator().manual_seed(seed))
     centres, cluster = density_peaks(points, 1, noise=noise)

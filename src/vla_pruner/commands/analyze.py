@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -32,15 +32,16 @@ from vla_pruner.commands.options import (
 )
 from vla_pruner.commands.output_folder import prepare_folder
 from vla_pruner.commands.progress import progress_bar
-from vla_pruner.episodes.condition import ALL_TOKENS, Condition
+from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.environment import stamp
-from vla_pruner.methods import build
 from vla_pruner.models.loading import load
+from vla_pruner.pruning.history import Censored
 from vla_pruner.reports.files import to_csv, write_text
 from vla_pruner.runs.job import Setup
 from vla_pruner.scenes.scene import Suite
 from vla_pruner.scenes.suites import open_suite
 
+WATCHED = 3
 SETUP = "setup.json"
 TRACES = "traces"
 ORACLE = "oracle"
@@ -54,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_methods(parser, ["vla-pruner", "fastv"])
     add_keeps(parser, ["0.25"])
     parser.add_argument(
-        "--layer", type=int, default=3, help="K: tokens are cut before it, scores read before that"
+        "--layer",
+        type=int,
+        help="K, for all methods: tokens are cut before it, scores read in the layer before that "
+        f"(default: each method's own; scores of all tokens are read before layer {WATCHED})",
     )
     add_scenes(parser, 4)
     add_device(parser)
@@ -87,6 +91,7 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
     """
     console = console or Console()
     device_of(args.device)
+    watched = args.layer or WATCHED
     methods, keeps = words_of("--methods", args.methods), words_of("--keep", args.keep)
     stride = args.stride if args.oracle else None
     named = ways(methods, keeps, layer=args.layer, oracle_stride=stride)
@@ -98,7 +103,13 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
     interrupted = False
     try:
         setup = Setup.of(args.policy, policy, suite, unnorm_key=args.unnorm_key)
-        about = {**setup.as_dict(), "layer": args.layer, "replays": list(named), "stride": stride}
+        about = {
+            **setup.as_dict(),
+            "layer": args.layer,
+            "watched": watched,
+            "replays": list(named),
+            "stride": stride,
+        }
         _same_setup(args.out / SETUP, about)
         traces = _stored(args.out, seeds)
         with progress_bar(console) as bar:
@@ -108,7 +119,7 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
                     continue
                 target = suite.task_of(seed)
                 traces[seed] = trace(
-                    policy, scene, seed, target, setup=setup, layer=args.layer, ways=named
+                    policy, scene, seed, target, setup=setup, layer=watched, ways=named
                 )
                 traces[seed].save(_file(args.out, seed))
                 bar.advance(line)
@@ -130,13 +141,17 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
 
 
 def ways(
-    methods: Sequence[str], keeps: Sequence[str], *, layer: int, oracle_stride: int | None = None
+    methods: Sequence[str],
+    keeps: Sequence[str],
+    *,
+    layer: int | None,
+    oracle_stride: int | None = None,
 ) -> dict[str, Way]:
     """What is replayed, by name: each method at each budget, and VLA-Pruner's kinds of memory.
 
     Args:
         methods, keeps: names and budgets, as on the command line.
-        layer: K.
+        layer: K, for all of them; None: each method's own.
         oracle_stride: patches that the oracle adds per round; None: no oracle.
 
     Raises:
@@ -152,20 +167,23 @@ def ways(
     result: dict[str, Way] = {}
     for keep in map(keep_of, keeps):
         for method in methods:
-            result[f"{method}@{keep}"] = build(method, keep=keep, layer=layer)
+            result[f"{method}@{keep}"] = make_method(method, keep=keep, layer=layer)
         if "vla-pruner" in methods:
-            for rule in ("carry",):
-                way = build("vla-pruner", keep=keep, layer=layer, censored=rule)
+            for rule in (rule for rule in get_args(Censored) if rule != "zero"):
+                way = make_method("vla-pruner", keep=keep, layer=layer, censored=rule)
                 result[f"vla-pruner ({rule})@{keep}"] = way
         if oracle_stride is not None:
-            result[f"{ORACLE}@{keep}"] = Oracle(keep=keep, layer=layer, stride=oracle_stride)
+            result[f"{ORACLE}@{keep}"] = Oracle(
+                keep=keep, layer=layer or WATCHED, stride=oracle_stride
+            )
     return result
 
 
 def command_of(args: argparse.Namespace) -> str:
     """What to type to get the same analysis."""
     words = ["vla-pruner", "analyze", "--policy", str(args.policy), "--methods", *args.methods]
-    words += ["--keep", *args.keep, "--layer", str(args.layer), "--episodes", str(args.episodes)]
+    words += ["--keep", *args.keep, "--episodes", str(args.episodes)]
+    words += ["--layer", str(args.layer)] if args.layer is not None else []
     words += ["--seed", str(args.seed), "--suite", args.suite]
     words += ["--unnorm-key", args.unnorm_key] if args.unnorm_key else []
     words += ["--oracle", "--stride", str(args.stride)] if args.oracle else []

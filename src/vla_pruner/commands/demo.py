@@ -91,16 +91,16 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     names = [condition.name for condition in conditions]
     seeds = suite.held_out(args.episodes, args.seed)
     cells = [Cell(args.policy, suite.name, one, args.episodes, args.seed) for one in conditions]
-    prepare_folder(args.out, FILE, "demo report", resume=args.resume)
     total, interrupted = len(conditions) * len(seeds), False
     with console.status(f"loading {args.policy}"):
         policy = load(args.policy, device=args.device)
+    control = {"unnorm_key": args.unnorm_key}
+    planned = plan(cells, {suite.name: suite}, lambda name: policy, control)
+    prepare_folder(args.out, FILE, "demo report", resume=args.resume)
     with (
         Store(args.out, write=True) as store,
         closing(EpisodeRunner(lambda name: policy)) as runner,
     ):
-        control = {"unnorm_key": args.unnorm_key}
-        planned = plan(cells, {suite.name: suite}, lambda name: policy, control)
         store.begin(list(planned), stamp(args.device))
         setup = next(iter(planned)).setup
         jobs = missing_jobs(planned, store, record=len(seeds))

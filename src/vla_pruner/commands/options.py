@@ -31,7 +31,9 @@ def add_policy(parser: Parser, default: str = "mini-oft") -> None:
 
 def add_method(parser: Parser, default: str | None) -> None:
     """`--method`: one way of pruning."""
-    parser.add_argument("--method", default=default, help="see `vla-pruner methods`")
+    parser.add_argument(
+        "--method", default=default, help="a name, see `vla-pruner methods`, or MODULE:CLASS"
+    )
 
 
 def add_methods(parser: Parser, default: Sequence[str]) -> None:
@@ -40,7 +42,7 @@ def add_methods(parser: Parser, default: Sequence[str]) -> None:
         "--methods",
         nargs="+",
         default=list(default),
-        help="names, apart by spaces or commas; see `vla-pruner methods`",
+        help="names (`vla-pruner methods`) or MODULE:CLASS, apart by spaces or commas",
     )
 
 
