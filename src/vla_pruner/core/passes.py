@@ -289,7 +289,7 @@ class Passes:
             per_view = self.method.budget == "view" and not self.method.adaptive
             views = self.method.split(views, count, number) if per_view else (count,)
             sets.append(TokenSet(views))
-        prefill = Prefill(layout, length, "full", index, tuple(sets), counts, past)
+        prefill = Prefill(layout, "full", index, tuple(sets), counts, past)
         earlier = None if continued is None else continued.prefill
         if earlier is not None and earlier.mode != "full":
             prefill.before = earlier
@@ -538,7 +538,7 @@ class Passes:
             warnings.warn(f"vla-pruner left a prefill alone: {reason}", stacklevel=2)
         blank = torch.zeros(1, 0, dtype=torch.int64)
         index = TokenIndex.of(Layout(blank, ()), 1, length)
-        prefill = Prefill(Layout(blank, ()), length, "full", index, (TokenSet((), blank, blank),))
+        prefill = Prefill(Layout(blank, ()), "full", index, (TokenSet((), blank, blank),))
         self.latest = Step((), (), (), prefill, 0, left_alone=reason)
 
 

@@ -200,9 +200,13 @@ def action_rows(prefill: Prefill, left: TokenSet) -> Voting:
     rows = prefill.layout.action_rows
     if rows is None:
         return place(left, prefill.index.last_row)
-    length = prefill.length
-    start, stop, _ = rows.indices(length)
-    return slice(start - length, stop - length if stop < length else None)
+    # Counted from the end, where no cut moves them.
+    start, stop = rows.start or 0, rows.stop
+    length = prefill.length if start >= 0 or (stop or 0) > 0 else 0
+    start = start - length if start >= 0 else start
+    if stop is not None and stop >= 0:
+        stop = stop - length if stop < length else None
+    return slice(start, stop)
 
 
 def visual_tokens(left: TokenSet, hidden: Tensor) -> Tensor:

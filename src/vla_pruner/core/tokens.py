@@ -121,7 +121,6 @@ class Prefill:
     """
 
     layout: Layout
-    length: int
     mode: Mode
     index: TokenIndex
     sets: tuple[TokenSet, ...]
@@ -156,6 +155,11 @@ class Prefill:
     """Layers that have added to `observed`."""
     note: Any = None
     """What the hooks of a method of its own remember of this prefill."""
+
+    @property
+    def length(self) -> int:
+        """S. Read off tensors, so that compiled code need not be made anew for another length."""
+        return self.index.others.shape[1] + self.layout.visual.shape[1]
 
     @property
     def total(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,54 @@ def attention_column_mean(
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
     _check(query, key, mask)
+    options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
+    if torch.compiler.is_compiling():
+        picked = rows if isinstance(rows, Tensor) else None
+        span = (None, None) if rows is None or picked is not None else (rows.start, rows.stop)
+        return _column_mean_node(query, key, columns, picked, *span, *options)
+    return _column_mean(query, key, columns, rows, *options)
+
+
+# One operator, so that a compiled graph holds one node for any number of rows and keys.
+@torch.library.custom_op(
+    "vla_pruner::attention_column_mean",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor columns, Tensor? rows, SymInt? start, SymInt? stop, "
+    "Tensor? mask, Tensor? row_weight, Tensor? sinks, float scale, bool causal, float? softcap, "
+    "int chunk) -> Tensor",
+)
+def _column_mean_node(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    rows: Tensor | None,
+    start: int | None,
+    stop: int | None,
+    *options: Any,
+) -> Tensor:
+    """`_column_mean` with rows as a tensor, or from `start` to `stop`."""
+    return _column_mean(query, key, columns, slice(start, stop) if rows is None else rows, *options)
+
+
+@_column_mean_node.register_fake
+def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((query.shape[0], columns.shape[1]), dtype=torch.float32)
+
+
+def _column_mean(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    rows: Rows,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    chunk: int,
+) -> Tensor:
+    """See `attention_column_mean`."""
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads

@@ -1,0 +1,335 @@
+"""What a decoder hands its layers is checked: exact, or refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as T
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import vla_pruner as vp
+from checks import randomise
+from hidden_columns import hidden_behind, same
+
+VISUAL, M = slice(1, 25), 24
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+)
+
+
+def embeds(batch=1, length=36):
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(3))
+
+
+def at(layers="model.layers"):
+    return vp.models.Decoder(layers, visual=VISUAL)
+
+
+def gpt2():
+    return T.GPT2LMHeadModel(T.GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4))
+
+
+def gpt_neox():
+    return T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**SIZES))
+
+
+def gpt_neo():
+    kinds = [[["global", "local"], 2]]
+    sizes = dict(vocab_size=97, hidden_size=32, num_layers=4, num_heads=4, window_size=8)
+    return T.GPTNeoForCausalLM(T.GPTNeoConfig(**sizes, attention_types=kinds))
+
+
+def falcon():
+    config = T.FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, alibi=False
+    )
+    config._attn_implementation = "sdpa"
+    return T.FalconForCausalLM(config)
+
+
+def gemma3(kinds):
+    config = T.Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": len(kinds)},
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=kinds,
+    )
+    return T.Gemma3ForCausalLM(config)
+
+
+def gpt_oss():
+    config = T.GptOssConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 4,
+    )
+    config._attn_implementation = "eager"
+    model = T.GptOssForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            parameter.normal_(std=1.0)
+    return model
+
+
+def mistral(window):
+    config = T.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=window)
+    return T.MistralForCausalLM(config)
+
+
+def gemma2(window):
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": window}
+    return T.Gemma2ForCausalLM(T.Gemma2Config(**sizes))
+
+
+def talk(model, cache=None, mask=None):
+    """Logits of the last row of a prefill and of two decoded tokens."""
+    rows = 1 if mask is None else len(mask)
+    options = {} if mask is None else {"attention_mask": mask}
+    output = model(inputs_embeds=embeds(rows), past_key_values=cache, use_cache=True, **options)
+    found = [output.logits[:, -1]]
+    for token in (5, 6):
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            options = {"attention_mask": mask}
+        step = {"input_ids": torch.full((rows, 1), token), "use_cache": True}
+        cache = output.past_key_values
+        output = model(**step, past_key_values=cache, **options)
+        found.append(output.logits[:, -1])
+    return torch.stack(found)
+
+
+def cache_of(kind, model):
+    if kind == "dynamic":
+        return DynamicCache()
+    return StaticCache(config=model.config, max_cache_len=44)
+
+
+# ---------------------------------------------------------------------- exact
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize(
+    ("make", "layers"), [(gpt2, "transformer.h"), (gpt_neox, "gpt_neox.layers")]
+)
+def test_masks_by_position_and_caches_by_another_name(make, layers, kind, cut):
+    """GPT-2 hands its mask by position; GPT-NeoX calls its cache `layer_past`."""
+    model = randomise(make())
+    options = dict(tokens=6, layer=cut, positions="keep")
+    with vp.prune(model, "divprune", mode="mask", adapter=at(layers), **options) as session:
+        expected = talk(model, DynamicCache())
+        hidden = session.last.kept_mask
+    with vp.prune(model, "divprune", adapter=at(layers), **options) as session:
+        got = talk(model, cache_of(kind, model))
+        assert torch.equal(session.last.kept_mask, hidden) and hidden.sum() == 6
+    same(got, expected)
+
+
+def test_a_mask_by_position_may_hold_padding():
+    model, mask = randomise(gpt2()), torch.ones(2, 36, dtype=torch.long)
+    mask[1, :3] = 0
+    found = []
+    for mode in ("drop", "mask"):
+        adapter = vp.models.Decoder("transformer.h", visual=slice(4, 25))
+        options = dict(tokens=6, layer=2, positions="keep", mode=mode)
+        with vp.prune(model, "divprune", adapter=adapter, **options):
+            found.append(talk(model, DynamicCache(), mask))
+    same(*found)
+
+
+def test_attention_sinks_enter_the_softmax():
+    model, x = randomise(gpt_oss()), embeds(4)
+    attention = model(inputs_embeds=x, output_attentions=True).attentions[1].mean(1)
+    expected = {"fastv": attention[:, -1, VISUAL], "vla-pruner": attention.mean(1)[:, VISUAL]}
+    for method, wanted in expected.items():
+        options = {"window": 1} if method == "vla-pruner" else {}
+        with vp.prune(model, method, tokens=6, layer=2, adapter=at(), **options) as session:
+            for _ in range(2):
+                model(inputs_embeds=x)
+            same(session.last.semantic, wanted)
+            assert torch.equal(
+                session.last.semantic.topk(6).indices.sort(1).values,
+                wanted.topk(6).indices.sort(1).values,
+            )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [mistral, gemma2])
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+def test_windows_that_no_row_reaches(make, kind, method):
+    model = randomise(make(64))
+    options = dict(tokens=6, layer=2) | ({"positions": "keep"} if method == "divprune" else {})
+    cache = cache_of(kind, model)
+    with vp.prune(model, method, adapter=at(), **options) as session:
+        got = talk(model, cache)
+        kept = session.last.kept_mask[0]
+    with hidden_behind(model.model, 2, [1 + (~kept).nonzero()[:, 0]]):
+        same(got, talk(model, DynamicCache(config=model.config)))
+
+
+def test_layers_of_two_kinds_where_both_begin_before_the_cut():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = randomise(gemma3(kinds))
+    with (
+        vp.prune(model, "fastv", tokens=6, layer=2, adapter=at()),
+        pytest.raises(NotImplementedError, match=r"reaches 36 tokens.*window of 8"),
+    ):
+        model(inputs_embeds=embeds())
+    late = ["sliding_attention"] * 2 + ["full_attention"] * 4
+    model = randomise(gemma3(late))
+    with vp.prune(model, "fastv", tokens=6, layer=3, adapter=at()) as session:
+        got = talk(model, DynamicCache(config=model.config))
+        kept = session.last.kept_mask[0]
+    with hidden_behind(model.model, 3, [1 + (~kept).nonzero()[:, 0]]):
+        same(got, talk(model, DynamicCache(config=model.config)))
+
+
+# ---------------------------------------------------------------------- refused
+def test_the_first_layer_of_a_kind_behind_the_cut():
+    """Its mask would be sized by a layer that holds fewer tokens."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 4
+    model = randomise(gemma3(kinds))
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=at()) as session:
+        with pytest.raises(NotImplementedError, match="before layer 2; with a cache"):
+            model(inputs_embeds=embeds(), use_cache=True, past_key_values=DynamicCache())
+        got = model(inputs_embeds=embeds(), use_cache=False).logits[:, -1]
+        kept = session.last.kept_mask[0]
+    with hidden_behind(model.model, 2, [1 + (~kept).nonzero()[:, 0]]):
+        same(got, model(inputs_embeds=embeds(), use_cache=False).logits[:, -1])
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "random"])
+def test_local_attention_under_another_name(method):
+    options = {"positions": "keep"} if method == "divprune" else {}
+    with pytest.raises(NotImplementedError, match="layer 3 is of kind 'local'"):
+        vp.prune(gpt_neo(), method, tokens=6, layer=2, adapter=at("transformer.h"), **options)
+
+
+def test_layers_that_are_no_attention():
+    class Config:
+        layer_types = ("full_attention", "full_attention", "conv", "full_attention")
+
+    model = T.LlamaForCausalLM(T.LlamaConfig(**SIZES))
+    model.model.config = Config()
+    with pytest.raises(NotImplementedError, match="layer 2 is of kind 'conv'"):
+        vp.prune(model, "random", tokens=6, layer=1, adapter=at())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("fastv", {}, r"attention of layer 1 \(Falcon.*without showing"),
+        ("vla-pruner", {"window": 1}, r"watched.*without showing it"),
+        ("vla-pruner", {"window": 1, "levels": "action"}, r"watched.*without showing it"),
+    ],
+)
+def test_an_attention_that_never_shows_itself(method, options, message):
+    model = randomise(falcon())
+    adapter = at("transformer.h")
+    with (
+        vp.prune(model, method, tokens=6, layer=2, adapter=adapter, **options),
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        model(inputs_embeds=embeds())
+
+
+@pytest.mark.parametrize("method", ["divprune", "random", "fastv"])
+def test_flex_attention(method):
+    model = T.LlamaForCausalLM(T.LlamaConfig(**SIZES))
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(NotImplementedError, match='"sdpa" or "eager"'):
+        vp.prune(model, method, tokens=6, layer=2, adapter=at())
+
+
+class Layer(nn.Module):
+    """A layer of somebody's own."""
+
+    def __init__(self, first="hidden_states"):
+        super().__init__()
+        self.mix = nn.Linear(32, 32)
+
+    def forward(self, hidden_states, bias=None, attention_mask=None, extra=None):
+        return hidden_states + self.mix(hidden_states)
+
+
+class Stack(nn.Module):
+    """A decoder of somebody's own; `hand` says what its layers get."""
+
+    def __init__(self, hand):
+        super().__init__()
+        self.layers, self.hand = nn.ModuleList(Layer() for _ in range(4)), hand
+
+    def forward(self, inputs_embeds):
+        for layer in self.layers:
+            args, kwargs = self.hand(inputs_embeds)
+            inputs_embeds = layer(*args, **kwargs)
+        return inputs_embeds
+
+
+@pytest.mark.parametrize(
+    ("hand", "message"),
+    [
+        (lambda x: ((x, x[..., :1]), {}), r"get `bias` \(1, 36, 1\)"),
+        (lambda x: ((x,), {"extra": {"places": (x[0, :, 0],)}}), r"get `extra` \(36,\)"),
+        (lambda x: ((x,), {"extra": [x[:, None]]}), r"get `extra` \(1, 1, 36, 32\)"),
+        (lambda x: ((x, None, None, None, 7), {}), "5 positional arguments"),
+        (lambda x: ((x[0],), {}), r"not called with hidden states \[B, S, D\] first"),
+    ],
+)
+def test_arguments_that_nobody_shortens_are_named(hand, message):
+    model = nn.Sequential()
+    model.add_module("model", Stack(hand))
+    with (
+        vp.prune(model, "random", tokens=6, layer=2, adapter=at()) as session,
+        pytest.raises((NotImplementedError, TypeError), match=message),
+    ):
+        model.model(embeds())
+    del session
+
+
+def test_a_layer_that_was_replaced_since(decoders):
+    model = T.LlamaForCausalLM(T.LlamaConfig(**SIZES)).eval()
+    with vp.prune(model, "divprune", tokens=6, layer=2, positions="keep", adapter=at()):
+        other = T.LlamaForCausalLM(T.LlamaConfig(**SIZES)).eval()
+        model.model.layers[2] = other.model.layers[2]
+        with pytest.raises(RuntimeError, match=r"layer 2 did not run.*Attach vla-pruner last"):
+            model(inputs_embeds=embeds())
+
+
+def test_a_kernel_that_others_replace_is_looked_up_anew(monkeypatch):
+    """Another tool patches and restores a kernel between two sessions."""
+    from transformers.models.llama import modeling_llama
+
+    config = T.LlamaConfig(**SIZES)
+    model = T.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    original, calls = modeling_llama.eager_attention_forward, []
+
+    def patched(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "eager_attention_forward", patched)
+        with vp.prune(model, "fastv", tokens=6, layer=2, adapter=at()):
+            model(inputs_embeds=embeds())
+    assert calls
+    calls.clear()
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=at()) as session:
+        model(inputs_embeds=embeds())
+        assert session.last.visual_kept == 6
+    assert not calls
+
+
+def test_an_unknown_tensor_of_the_attention_is_refused():
+    from vla_pruner.core.scores import Seen
+
+    attention, x = nn.Identity(), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="`position_bias`"):
+        Seen.of(attention, x, x, None, {"position_bias": x}, keys=None, causal=True)
