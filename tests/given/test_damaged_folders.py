@@ -678,7 +678,7 @@ def test_no_code_of_a_folder_runs(folder, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("it asked"))
     if kind == "foreign":
         edit_json(copy / "config.json", model_type="evil")
-        with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        with pytest.raises(CheckpointError, match="code is not run here"):
             vp.models.load(copy)
         with pytest.raises(ValueError, match="not run here"):
             vp.models.load(copy, trust_remote_code=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_instruction, check_keys, check_state, numbers
-from ..images import check_image, is_one_image
+from ..images import check_image, check_nesting, is_one_image
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")
@@ -104,6 +104,7 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> list[np.ndarray | Non
             f"images must be a list with one image per camera, or a dict by camera name; got "
             f"{type(images).__name__}"
         )
+    check_nesting(images)
     if len(images) != len(cameras):
         raise ValueError(
             f"this policy sees {len(cameras)} camera(s) ({', '.join(cameras)}), got {len(images)} "
