@@ -73,6 +73,11 @@ def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokeni
         raise ValueError("proprio is too large to be scaled by the policy's statistics")
     prompts = [prompt(text, row, config) for text, row in zip(instructions, padded, strict=True)]
     tokens, mask = tokenize(prompts, tokenizer, config.max_tokens)
+    if int(tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {int(tokens.max())}; this policy knows "
+            f"{config.vocab_size} words: it is another model's tokenizer"
+        )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return Inputs(
         images=pixels,
