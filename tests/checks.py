@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,3 +36,17 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
         found.append((name, sorted(own.items()), hooks, kernel))
     return found
+
+
+def near(found: Any, expected: Any, rel: float = 1e-5) -> None:
+    """Equal up to `rel` of the largest expected value: processors and their kernels round.
+
+    An absolute bound would say nothing about values near 100, and too much about values near 1e-3.
+    """
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        found = np.asarray(found, dtype=np.float64)
+        expected = np.broadcast_to(np.asarray(expected, dtype=np.float64), found.shape)
+        found, expected = torch.tensor(found), torch.tensor(expected)
+    finite = expected.detach()[torch.isfinite(expected)]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=rel * largest)

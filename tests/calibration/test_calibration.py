@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from checks import near
 from vla_pruner.calibration import efficientvla, fitprune, vtw
 from vla_pruner.calibration.search import calibrate
 from vla_pruner.episodes.observations import (
@@ -69,7 +70,7 @@ def test_received_attention_is_the_eager_models(policies, look, family):
             strongest = attentions[layer][0].amax(dim=0)[:, 1 : 1 + size]
             expected = strongest[list(text)].mean(dim=0), strongest[1 : 1 + size].mean(dim=0)
             for found, right in zip((cross, own), expected, strict=True):
-                torch.testing.assert_close(found[row, layer].float(), right, atol=1e-5, rtol=1e-4)
+                near(found[row, layer].float(), right)
 
 
 @FAMILIES
@@ -254,7 +255,7 @@ def test_dropping_equals_hiding(policies, look, family, method, options):
     assert int(kept[0].sum()) == {"fitprune": 4, "vtw": 0, "efficientvla": 5, "fixed": 3}[method]
     assert len(runs[0]) == len(runs[1]) == (1 if family == "oft" else 7)
     for dropped, hidden in zip(*runs, strict=True):
-        torch.testing.assert_close(dropped, hidden, atol=1e-5, rtol=0)
+        near(dropped, hidden)
 
 
 def test_skipped_layers_are_as_good_as_gone(policies, look):
@@ -267,7 +268,7 @@ def test_skipped_layers_are_as_good_as_gone(policies, look):
     shorter.language_model.config.num_hidden_layers = 2
     expected = shorter.predict_action(**seen)
     with vp.prune(policy, "efficientvla", parts="layers", skip=2, recipe=recipe):
-        np.testing.assert_allclose(policy.predict_action(**seen), expected, atol=1e-6)
+        near(policy.predict_action(**seen), expected)
     assert abs(policy.predict_action(**seen) - expected).max() > 1e-3
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 import vla_pruner as vp
+from checks import near
 
 VISUAL = slice(1, 21)
 M, KEEP, CUT = 20, 6, 2
 BOTH = [*product(("llama", "gemma", "qwen2", "qwen3"), ("sdpa", "eager"))]
-CLOSE = dict(rtol=0, atol=1e-5)
 
 
 def decoder(**options):
@@ -30,7 +30,7 @@ def prune(model, method="fastv", **options):
 def close(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        near(a, b)
 
 
 def surviving(session):
@@ -59,8 +59,8 @@ def test_removed_equals_hidden(decoders, embeds, rollout, family, attention, pro
     close(*runs)
     assert torch.equal(reports[0].kept_mask, reports[1].kept_mask)
     assert reports[0].kept_mask.sum() == KEEP and not reports[0].warm_up.any()
-    torch.testing.assert_close(reports[0].semantic, reports[1].semantic, rtol=0, atol=1e-6)
-    torch.testing.assert_close(reports[0].action, reports[1].action, rtol=0, atol=1e-6)
+    near(reports[0].semantic, reports[1].semantic)
+    near(reports[0].action, reports[1].action)
     proves("decoder", type(model), "reference", "dynamic")
 
 
@@ -149,8 +149,8 @@ def test_padded_batch_equals_single_runs(decoders, embeds, rollout, attention):
                 )
             alone = session.last
         assert torch.equal(together.kept_mask[row], alone.kept_mask[0])
-        torch.testing.assert_close(together.semantic[row], alone.semantic[0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(together.action[row], alone.action[0], rtol=0, atol=1e-6)
+        near(together.semantic[row], alone.semantic[0])
+        near(together.action[row], alone.action[0])
         close([x[row, -1] for x in logits], [x[0, -1] for x in single])
     assert not torch.equal(together.kept_mask[0], together.kept_mask[1])
 
@@ -163,7 +163,7 @@ def test_last_row_skips_padding_on_the_right(decoders, embeds):
         padded = session.last
         model(inputs_embeds=embeds(length=34)[:, :30])
         plain = session.last
-    torch.testing.assert_close(padded.semantic, plain.semantic, rtol=0, atol=1e-6)
+    near(padded.semantic, plain.semantic)
 
 
 # ---------------------------------------------------------------------- caches
@@ -255,7 +255,7 @@ def test_generate_without_cache_equals_generate_with_it(decoders):
     (cached, one), (uncached, other) = reports
     assert cached.steps == uncached.steps == (1,)
     assert torch.equal(cached.kept_mask, uncached.kept_mask)
-    torch.testing.assert_close(cached.action, uncached.action, rtol=0, atol=1e-6)
+    near(cached.action, uncached.action)
     close(one.logits, other.logits)
 
 
@@ -301,7 +301,7 @@ def test_bidirectional(decoders, embeds, attention, how):
             runs.append(rows([output.last_hidden_state], session))
             reports.append(session.last)
     close(*runs)
-    torch.testing.assert_close(reports[0].action, reports[1].action, rtol=0, atol=1e-6)
+    near(reports[0].action, reports[1].action)
     causal = model.model(inputs_embeds=embeds(1), use_cache=False).last_hidden_state
     full = model.model(inputs_embeds=embeds(1), use_cache=False, **options).last_hidden_state
     assert (causal - full).abs().max() > 1e-2
@@ -342,7 +342,7 @@ def test_semantic_score(decoders, embeds, family, attention, semantic):
         model(inputs_embeds=embeds(batch=2))
     voted = attentions(model, embeds(batch=2))[CUT - 1].mean(1)[..., VISUAL]
     expected = voted.mean(1) if semantic == "all" else voted[:, -1]
-    torch.testing.assert_close(session.last.semantic, expected, **CLOSE)
+    near(session.last.semantic, expected)
 
 
 @pytest.mark.parametrize(("family", "attention"), BOTH)
@@ -354,7 +354,7 @@ def test_action_score_of_decoded_tokens(decoders, embeds, rollout, family, atten
         assert session.last.warm_up.all()
     whole = torch.cat([embeds(), model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))], dim=1)
     seen = torch.stack(attentions(model, whole)[3:]).mean((0, 2))[:, 29:, VISUAL].mean(1)
-    torch.testing.assert_close(session.last.action, seen, **CLOSE)
+    near(session.last.action, seen)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -363,7 +363,7 @@ def test_action_score_of_prefill_rows(decoders, embeds, attention):
     with prune(model, "vla-pruner", adapter=decoder(action_rows=slice(22, 28))) as session:
         model(inputs_embeds=embeds())
     seen = torch.stack(attentions(model, embeds())[3:]).mean((0, 2))[:, 22:28, VISUAL].mean(1)
-    torch.testing.assert_close(session.last.action, seen, **CLOSE)
+    near(session.last.action, seen)
 
 
 def test_padding_does_not_vote(decoders, embeds):

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import vla_pruner as vp
+from checks import near
 
-CLOSE = dict(rtol=0, atol=1e-5)
 M, LENGTH, DEPTH, SIZE = 20, 30, 6, 3  # 20 visual tokens behind BOS, patches of 3 x 3 pixels
 VISUAL, CUTS = range(1, 21), (1, 3, 4)
 TOKENS = [5, 6, 7]
@@ -76,9 +76,9 @@ def check(model, logits: list[Tensor], output: Tensor, slow: SlowEpisode, row: i
     gone, length = {VISUAL[token] for token in slow.reused[-1]}, logits[0].shape[1]
     rows = [at for at in range(length) if at not in gone]
     expected = model.lm_head(output)
-    torch.testing.assert_close(logits[0][row, rows], expected[rows], **CLOSE)
+    near(logits[0][row, rows], expected[rows])
     for number, later in enumerate(logits[1:]):
-        torch.testing.assert_close(later[row, 0], expected[length + number], **CLOSE)
+        near(later[row, 0], expected[length + number])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_same_frame_again_reuses_what_the_formula_says(decoders, rollout):
         expected.append(most)
     assert slow.counts() == expected
     for one, other in zip(logits[1:], untouched[1:], strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+        near(one, other)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from checks import near
 from vla_pruner.core.session import Session
 
 M, KEEP, CUT = 20, 6, 2
@@ -28,7 +29,7 @@ def same_report(one, other, row=0, other_row=0):
     assert torch.equal(one.kept_mask[row], other.kept_mask[other_row])
     for name in ("semantic", "forecast", "action"):
         a, b = getattr(one, name)[row], getattr(other, name)[other_row]
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        near(a, b)
 
 
 def episode(model, embeds, rollout, seeds, **options):
@@ -159,7 +160,7 @@ def test_batch_of_episodes_at_different_steps(decoders, embeds, rollout, attenti
             for row, (name, step) in enumerate((("left", left), ("right", right))):
                 same_report(report, expected[name][1][step], row)
                 mine = torch.stack([x[row, -1] for x in logits])
-                torch.testing.assert_close(mine, expected[name][0][step], rtol=0, atol=1e-5)
+                near(mine, expected[name][0][step])
             if left == 2:
                 assert [len(rows[0]) for rows in report.kept] == [KEEP, M]
                 with pytest.raises(ValueError, match="warming up"):

@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import vla_pruner as vp
+from checks import near
 from ladder import SEMANTIC, VISUAL, Ladder, M, slow
 from vla_pruner.methods import Choice
 
-CLOSE = dict(rtol=0, atol=1e-5)
 TOKENS = [5, 6, 7]
 
 
@@ -33,9 +33,9 @@ def check(session, logits, reference, *, row=0, length=30, pad=0):
     stays = torch.ones(length, dtype=torch.bool)
     stays[VISUAL] = session.last.kept_mask[row]
     rows = stays.nonzero()[:, 0]
-    torch.testing.assert_close(logits[0][row, pad + rows], reference.logits[rows], **CLOSE)
+    near(logits[0][row, pad + rows], reference.logits[rows])
     for step, later in enumerate(logits[1:]):
-        torch.testing.assert_close(later[row, 0], reference.logits[length + step], **CLOSE)
+        near(later[row, 0], reference.logits[length + step])
 
 
 @pytest.mark.parametrize(("family", "attention"), [*product(("llama", "qwen3"), ("sdpa", "eager"))])
@@ -124,7 +124,7 @@ def test_a_cut_before_the_first_layer(
     expected = torch.zeros(M).index_copy(
         0, torch.tensor(kept[0]), ((seen[0] + seen[1]) / 2)[kept[0]]
     )
-    torch.testing.assert_close(session.last.action[row], expected, rtol=0, atol=1e-6)
+    near(session.last.action[row], expected)
     assert int(cache.get_seq_length()) == len(inputs[0]) + 3
     if not static:
         assert [cache.get_seq_length(i) - len(inputs[0]) - 3 for i in range(6)] == [
@@ -178,7 +178,7 @@ def test_padded_batch_equals_single_runs(decoders, embeds, rollout, attention, o
             for one, other in zip(together.stages, session.last.stages, strict=True):
                 assert torch.equal(one.kept_mask[row], other.kept_mask[0])
             for a, b in zip(logits, single, strict=True):
-                torch.testing.assert_close(a[row, -1], b[0, -1], **CLOSE)
+                near(a[row, -1], b[0, -1])
     assert not torch.equal(together.kept_mask[0], together.kept_mask[1])
 
 
@@ -202,8 +202,8 @@ def test_rows_on_all_tokens_share_a_batch(decoders, embeds, rollout, options):
         assert torch.equal(one.kept_mask[0], other.kept_mask[0]) and one.kept_mask[1].all()
     plain = rollout(model, embeds(3))
     for a, b, c in zip(logits, alone, plain, strict=True):
-        torch.testing.assert_close(a[0, -1], b[0, -1], **CLOSE)
-        torch.testing.assert_close(a[1, -1], c[0, -1], **CLOSE)
+        near(a[0, -1], b[0, -1])
+        near(a[1, -1], c[0, -1])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -260,7 +260,7 @@ def test_evidence_at_each_cut(decoders, embeds):
     reference = slow(model, embeds()[0], [], cuts=(2, 4), kept=kept)
     for evidence, left in ((first, list(range(M))), (second, kept[0])):
         hidden = reference.inputs[evidence.layer][VISUAL][left]
-        torch.testing.assert_close(evidence.hidden[0], hidden, **CLOSE)
+        near(evidence.hidden[0], hidden)
         assert torch.equal(evidence.text, embeds()[:, 21:])
         assert evidence.text_valid.all() and evidence.text_valid.shape == (1, 9)
         assert evidence.semantic is evidence.scores["semantic"]
@@ -294,7 +294,7 @@ def test_attention_scores_at_each_cut(decoders, embeds, rows, heads, mode):
         seen = reference.attention[evidence.layer - 1]
         joined = seen.mean(0) if heads == "mean" else seen.amax(0)
         expected = sum(w * joined[row, columns] for row, w in weight.items()) / sum(weight.values())
-        torch.testing.assert_close(evidence.semantic[0], expected, rtol=0, atol=1e-6)
+        near(evidence.semantic[0], expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -336,7 +336,7 @@ def test_logits_at_each_cut(decoders, embeds, family, rows, heads):
             joined = (per_head.mean(0) if heads == "mean" else per_head.amax(0)) * 8**-0.5
             w = float(torch.sigmoid(text[row - 21] @ visual.mean(0))) if rows == "weighted" else 1.0
             total, weights = total + w * joined, weights + w
-        torch.testing.assert_close(evidence.semantic[0], total / weights, rtol=0, atol=1e-5)
+        near(evidence.semantic[0], total / weights)
 
 
 def test_a_score_of_an_earlier_stage_follows_its_tokens(decoders, embeds):
@@ -361,7 +361,7 @@ def test_padding_and_missing_cameras_do_not_vote(decoders, embeds):
     with vp.prune(model, method, adapter=adapter):
         model(inputs_embeds=embeds())
     seen = slow(decoders("llama", "eager"), embeds()[0], []).attention[1].mean(0)
-    torch.testing.assert_close(log[0].semantic[0], seen[1:9, VISUAL].mean(0), rtol=0, atol=1e-6)
+    near(log[0].semantic[0], seen[1:9, VISUAL].mean(0))
     assert log[0].valid.tolist() == [[True] * 8 + [False] * 12]
 
 
@@ -381,7 +381,7 @@ def test_action_scores_behind_several_cuts(decoders, embeds, rollout, mode, wher
             seen = reference.attention[layer].mean(0)[row]
             for token in left:
                 expected[token] += seen[1 + token] / 3 / (len(queries) + 3)
-    torch.testing.assert_close(session.last.action[0], expected, rtol=0, atol=1e-6)
+    near(session.last.action[0], expected)
 
 
 # ---------------------------------------------------------------------- merging, renumbering
@@ -440,7 +440,7 @@ def test_skipping_without_cutting(decoders, embeds, rollout):
             input_ids=torch.arange(10, 40)[None], max_new_tokens=3, num_beams=2, do_sample=False
         )
     check(session, logits, slow(eager, embeds()[0], TOKENS, skipped=(2, 4)))
-    torch.testing.assert_close(again[-1], logits[-1], **CLOSE)
+    near(again[-1], logits[-1])
     assert beams.shape == (1, 33)
     assert session.last.tokens_per_layer[2] == 0 and session.last.stages == ()
 
@@ -465,7 +465,7 @@ def test_range_of_action_layers_leaves_out_skipped_ones(decoders, embeds):
         model(inputs_embeds=embeds())
     seen = slow(eager, embeds()[0], [], skipped=(4,)).attention
     expected = (seen[3].mean(0)[29, VISUAL] + seen[5].mean(0)[29, VISUAL]) / 2
-    torch.testing.assert_close(session.last.action[0], expected, rtol=0, atol=1e-6)
+    near(session.last.action[0], expected)
 
 
 # ---------------------------------------------------------------------- refusals

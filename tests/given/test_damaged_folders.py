@@ -253,6 +253,10 @@ def test_what_is_said_of_an_entry(folder, kind, change, said):
         ({"cameras": [1, 2]}, "different names"),
         ({"cameras": ["a", "a"]}, "different names"),
         ({"speed": 1}, "unknown entries speed"),
+        ({"suites": "libero_spatial"}, "a list of names"),
+        ({"suites": []}, "a list of names"),
+        ({"suites": [3]}, "a list of names"),
+        ({"unnorm_key": 7}, "must be a name"),
         ([2], "control must be an object"),
         ("fast", "control must be an object"),
     ],
@@ -267,7 +271,13 @@ def test_a_control_that_fits(folder):
     copy = folder("oft")
     edit_json(
         copy / "config.json",
-        control={"execute": 4, "cameras": ["front", "hand"], "gripper": "rlds"},
+        control={
+            "execute": 4,
+            "cameras": ["front", "hand"],
+            "gripper": "rlds",
+            "suites": ["my_suite"],
+            "unnorm_key": "pick_place",
+        },
     )
     assert load(copy, "oft").config.chunk == 4
 
@@ -668,7 +678,7 @@ def test_no_code_of_a_folder_runs(folder, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("it asked"))
     if kind == "foreign":
         edit_json(copy / "config.json", model_type="evil")
-        with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        with pytest.raises(CheckpointError, match="code is not run here"):
             vp.models.load(copy)
         with pytest.raises(ValueError, match="not run here"):
             vp.models.load(copy, trust_remote_code=True)

@@ -11,6 +11,7 @@ import torch
 
 import vla_pruner as vp
 from vla_pruner.models.port import default_dtype
+from vla_pruner.pruning import native
 from vla_pruner.pruning.selection import max_min_filter
 
 SOURCES = Path(vp.__file__).parent
@@ -72,3 +73,18 @@ def test_the_search_writes_into_memory_of_its_size(default, dtype):
     with default_dtype(default):
         for _ in range(20):
             assert torch.equal(max_min_filter(features, 64), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_default_device_does_not_move_what_the_search_works_on(dtype, monkeypatch):
+    """C code would write to an address on another device."""
+    features = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = max_min_filter(features, 16)
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "max_min_search", lambda *given: None)
+        native._library.cache_clear()
+        monkeypatch.setattr(native, "_memory", native._Memory())
+        with torch.device("meta"):
+            found = max_min_filter(features, 16)
+        assert found.device.type == "cpu" and found.tolist() == expected.tolist()

@@ -198,6 +198,14 @@ def test_both_ports_refuse_the_same(form):
         pi0.check_images(given, ("front",))
 
 
+def test_lists_of_numbers_are_no_images():
+    for images in (RGB.tolist(), [RGB.tolist()], (tuple(RGB.tolist()),)):
+        with pytest.raises(TypeError, match="not lists of numbers"):
+            openvla.check_images(images, 1)
+        with pytest.raises(TypeError, match="not lists of numbers"):
+            pi0.check_images(images, ("front",))
+
+
 def test_a_batch_of_images_is_one_per_camera():
     both = np.stack([RGB, RGB[:, ::-1]])
     for images in (both, torch.from_numpy(both), list(both)):

@@ -215,5 +215,19 @@ def test_noise_that_cannot_be_started_from(noise, error, said):
         policy.predict_action(**observation(policy), noise=noise)
 
 
+@pytest.mark.parametrize("kind", ["openvla", "pi0"])
+def test_a_tokenizer_of_another_model_is_named(kind):
+    """Its ids would read behind the table of embeddings."""
+    policy = make(kind)
+    known = policy.tokenizer
+
+    def foreign(text):
+        return {"input_ids": [1, 900, *known(text)["input_ids"]]}
+
+    policy.tokenizer = foreign
+    with pytest.raises(ValueError, match=r"900.*this policy knows 512 words.*another model's"):
+        policy.predict_actions([observation(policy)])
+
+
 def no_step(*args, **options):
     pytest.fail("the step began")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
-from checks import fingerprint
+from checks import fingerprint, near
 
 pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
 if find_spec("lerobot.policies.groot") is None or find_spec("diffusers") is None:
@@ -62,10 +62,10 @@ def test_tokens_removed_equals_tokens_hidden(policies, name, proves):
     assert dropped.tokens_full - dropped.tokens_kept == 2 * PATCHES - PATCHES // 2
     assert torch.equal(dropped.kept_mask, masked.kept_mask)
     assert dropped.action is not None and float(dropped.action.sum()) > 0
-    torch.testing.assert_close(dropped.action, masked.action, rtol=0, atol=1e-6)
+    near(dropped.action, masked.action)
     assert not dropped.action[~dropped.kept_mask].any()
     for a, b in zip(found["drop"], found["mask"], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        near(a, b)
     full = [chunk(policy, seed) for seed in (1, 2)]
     assert torch.equal(full[0], found["drop"][0])  # the warm-up step
     assert (full[1] - found["drop"][1]).abs().max() > 1e-4
@@ -109,7 +109,7 @@ def test_a_batch_in_which_one_episode_warms_up(policies):
         mixed = chunk(policy, 2)
         assert session.last.warm_up.tolist() == [False, True]
     full = chunk(policy, 2)
-    torch.testing.assert_close(mixed[1], full[1], rtol=0, atol=1e-5)
+    near(mixed[1], full[1])
     assert (mixed[0] - full[0]).abs().max() > 1e-4 and (pruned[1] - full[1]).abs().max() > 1e-4
 
 
@@ -146,7 +146,7 @@ def test_action_score_is_the_attention_of_the_chunk(policies, name):
     ids = next(value for key, value in groot_batch(1, VERSION).items() if "input_ids" in key)
     expected = torch.stack(steps)[-2 * len(watched) :].mean(0)  # the last two of four flow steps
     expected = expected[ids == IMAGE].view(2, 2 * PATCHES)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    near(found, expected)
 
 
 def test_reset_of_the_policy_begins_an_episode(policies):

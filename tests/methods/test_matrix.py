@@ -18,13 +18,13 @@ from tiny_pi0 import observation as pi0_observation
 from torch import Tensor, nn
 
 import vla_pruner as vp
+from checks import near
 from vla_pruner.methods import Method, build
 from vla_pruner.methods.recipe import Recipe
 from vla_pruner.models import find_adapter
 from vla_pruner.models.port import default_dtype
 from vla_pruner.models.recipes import stamp_model
 
-CLOSE = dict(rtol=0, atol=2e-5)
 SENTENCES = ["pick up the can", "lift the milk slowly now"]
 
 # What makes each method prune a stack of four layers at its second step at the latest.
@@ -227,7 +227,7 @@ def masks(session: Any) -> list[Tensor]:
 
 def close(ones: list[Tensor], others: list[Tensor]) -> None:
     for one, other in zip(ones, others, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+        near(one, other, rel=2e-05)
 
 
 def equal(ones: list[Tensor], others: list[Tensor]) -> bool:

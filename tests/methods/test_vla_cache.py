@@ -10,6 +10,7 @@ from test_hf_vlm import IMAGE, inputs_for, llava, smolvlm
 from tiny_openvla import make_oft, make_openvla, observation
 
 import vla_pruner as vp
+from checks import near
 from toy_task import CAMERAS, ToyScene, rollout, tiny_policy
 from vla_pruner.episodes.control import Control
 from vla_pruner.methods import build
@@ -17,7 +18,6 @@ from vla_pruner.models import find_adapter
 from vla_pruner.models.openvla.processing import colours, normalise_pixels, prepare_image
 from vla_pruner.vla_cache.recall import Recall
 
-CLOSE = dict(rtol=0, atol=2e-5)
 SENTENCES = ["pick up the can", "lift the milk slowly now"]
 OPTIONS = dict(keep=0.4, layers=(1, 2))
 
@@ -117,7 +117,7 @@ def test_episodes_of_a_policy_equal_the_slow_decoder(policy, mode, limits, episo
                 found = torch.cat([part[row, -prompt:] for part in outputs])
                 gone = {1 + token for token in reused[-1]}
                 rows = [at for at in range(len(x)) if at not in gone]
-                torch.testing.assert_close(found[rows], step.output[rows], **CLOSE)
+                near(found[rows], step.output[rows], rel=2e-05)
                 assert session.last.reused[row].tolist() == [len(tokens) for tokens in reused]
                 most = max(most, len(reused[-1]))
     assert most > 1

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import vla_pruner as vp
-from checks import fingerprint
+from checks import fingerprint, near
 from ladder import Ladder
 
 IMAGE, M, KEEP = 90, 16, 5
@@ -211,9 +211,9 @@ def test_several_cuts_with_everything(vlm, at):
         reports.append(session.last)
     assert torch.equal(reports[0].kept_mask, reports[1].kept_mask)
     assert reports[0].kept_mask.sum(1).tolist() == [4, 4]
-    torch.testing.assert_close(reports[0].action, reports[1].action, rtol=0, atol=1e-6)
+    near(reports[0].action, reports[1].action)
     dropped, hidden = (torch.stack(made.logits) for made in found)
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
+    near(dropped, hidden)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -233,11 +233,11 @@ def test_generate_with_tokens_removed(vlm, attention, proves):
     assert dropped.kept_mask.sum(1).tolist() == [KEEP, KEEP]
     assert (dropped.tokens_full, dropped.tokens_kept) == (len(vlm.ids), len(vlm.ids) - M + KEEP)
     assert torch.equal(dropped.kept_mask, masked.kept_mask)
-    torch.testing.assert_close(dropped.action, masked.action, rtol=0, atol=1e-6)
+    near(dropped.action, masked.action)
     for step in (0, 1):
         a, b = found[step], found[2 + step]
         assert torch.equal(a.sequences, b.sequences)
-        torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), rtol=0, atol=1e-5)
+        near(torch.stack(a.logits), torch.stack(b.logits))
     full = generate(vlm.model, {**inputs, "pixel_values": inputs["pixel_values"] + 1})
     assert (full.logits[0] - found[1].logits[0]).abs().max() > 1e-3
     proves("hf-vlm", type(vlm.model), "reference", "batch", "dynamic")
@@ -286,7 +286,7 @@ def test_left_padding(proves):
             logits.append(torch.stack(generate(model, arguments).logits))
             kept.append(session.last.kept_mask)
     assert torch.equal(*kept)
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    near(*logits)
     proves("hf-vlm", type(model), "padding")
 
 

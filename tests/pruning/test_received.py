@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checks import near
 from vla_pruner.pruning.received import attention_column_max, logit_column_mean
 
 SHAPES = dict(
@@ -74,7 +75,7 @@ def test_attention_of_the_strongest_head(
                 strongest = torch.maximum(strongest, probability)
             w = 1.0 if weight is None else float(weight[b, i])
             total, weights = total + w * strongest[columns[0]], weights + w
-        torch.testing.assert_close(got[b], total / weights, rtol=1e-4, atol=1e-5)
+        near(got[b], total / weights)
 
 
 @settings(max_examples=40, deadline=None)

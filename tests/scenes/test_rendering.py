@@ -122,7 +122,7 @@ def test_a_display_that_does_not_work(monkeypatch, environment):
 
 
 DRAW = """
-from vla_pruner.reference.scene import CAMERAS, PickPlaceScene
+from vla_pruner.scenes.pick_place import CAMERAS, PickPlaceScene
 with PickPlaceScene() as scene:
     scene.reset(1, target=0)
     print(sorted(scene.observe(CAMERAS)))

@@ -168,7 +168,7 @@ class Decoder(Adapter):
 
     def _read(self, visual: Tensor, length: int, mask: Tensor | None) -> tuple[int, ...]:
         """Visual tokens that end the prompt, or stand before a label."""
-        last = torch.tensor([[length - 1]], device=visual.device)
+        last = torch.tensor([[length - 1]], dtype=torch.int64, device=visual.device)
         if mask is not None:
             last = length - 1 - mask.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
         hit = (visual == last).any(dim=0)

@@ -28,6 +28,7 @@ _AROUND |= {"_checkpoint_wrapped_module"}
 _ADAPTER = ["base_model", "model"]
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 _KINDS: dict[Any, str] = {dict: "an object", list: "a list", str: "a string"}
+CONTROL = ("cameras", "execute", "gripper", "suites", "unnorm_key")
 GRIPPERS = ("robosuite", "rlds")
 
 
@@ -302,7 +303,7 @@ def read_fast_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 def check_control(raw: Mapping[str, Any], file: Path, *, cameras: int, chunk: int) -> None:
-    """The entry `control` of a config.json, if there is one; see `evaluation.episode.Control`.
+    """The entry `control` of a config.json, if there is one; see `episodes.control`.
 
     Args:
         raw: content of the file.
@@ -314,23 +315,32 @@ def check_control(raw: Mapping[str, Any], file: Path, *, cameras: int, chunk: in
         CheckpointError: an unknown entry, or one out of range.
     """
     said = entry(raw, "control", dict, file)
-    unknown = sorted(set(said) - {"cameras", "execute", "gripper", "suites"})
+    unknown = sorted(set(said) - set(CONTROL))
     if unknown:
         raise CheckpointError(
-            f"{file}: control has unknown entries {listed(unknown)}; known are cameras, execute, "
-            "gripper, suites"
+            f"{file}: control has unknown entries {listed(unknown)}; known are {', '.join(CONTROL)}"
         )
     with reading(file, "control: "):
+        suites = said.get("suites", ["any"])
+        if not isinstance(suites, list) or not suites or not all(map(_is_name, suites)):
+            raise ValueError(f"suites={shown(suites)} must be a list of names")
+        if not _is_name(said.get("unnorm_key", "any")):
+            raise ValueError(f"unnorm_key={shown(said['unnorm_key'])} must be a name")
         if "execute" in said:
             whole("execute", said["execute"], 1, chunk)
         if said.get("gripper", GRIPPERS[0]) not in GRIPPERS:
             raise ValueError(f"gripper={shown(said['gripper'])} must be {' or '.join(GRIPPERS)}")
-        suites = said.get("suites", [])
-        if not isinstance(suites, list) or not all(isinstance(suite, str) for suite in suites):
-            raise ValueError(f"suites={shown(suites)} must be a list of names")
         if "cameras" not in said:
             return
         names = said["cameras"]
-        fits = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-        if not fits or len(names) != cameras or len(set(names)) < cameras:
+        if (
+            not isinstance(names, list)
+            or not all(map(_is_name, names))
+            or len(names) != cameras
+            or len(set(names)) < cameras
+        ):
             raise ValueError(f"cameras={shown(names)} must be {cameras} different names")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""

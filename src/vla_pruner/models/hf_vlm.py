@@ -123,10 +123,12 @@ class ImageTokenVLM(Adapter):
             return self._places
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is not None and ids.shape == shape:
-            return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device))
+            return torch.isin(
+                ids, torch.tensor(self.token_ids, dtype=torch.int64, device=ids.device)
+            )
         if embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
             table: Any = _table(self.model)
-            tokens = torch.tensor(self.token_ids, device=embeds.device)
+            tokens = torch.tensor(self.token_ids, dtype=torch.int64, device=embeds.device)
             blank = table(tokens).to(embeds.dtype)  # [T, D]
             return (embeds[:, :, None] == blank).all(dim=-1).any(dim=-1)
         if shape[1] > 1:
@@ -150,7 +152,9 @@ class ImageTokenVLM(Adapter):
             behind[:, :-1] &= valid[:, 1:] > 0
         asked = self._call.get("logits_to_keep", 0)
         wanted = torch.zeros_like(is_visual)
-        last = torch.full((len(is_visual), 1), length - 1, device=is_visual.device)
+        last = torch.full(
+            (len(is_visual), 1), length - 1, dtype=torch.int64, device=is_visual.device
+        )
         if valid is not None:
             last = length - 1 - valid.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
         wanted.scatter_(1, last, True)

@@ -21,6 +21,15 @@ def is_one_image(images: Any) -> bool:
     return isinstance(images, np.ndarray | Tensor) and images.ndim in (2, 3)
 
 
+def check_nesting(images: Any) -> None:
+    """Refuse images that are lists of numbers themselves. Errors: TypeError."""
+    if isinstance(images, list | tuple) and any(isinstance(each, list | tuple) for each in images):
+        raise TypeError(
+            "images must be arrays, tensors or PIL images, not lists of numbers; give "
+            "`np.asarray(image, dtype=np.uint8)`"
+        )
+
+
 def check_image(image: Any, camera: int | str) -> np.ndarray:
     """A camera's image as uint8 [H, W, 3].
 

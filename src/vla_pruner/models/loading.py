@@ -55,15 +55,21 @@ def load(
         from vla_pruner.models import pi0
 
         return pi0.from_pretrained(where, device=device, dtype=dtype, **options)
-    from transformers import AutoModelForImageTextToText
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     if options.pop("trust_remote_code", False):
         raise ValueError(
             "trust_remote_code: Python code that comes with a model is not run here; load it "
             "yourself and give the model to `vp.prune`"
         )
-    if config.get("model_type") is None:
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
         raise CheckpointError(f"{where}: its config.json names no model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" in config:
+        raise CheckpointError(
+            f"{where} is a {kind!r}, which transformers knows only by Python code that comes with "
+            "the model; such code is not run here. Load it yourself, and prune the model"
+        )
     with reading(Path(where), "transformers cannot load it: "):
         model, found = AutoModelForImageTextToText.from_pretrained(
             where,

@@ -41,13 +41,13 @@ class _Unavailable(Exception):
 class _Memory(threading.local):
     """What one thread computes in."""
 
-    words = torch.empty(0, dtype=torch.int32)
+    words = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def get(self, count: int) -> Tensor:
         if count > _KEPT:
-            return torch.empty(count, dtype=torch.int32)
+            return torch.empty(count, dtype=torch.int32, device="cpu")
         if count > len(self.words):
-            self.words = torch.empty(count, dtype=torch.int32)
+            self.words = torch.empty(count, dtype=torch.int32, device="cpu")
         return self.words
 
 
@@ -115,10 +115,14 @@ def _search(
     if features.stride(1) != 1:
         features = features.contiguous()
     index = index.contiguous()
-    length = torch.empty(len(index), dtype=torch.float32) if pairs else lengths(features, index)
+    length = (
+        torch.empty(len(index), dtype=torch.float32, device="cpu")
+        if pairs
+        else lengths(features, index)
+    )
     words = 2 if pairs else 1
     memory = _memory.get(library.memory_words(len(index)))
-    picks = torch.empty(k, dtype=torch.int64)
+    picks = torch.empty(k, dtype=torch.int64, device="cpu")
     done = library.max_min_search(
         features.data_ptr(),
         index.data_ptr(),
@@ -167,7 +171,8 @@ def _load(path: Path) -> ctypes.CDLL:
         raise _Unavailable(f"the compiler made a library without the search: {error}") from None
     for dtype in (torch.float32, torch.bfloat16):
         # The last row is the first one once more, the third between the other two.
-        rows = torch.tensor([[3, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [3, 0, 0, 0]], dtype=dtype)
+        corners = [[3, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [3, 0, 0, 0]]
+        rows = torch.tensor(corners, dtype=dtype, device="cpu")
         if library.memory_words(4) < 16 or _picks(library, rows) != [1, 0, 2]:
             raise _Unavailable("the compiled search gives wrong answers")
     return library
@@ -175,7 +180,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _picks(library: ctypes.CDLL, rows: Tensor) -> list[int]:
     """Three of these rows, the one that is farthest from its nearest first."""
-    return _search(library, rows, torch.arange(len(rows)), 3, True)[0].tolist()
+    return _search(library, rows, torch.arange(len(rows), device="cpu"), 3, True)[0].tolist()
 
 
 def _compile() -> tuple[Path, str]:

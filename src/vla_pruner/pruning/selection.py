@@ -206,7 +206,7 @@ def _search_in_numpy(
         best[pick] = -np.inf
         pick = int(best.argmax())
         picks.append(pick)
-    return torch.tensor(picks, dtype=torch.int64), length
+    return torch.tensor(picks, dtype=torch.int64, device="cpu"), length
 
 
 def _second_smallest(distance: Tensor) -> Tensor:

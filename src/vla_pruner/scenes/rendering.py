@@ -96,7 +96,7 @@ def explain(error: BaseException) -> str:
         return (
             f"MuJoCo could not draw ({said}): it was imported before this package, to draw with "
             f"{loaded}; set MUJOCO_GL={chosen} before Python starts, or import "
-            "vla_pruner.reference.scene first"
+            "vla_pruner.scenes.pick_place first"
         )
     try:
         check_device()

@@ -8,7 +8,7 @@ import torch
 from groot_double import HORIZON, PATCHES, GrootPolicy, observation
 
 import vla_pruner as vp
-from checks import fingerprint, randomise
+from checks import fingerprint, near, randomise
 from vla_pruner.measure.doctor import examine
 from vla_pruner.models.adapters.groot import GrootAdapter
 
@@ -35,7 +35,7 @@ def test_tokens_removed_equals_tokens_hidden(policy, method, layer, proves):
     dropped, masked = reports["drop"], reports["mask"]
     assert dropped.views == (PATCHES, PATCHES) and dropped.visual_kept == PATCHES // 2
     assert torch.equal(dropped.kept_mask, masked.kept_mask)
-    torch.testing.assert_close(found["drop"], found["mask"], rtol=0, atol=1e-5)
+    near(found["drop"], found["mask"])
     full = act(policy, 2)
     assert (full - found["drop"][1]).abs().max() > 1e-4
     assert fingerprint(policy) == before and torch.equal(act(policy, 2), full)

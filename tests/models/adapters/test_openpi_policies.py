@@ -8,7 +8,7 @@ import torch
 from openpi_double import ACTION, HORIZON, WORDS, PI0Pytorch, observation
 
 import vla_pruner as vp
-from checks import fingerprint, randomise
+from checks import fingerprint, near, randomise
 from vla_pruner.measure.doctor import examine
 from vla_pruner.models.adapters.pi0 import FlowPolicyAdapter
 
@@ -39,7 +39,7 @@ def test_openpi_with_tokens_removed(policy, method, layer, proves):
     dropped, masked = reports["drop"], reports["mask"]
     assert dropped.tokens_full == 2 * M + WORDS and dropped.visual_kept == M // 2
     assert torch.equal(dropped.kept_mask, masked.kept_mask)
-    torch.testing.assert_close(found["drop"], found["mask"], rtol=0, atol=1e-5)
+    near(found["drop"], found["mask"])
     full = act(policy, 2)
     assert (full - found["drop"][1]).abs().max() > 1e-4
     assert fingerprint(policy) == before and torch.equal(act(policy, 2), full)

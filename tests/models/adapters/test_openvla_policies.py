@@ -15,7 +15,7 @@ from openvla_doubles import (
 )
 
 import vla_pruner as vp
-from checks import fingerprint, randomise
+from checks import fingerprint, near, randomise
 from vla_pruner.measure.doctor import examine
 
 FAMILY, M, KEEP = "openvla-remote", 16, 5
@@ -87,7 +87,7 @@ def test_openvla_with_tokens_removed(openvla, method, proves):
         logits[mode], reports[mode] = torch.stack(seen), session.last
     assert reports["drop"].tokens_kept == 1 + KEEP + 5
     assert torch.equal(reports["drop"].kept_mask, reports["mask"].kept_mask)
-    torch.testing.assert_close(logits["drop"], logits["mask"], rtol=0, atol=1e-5)
+    near(logits["drop"], logits["mask"])
     proves(FAMILY, OpenVLAForActionPrediction, "reference", "dynamic", double=True)
 
 
@@ -133,9 +133,9 @@ def test_oft_with_tokens_removed(oft, steps, proprio, proves):
     assert dropped.tokens_full == 2 * M + proprio + bool(steps) + PROMPT.shape[1] + SLOTS + 1
     assert dropped.tokens_full - dropped.tokens_kept == 2 * M - M // 2
     assert torch.equal(dropped.kept_mask, masked.kept_mask)
-    torch.testing.assert_close(dropped.action, masked.action, rtol=0, atol=1e-6)
+    near(dropped.action, masked.action)
     for a, b in zip(found["drop"], found["mask"], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        near(a, b)
     assert (full[1] - found["drop"][1]).abs().max() > 1e-3
     assert fingerprint(oft) == before
     after = oft.predict_action(PROMPT, pixel_values=frame(2, images=2), **arguments)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_openvla import make_oft, make_openvla, sizes
 
+from checks import near
 from vla_pruner.models.openvla import OpenVLA, OpenVLAConfig, OpenVLAOFT, OpenVLAOFTConfig
 from vla_pruner.models.openvla.modeling import insert_after_bos
 
@@ -50,7 +51,7 @@ def test_left_padding_changes_nothing(attention: str) -> None:
     longer, mask = padded(ids, [4, 1])
     expected = model.training_logits(ids, image)
     logits = model.training_logits(longer, image, mask)
-    torch.testing.assert_close(logits[:, 4:], expected, atol=1e-5, rtol=0)
+    near(logits[:, 4:], expected)
     assert torch.equal(model.predict_tokens(longer, image, mask), model.predict_tokens(ids, image))
 
 
@@ -74,7 +75,7 @@ def test_teacher_forced_rows_predict_the_next_token() -> None:
     assert logits.shape == (2, 9, 512)
     for end in (5, 9):  # the prediction after `end` prompt tokens, from a run that sees no more
         alone = model.training_logits(ids[:, :end], image, last=1)
-        torch.testing.assert_close(logits[:, end - 1 : end], alone, atol=1e-5, rtol=0)
+        near(logits[:, end - 1 : end], alone)
     torch.testing.assert_close(model.training_logits(ids, image, last=3), logits[:, -3:])
 
 
@@ -204,13 +205,13 @@ def test_oft_left_padding_changes_nothing(attention: str) -> None:
     actions = model(ids, image, state())
     assert actions.shape == (2, 4, 7)
     longer, mask = padded(ids, [3, 3])
-    torch.testing.assert_close(model(longer, image, state(), mask), actions, atol=1e-5, rtol=0)
+    near(model(longer, image, state(), mask), actions)
     short = torch.cat([ids[1:, :5], ids[1:, -1:]], dim=1)
     batch = torch.stack([ids[0], torch.cat([torch.full((3,), 3), short[0]])])
     mixed = model(batch, image, state(), torch.tensor([[1] * 9, [0] * 3 + [1] * 6]))
-    torch.testing.assert_close(mixed[:1], actions[:1], atol=1e-5, rtol=0)
+    near(mixed[:1], actions[:1])
     alone = model(short, image[1:], state()[1:])
-    torch.testing.assert_close(mixed[1:], alone, atol=1e-5, rtol=0)
+    near(mixed[1:], alone)
 
 
 @torch.no_grad()

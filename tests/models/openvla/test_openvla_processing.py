@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from tiny_openvla import make_oft, make_openvla, observation, picture, sizes, tokenizer
 
+from checks import near
 from vla_pruner.models.openvla import OpenVLAConfig, OpenVLAOFTConfig
 from vla_pruner.models.openvla import processing as P
 
@@ -63,7 +64,7 @@ def test_colours_are_normalised_for_each_tower_of_each_camera() -> None:
             for channel in range(3):
                 expected = (x[camera, :, :, channel] - config.mean[channel]) / config.std[channel]
                 seen = pixels[0, 6 * camera + 3 * tower + channel].double()
-                torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+                near(seen, expected)
 
 
 def test_arrays_pictures_and_lists_of_them_are_the_same() -> None:
@@ -180,7 +181,7 @@ def test_a_batch_is_its_observations_one_by_one() -> None:
         seen[1]["unnorm_key"] = "libero_spatial"
         together = model.predict_actions(seen)
         alone = np.concatenate([model.predict_actions([one]) for one in seen])
-        np.testing.assert_allclose(together, alone, atol=1e-5)
+        near(together, alone)
         assert np.abs(together[0] - together[1]).max() > 0
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_openvla import make_oft, make_openvla, observation
 
 import vla_pruner as vp
+from checks import near
 from ladder import Ladder
 from vla_pruner.models import find_adapter
 from vla_pruner.models.openvla import OpenVLA
@@ -65,8 +65,8 @@ def test_dropping_equals_hiding(
     assert torch.equal(indices, others)
     assert len(dropped) == len(hidden) == (7 if family == "openvla" else 1)
     for a, b in zip(dropped, hidden, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(first, second, atol=1e-5)
+        near(a, b)
+    near(first, second)
     several = ("batch", "padding") if len(sentences) > 1 else ()
     how = ("dynamic",) if family == "openvla" else ("no cache", "cameras")
     proves("openvla", type(model), "reference", *several, *how)
@@ -86,12 +86,12 @@ def test_the_paper_method_warms_up_then_drops_what_it_would_hide(family: str) ->
         runs.append((found, reports))
     (dropped, first), (hidden, second) = runs
     for a, b in zip(dropped, hidden, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        near(a, b)
     visual = sum(make(family).config.views)
     assert [report.visual_kept for report in first] == [visual] * 2 + [visual // 4] * 2
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.kept_mask, b.kept_mask)
-        torch.testing.assert_close(a.action, b.action, atol=1e-6, rtol=0)
+        near(a.action, b.action)
         assert (a.action.sum(1) > 0).all()
 
 
@@ -122,7 +122,7 @@ def test_rows_of_a_padded_batch_keep_what_they_keep_alone(family: str) -> None:
         for row, one in enumerate(both):
             alone = model.predict_actions([one])
             assert torch.equal(session.last.kept_indices[0], kept[row])
-            np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
+            near(alone[0], together[row])
 
 
 @FAMILIES
@@ -219,4 +219,4 @@ def test_several_cuts_equal_hiding(family: str, sentences: list[str], attention:
             assert torch.equal(one.kept_mask, other.kept_mask)
         assert [int(stage.kept_mask[0].sum()) for stage in first.stages] == list(left)
         for a, b in zip(dropped, hidden, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+            near(a, b)

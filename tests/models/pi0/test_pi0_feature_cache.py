@@ -5,6 +5,7 @@ import torch
 from tiny_pi0 import make, observation
 
 import vla_pruner as vp
+from checks import near
 from vla_pruner.models.pi0 import feature_cache
 
 KINDS = pytest.mark.parametrize("kind", ["pi0", "pi05"])
@@ -42,7 +43,7 @@ def test_reused_steps_add_what_was_added_before(kind, every):
     with feature_cache(model, every=every):
         found, again = model.sample(inputs), model.sample(inputs)
     assert torch.equal(found, again)
-    torch.testing.assert_close(found, slow_sample(model, inputs, every), rtol=0, atol=1e-6)
+    near(found, slow_sample(model, inputs, every))
     assert torch.equal(found, untouched) == (every == 1)
     assert torch.equal(model.sample(inputs), untouched), "something was left behind"
 
@@ -65,7 +66,7 @@ def test_with_pruning_dropped_still_equals_masked(kind, cache_first):
             with session(), cache:
                 found.append([model.sample(inputs) for _ in range(3)])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        near(one, other)
 
 
 @KINDS

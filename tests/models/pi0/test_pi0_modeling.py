@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_pi0 import CHUNK, make, make_config, observation
 
+from checks import near
 from vla_pruner.models.pi0 import Pi0
 from vla_pruner.models.pi0.gemma import AdaptiveRMSNorm, SharedKV, rotary
 from vla_pruner.models.pi0.modeling import sinusoid
 
-CLOSE = dict(rtol=0, atol=1e-5)
 KINDS = pytest.mark.parametrize("kind", ["pi0", "pi05"])
 
 
@@ -79,7 +79,7 @@ def test_two_passes_equal_one(kind, attention, missing):
     inputs = inputs_of(model, missing=missing)
     noisy, time = torch.randn(2, CHUNK, 8), torch.tensor([0.9, 0.3])
     fast = model.velocity(model.read_prefix(inputs), inputs.state, noisy, time)
-    torch.testing.assert_close(fast, slow_velocity(model, inputs, noisy, time), **CLOSE)
+    near(fast, slow_velocity(model, inputs, noisy, time))
 
 
 @KINDS
@@ -92,7 +92,7 @@ def test_gradients_go_through_the_same_numbers(kind):
         twice = [x.repeat_interleave(2, dim=0) for x in (inputs.state, noisy, time)]
         with_ = model.velocity(prefix, *twice)
         with_.sum().backward()
-    torch.testing.assert_close(with_[::2], without, **CLOSE)
+    near(with_[::2], without)
     assert model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
 
 
@@ -103,7 +103,7 @@ def test_sampling_takes_euler_steps_from_noise(kind):
     prefix, x = model.read_prefix(inputs), noise
     for time in (1.0, 2 / 3, 1 / 3):
         x = x - model.velocity(prefix, inputs.state, x, torch.full((2,), time)) / 3
-    torch.testing.assert_close(model.sample(inputs, noise), x, **CLOSE)
+    near(model.sample(inputs, noise), x)
 
 
 def test_the_prefix_is_copied_once_per_call():
@@ -129,7 +129,7 @@ def test_a_missing_camera_is_as_if_it_were_not_there(kind):
         [seen["images"][0], seen["images"][2]], seen["instruction"], seen["proprio"]
     )
     found = with_it.predict_actions([seen])[0]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    near(found, expected)
     named = {"a": seen["images"][0], "c": seen["images"][2]}
     again = with_it.predict_action(named, seen["instruction"], seen["proprio"])
     assert (again == found).all()
@@ -141,9 +141,9 @@ def test_padding_and_the_rest_of_a_batch_change_nothing(kind):
     observations = [observation(0), observation(1)]
     together = model.predict_actions(observations)
     for one, expected in zip(observations, together, strict=True):
-        np.testing.assert_allclose(model.predict_actions([one])[0], expected, rtol=0, atol=2e-5)
+        near(model.predict_actions([one])[0], expected, rel=2e-05)
     model.config = replace(model.config, max_tokens=90)
-    np.testing.assert_allclose(model.predict_actions(observations), together, rtol=0, atol=2e-5)
+    near(model.predict_actions(observations), together, rel=2e-05)
 
 
 def test_actions_have_the_robots_shape_and_units():
@@ -154,7 +154,7 @@ def test_actions_have_the_robots_shape_and_units():
     scaled = model.sample(model.prepare([seen]))[0, :, :5].numpy()
     statistics = model.config.norm_stats["action"]
     expected = scaled * np.array(statistics["std"]) + np.array(statistics["mean"])
-    np.testing.assert_allclose(chunk, expected, rtol=1e-5, atol=1e-5)
+    near(chunk, expected)
 
 
 @KINDS
@@ -183,7 +183,7 @@ def test_sinusoids_by_hand():
     found = sinusoid(torch.tensor([0.25]), 4, 0.5, 2.0)[0]
     angles = [2 * math.pi * 0.25 / 0.5, 2 * math.pi * 0.25 / 2.0]
     expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    near(found.numpy(), expected)
 
 
 def test_the_adaptive_norm_by_hand():
@@ -207,8 +207,8 @@ def test_both_kinds_have_the_published_heads():
 
 def test_half_precision_keeps_positions_exact():
     positions = torch.tensor([[1000]])
-    near, exact = rotary(positions, 8, torch.bfloat16), rotary(positions, 8, torch.float32)
-    torch.testing.assert_close(near[0].float(), exact[0], rtol=0, atol=0.004)
+    rounded, exact = rotary(positions, 8, torch.bfloat16), rotary(positions, 8, torch.float32)
+    torch.testing.assert_close(rounded[0].float(), exact[0], rtol=0, atol=0.004)
     model = make().to(torch.bfloat16)
     actions = model.sample(model.prepare([observation()]))
     assert actions.dtype == torch.float32 and actions.isfinite().all()

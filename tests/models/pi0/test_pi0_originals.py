@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pi0 import CHUNK, make, observation
 
+from checks import near
 from vla_pruner.models.pi0 import Inputs, StackConfig, VisionConfig, from_pretrained, modeling
-
-CLOSE = dict(rtol=0, atol=1e-5)
 
 
 def coarse_sinusoid(time, width, min_period, max_period):
@@ -106,7 +105,7 @@ def test_equal_to_the_class_of_transformers(monkeypatch):
         pixel_attention_mask=inputs.image_mask,
         noise=noise,
     )
-    torch.testing.assert_close(model.sample(inputs, noise), expected, **CLOSE)
+    near(model.sample(inputs, noise), expected)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
@@ -196,7 +195,7 @@ def test_equal_to_the_class_of_lerobot(kind, tmp_path, monkeypatch):
     if kind == "pi0":
         arguments.append(inputs.state)
     expected = core.sample_actions(*arguments, noise=noise)
-    torch.testing.assert_close(model.sample(inputs, noise), expected, rtol=0, atol=1e-4)
+    near(model.sample(inputs, noise), expected, rel=0.0001)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
@@ -215,4 +214,4 @@ def test_equal_to_the_class_of_openpi(kind):
     expected, noise = shown.pop("actions"), shown.pop("noise")
     model = from_pretrained(Path(folder) / kind, flow_steps=steps)
     assert model.config.kind == kind
-    torch.testing.assert_close(model.sample(Inputs(**shown), noise), expected, **CLOSE)
+    near(model.sample(Inputs(**shown), noise), expected)

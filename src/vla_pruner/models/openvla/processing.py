@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_instruction, check_keys, check_state, flags, listed, numbers
-from ..images import check_image, is_one_image
+from ..images import check_image, check_nesting, is_one_image
 from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -57,6 +57,7 @@ def check_images(images: Any, cameras: int) -> list[np.ndarray]:
             f"images must be a uint8 array [H, W, 3], a PIL image or a list of them, one per "
             f"camera; got {type(images).__name__}"
         )
+    check_nesting(images)
     if len(images) != cameras:
         raise ValueError(
             f"this policy sees {cameras} camera(s), got {len(images)} image(s); give one image per "

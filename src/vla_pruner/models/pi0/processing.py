@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_instruction, check_keys, check_state, numbers
-from ..images import check_image, is_one_image
+from ..images import check_image, check_nesting, is_one_image
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")
@@ -73,6 +73,11 @@ def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokeni
         raise ValueError("proprio is too large to be scaled by the policy's statistics")
     prompts = [prompt(text, row, config) for text, row in zip(instructions, padded, strict=True)]
     tokens, mask = tokenize(prompts, tokenizer, config.max_tokens)
+    if int(tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {int(tokens.max())}; this policy knows "
+            f"{config.vocab_size} words: it is another model's tokenizer"
+        )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return Inputs(
         images=pixels,
@@ -104,6 +109,7 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> list[np.ndarray | Non
             f"images must be a list with one image per camera, or a dict by camera name; got "
             f"{type(images).__name__}"
         )
+    check_nesting(images)
     if len(images) != len(cameras):
         raise ValueError(
             f"this policy sees {len(cameras)} camera(s) ({', '.join(cameras)}), got {len(images)} "
