@@ -73,7 +73,7 @@ def calibrate_command(
     args: argparse.Namespace,
     *,
     console: Console | None = None,
-    open_suite: Callable[[], Suite] = pick_place,
+    open_suite: Callable[[], Suite] | None = None,
     open_policy: Callable[[str], Any] | None = None,
 ) -> int:
     """`run` on any suite.
@@ -81,7 +81,7 @@ def calibrate_command(
     Raises:
         ValueError: impossible arguments; FileNotFoundError: no observations.
     """
-    console = console or Console()
+    console, open_suite = console or Console(), open_suite or pick_place
     if args.observations is None and args.episodes is None:
         raise ValueError(
             "nothing to calibrate on: give --observations FOLDER, or --episodes 16 to record some."
