@@ -64,7 +64,7 @@ test-openpi: $(OPENPI_ENV)/.installed $(DEV)  ## openpi's own PyTorch class, fro
 	  $(PY) -m pytest -q tests/models/pi0/test_pi0_originals.py -k openpi
 
 models: $(DEV)  ## the table of tested models, from the tests that fill it
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/surgery $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --record tests/models tests/core $(ARGS)
 	$(PY) -m vla_pruner models --markdown > docs/models.md
 
 lint: $(DEV)  ## ruff and mypy

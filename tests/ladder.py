@@ -60,7 +60,7 @@ class Ladder(Method):
     def skipped(self, num_layers: int) -> tuple[int, ...]:
         return self.skip
 
-    def voters(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
+    def query_weights(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         return (text @ visual.mean(1, keepdim=True).transpose(1, 2))[..., 0].sigmoid()
 
     def select(self, evidence: Evidence) -> Tensor | Choice:

@@ -16,7 +16,8 @@ PACKAGE = "vla_pruner"
 ORDER = (
     "pruning",
     "methods",
-    "surgery",
+    "core",
+    "vla_cache",
     "models",
     "lerobot",
     "measure",

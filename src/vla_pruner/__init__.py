@@ -5,14 +5,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vla_pruner import methods, models
-    from vla_pruner.models.prune import prune
-    from vla_pruner.surgery.session import Session
+    from vla_pruner.core.session import Session, StepReport
+    from vla_pruner.methods import list_methods
+    from vla_pruner.models import list_models
+    from vla_pruner.models.prune import prune, remove
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["Session", "__version__", "methods", "models", "prune"]
+__all__ = [
+    "Session",
+    "StepReport",
+    "__version__",
+    "list_methods",
+    "list_models",
+    "methods",
+    "models",
+    "prune",
+    "remove",
+]
 
-_HOME = {"prune": "vla_pruner.models.prune", "Session": "vla_pruner.surgery.session"}
+_HOME = {
+    "Session": "vla_pruner.core.session",
+    "StepReport": "vla_pruner.core.session",
+    "list_methods": "vla_pruner.methods",
+    "list_models": "vla_pruner.models",
+    "prune": "vla_pruner.models.prune",
+    "remove": "vla_pruner.models.prune",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -22,3 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ from vla_pruner.analysis.measures import (
     pool_ratio,
     top_sets,
 )
-from vla_pruner.methods.base import HistorySpec
+from vla_pruner.pruning.history import HistorySpec
 
 # Few levels, so that there are ties; none zero, so that sums are not.
 SCORES = arrays(np.float32, (4, 6), elements=st.sampled_from([0.125, 0.25, 0.5, 1.0]))

@@ -15,7 +15,7 @@ from vla_pruner.measure import parts
 from vla_pruner.measure.comparison import compare
 from vla_pruner.measure.parts import SCORING, SELECTION, Parts, measure_parts
 from vla_pruner.measure.workloads import build_workload
-from vla_pruner.methods import Method, build
+from vla_pruner.methods import Evidence, OneCut, build
 from vla_pruner.pruning import received, scores
 
 CPU = torch.device("cpu")
@@ -38,7 +38,9 @@ def workload() -> Any:
     return build_workload("mini-oft", layers=None, vision=True, dtype=None, device=CPU)
 
 
-@pytest.mark.parametrize("name", [name for name in vp.methods() if name not in ("none", "fixed")])
+@pytest.mark.parametrize(
+    "name", [name for name in vp.list_methods() if name not in ("none", "fixed")]
+)
 def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any) -> None:
     """Its own layer and recipe, and a step that drops tokens, also where some do not."""
     full, row = compare(workload, [build(name, keep=0.25)], repeats=1).rows
@@ -67,30 +69,30 @@ def test_functions_that_score_are_found_by_running_a_step(name: str) -> None:
 
 def test_everything_is_put_back() -> None:
     policy = tiny_policy()
-    before = scores.attention_rows, received.attention_column_max, vars(Method)["select"]
+    before = scores.attention_rows, received.attention_column_max, vars(OneCut)["select"]
     with vp.prune(policy, "fastv", keep=0.5, layer=2) as session:
         clock = Parts(session.method, CPU)
         clock.discover(lambda: policy.predict_action(**OBSERVATION))
         with pytest.raises(KeyboardInterrupt), clock.timed() as take:
-            assert vars(Method)["select"] is not before[2]
+            assert vars(OneCut)["select"] is not before[2]
             policy.predict_action(**OBSERVATION)
             assert set(take()) == {SCORING, SELECTION}
             assert take() == {}
             raise KeyboardInterrupt
-    after = scores.attention_rows, received.attention_column_max, vars(Method)["select"]
+    after = scores.attention_rows, received.attention_column_max, vars(OneCut)["select"]
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own(Method):
+class Own(OneCut):
     """A method of another package."""
 
     name: ClassVar[str] = "own"
     summary: ClassVar[str] = "the first tokens"
 
-    def choose(self, features: Tensor, *_: Any, **__: Any) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The first k."""
-        return _first(features, round(self.keep * features.shape[1]))
+        return _first(evidence.features, k)
 
 
 def _first(features: Tensor, k: int) -> Tensor:

@@ -4,5 +4,5 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-ROOMS = ("models", "models/openvla", "models/pi0", "pruning", "surgery")
+ROOMS = ("models", "models/openvla", "models/pi0", "pruning", "core")
 sys.path += [str(TESTS / room) for room in ROOMS]

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vla_pruner.methods import Evidence, Method, ScoreSpec, StepContext, build
+from vla_pruner.methods import Evidence, Method, OneCut, ScoreSpec, StepContext, build
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twice(Method):
+class Twice(OneCut):
     """Cuts twice with nothing but `choose`."""
 
     name: ClassVar[str] = "twice"
@@ -26,8 +26,8 @@ class Twice(Method):
     def schedule(self, views: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
         return (10, 4)
 
-    def choose(self, features: Tensor, semantic, forecast, k, *, valid=None, seeds=None) -> Tensor:
-        return top_k(features[..., 0], k, valid=valid)
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
+        return top_k(evidence.features[..., 0], k, valid=evidence.valid)
 
 
 def evidence(views, **changes) -> Evidence:
@@ -46,11 +46,11 @@ def test_defaults():
     method = build("fastv", keep=0.25)
     assert method.schedule((12, 8), 32) == (5,)
     assert (method.positions, method.needs, method.skipped(32)) == ("keep", (), ())
-    assert not method.adaptive and not method.wants_change
+    assert not method.adaptive
     warming = [build("vla-pruner", window=2).full_step(StepContext(step=s)) for s in range(4)]
     assert warming == [True, True, False, False]
-    with pytest.raises(NotImplementedError, match="define `voters`"):
-        method.voters(torch.zeros(1, 4, 2), torch.zeros(1, 3, 2), torch.ones(1, 3).bool())
+    with pytest.raises(NotImplementedError, match="define `query_weights`"):
+        method.query_weights(torch.zeros(1, 4, 2), torch.zeros(1, 3, 2), torch.ones(1, 3).bool())
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,7 +104,7 @@ def test_nothing_may_be_left():
     ("options", "message"),
     [
         ({"layer": -1}, "ScoreSpec.layer=-1"),
-        ({"layer": 1, "rows": "first"}, "'visual', 'voters'"),
+        ({"layer": 1, "rows": "first"}, "'visual', 'weighted'"),
         ({"layer": 1, "heads": "min"}, "'mean', 'max'"),
         ({"layer": 1, "kind": "rollout"}, "'attention', 'logits'"),
     ],
@@ -118,5 +118,10 @@ def test_a_method_that_cannot_choose_is_refused():
     class Undecided(Method):
         name = "undecided"
 
-    with pytest.raises(TypeError, match="Undecided has to define `choose`, `select` or `reuse`"):
+    class Unranked(OneCut):
+        name = "unranked"
+
+    with pytest.raises(TypeError, match="Undecided has to define `select`, or be a OneCut"):
         Undecided()
+    with pytest.raises(TypeError, match="Unranked has to define `choose`, or `select`"):
+        Unranked()

@@ -21,6 +21,7 @@ import vla_pruner as vp
 from vla_pruner.methods import Method, build
 from vla_pruner.methods.recipe import Recipe
 from vla_pruner.models import find_adapter
+from vla_pruner.models.port import default_dtype
 from vla_pruner.models.recipes import stamp_model
 
 CLOSE = dict(rtol=0, atol=2e-5)
@@ -172,7 +173,8 @@ def families(make, rollout) -> dict[str, Family]:
     def run(scenes: Sequence[int], step: int) -> list[Tensor]:
         """Left-padded rows; a scene alone comes without its padding."""
         generator = torch.Generator().manual_seed(step)
-        embeds, tokens = torch.randn(2, 34, 32, generator=generator), torch.arange(6).view(2, 3)
+        embeds = torch.randn(2, 34, 32, generator=generator, dtype=torch.float32)
+        tokens = torch.arange(6).view(2, 3)
         mask = torch.ones(2, 34, dtype=torch.long)
         for row, pad in enumerate(pads):
             mask[row, :pad] = 0
@@ -209,13 +211,14 @@ def one_step(family: Family, session: Any, scenes: Sequence[int], step: int) -> 
     if "frame" in session.method.needs and not family.sends_frames:
         width = 4 * family.visual
         seeded = [torch.Generator().manual_seed(100 * step + scene) for scene in scenes]
-        session.frame(torch.stack([torch.rand(3, 4, width, generator=g) for g in seeded]))
+        frames = [torch.rand(3, 4, width, generator=g, dtype=torch.float32) for g in seeded]
+        session.frame(torch.stack(frames))
     return family.run(scenes, step)
 
 
 def recalls(method: Method, family: Family) -> bool:
     """Whether tokens leave that others still see as they were a step ago."""
-    return method.recalled_layer(family.layers()) is not None
+    return method.name == "vla-cache"
 
 
 def masks(session: Any) -> list[Tensor]:
@@ -299,6 +302,21 @@ def test_method_on_family(families, name, on):
     with pruned(family, method, "mask") as session:
         close(steps(family, session, (0, 1)), together)
         assert equal(masks(session), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@METHODS
+@pytest.mark.parametrize("on", ["oft", "decoder", "pi0"])
+def test_the_default_dtype_changes_nothing(families, name, on, dtype):
+    """Scripts that load big models set it, and leave it set."""
+    family = families[on]
+    if not family.can_run(name):
+        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
+    with pruned(family, family.method(name)) as session:
+        expected, kept = steps(family, session, (0, 1)), masks(session)
+    with default_dtype(dtype), pruned(family, family.method(name)) as session:
+        found = steps(family, session, (0, 1))
+        assert equal(found, expected) and equal(masks(session), kept)
 
 
 def test_a_family_whose_images_cannot_be_compared_refuses_to(families):

@@ -26,14 +26,14 @@ def install(monkeypatch, *entries: tuple[str, str]) -> None:
 
 
 def test_the_built_in_methods_are_listed():
-    found = registry.methods()
+    found = registry.list_methods()
     assert list(found)[:5] == NAMES
     assert all(found[name].name == name for name in NAMES)
 
 
 def test_methods_of_other_packages_are_found(monkeypatch):
     install(monkeypatch, ("mine", f"{__name__}:Mine"))
-    assert registry.methods()["mine"] is Mine
+    assert registry.list_methods()["mine"] is Mine
     assert registry.build("mine", keep=7).keep == 7
 
 
@@ -48,8 +48,8 @@ def test_methods_of_other_packages_are_found(monkeypatch):
 def test_a_bad_entry_point_is_left_out_with_a_warning(monkeypatch, entry, problem):
     install(monkeypatch, entry)
     with pytest.warns(UserWarning, match=problem):
-        found = registry.methods()
-    assert list(found) == [method.name for method in registry._BUILT_IN]
+        found = registry.list_methods()
+    assert list(found) == [*(m.name for m in registry._BUILT_IN), "vla-cache"]
     assert found["fastv"] is FastV
 
 
@@ -79,3 +79,26 @@ def test_an_instance_is_taken_as_it_is():
 
 def test_none_leaves_an_option_at_its_default():
     assert registry.build("vla-pruner", keep=None, layer=None) == registry.build("vla-pruner")
+
+
+def test_the_short_form_of_a_method():
+    assert registry.parse("vla-pruner@0.25:window=1:first=nearest") == (
+        "vla-pruner",
+        {"keep": 0.25, "window": 1, "first": "nearest"},
+    )
+    assert registry.parse("fastv@64") == ("fastv", {"keep": 64})
+    assert registry.build("vla-pruner@0.5:action_layers=(3,5):refresh=none").action_layers == (3, 5)
+    assert registry.build("fastv", tokens=9) == registry.build("fastv@9") == FastV(keep=9)
+    for wrong, message in (
+        ("fastv@half", "a fraction such as 0.25"),
+        ("fastv@0.5:layer", "name=value"),
+        ("fastv@0.5:colour=red", "no option 'colour'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.build(wrong)
+    with pytest.raises(ValueError, match="say it once"):
+        registry.build("fastv@0.5", keep=0.25)
+    with pytest.raises(ValueError, match="both say how many"):
+        registry.build("fastv", keep=0.5, tokens=4)
+    with pytest.raises(ValueError, match=r"tokens=0\.5"):
+        registry.build("fastv", tokens=0.5)

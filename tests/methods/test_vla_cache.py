@@ -12,9 +12,10 @@ from tiny_openvla import make_oft, make_openvla, observation
 import vla_pruner as vp
 from toy_task import CAMERAS, ToyScene, rollout, tiny_policy
 from vla_pruner.episodes.control import Control
-from vla_pruner.methods import Recall, build
+from vla_pruner.methods import build
 from vla_pruner.models import find_adapter
 from vla_pruner.models.openvla.processing import colours, normalise_pixels, prepare_image
+from vla_pruner.vla_cache.recall import Recall
 
 CLOSE = dict(rtol=0, atol=2e-5)
 SENTENCES = ["pick up the can", "lift the milk slowly now"]
@@ -146,7 +147,7 @@ def test_a_policy_is_undone_to_the_bit(policy):
 
 def test_the_same_image_again_is_static_everywhere(policy):
     views, looks = policy.config.views, [seen(policy, 1, 0)]
-    with vp.prune(policy, "vla-cache", keep=1, layers=(1, 2, 3)) as session:
+    with vp.prune(policy, "vla-cache", tokens=1, layers=(1, 2, 3)) as session:
         policy.predict_actions(looks)
         policy.predict_actions(looks)
     # k = M - 1 and no limit of 1.5 k binds: all but the task's round(0.5 k) tokens can be reused.
@@ -259,7 +260,7 @@ def test_cameras_have_their_own_budget():
         (dict(layers=()), "must name layers, ascending"),
         (dict(layers=(4, 2)), "must name layers, ascending"),
         (dict(text_layer=-1), "at least 0"),
-        (dict(layer=3), "use `layers`"),
+        (dict(layer=3), "no option .layer"),
         (dict(keep=0.0), "keep"),
     ],
 )

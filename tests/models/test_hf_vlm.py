@@ -193,7 +193,7 @@ def test_several_cuts_with_everything(vlm, at):
         skip=(1,),
         merging=True,
         score_layer=0,
-        spec=(("rows", "voters"), ("kind", "attention" if at[0] else "logits")),
+        spec=(("rows", "weighted"), ("kind", "attention" if at[0] else "logits")),
         watch=(2, 4),
     )
     kind = type(vlm.model).__name__
@@ -330,9 +330,9 @@ def test_early_layers_that_get_image_features_see_every_token():
 
 def test_image_token_may_be_given():
     model, *_ = llava()
-    assert vp.models.ImageTokenVLM(model).image_token_id == IMAGE
+    assert vp.models.ImageTokenVLM(model).token_ids[0] == IMAGE
     adapter = vp.models.ImageTokenVLM(model, image_token_id=7)
-    assert adapter.image_token_id == 7 and len(adapter.layers) == 5
+    assert adapter.token_ids == (7,) and len(adapter.layers) == 5
 
 
 def test_models_without_image_tokens():

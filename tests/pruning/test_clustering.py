@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_pruner.pruning.clustering import density_peaks, keep_and_recycle, recycled_counts
-from vla_pruner.pruning.lots import lots
+from vla_pruner.pruning.hashed_uniform import hashed_uniform
 
 
 def slow_peaks(points, clusters, noise):
@@ -33,7 +33,7 @@ def slow_peaks(points, clusters, noise):
 def test_density_peaks_equal_the_slow_version(n, data, seed):
     clusters = data.draw(st.integers(1, n))
     points = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(seed))
-    noise = 1e-3 * lots(torch.arange(2), torch.arange(n))
+    noise = 1e-3 * hashed_uniform(torch.arange(2), torch.arange(n))
     centres, cluster = density_peaks(points, clusters, noise=noise)
     for row in range(2):
         expected = slow_peaks(points[row].tolist(), clusters, noise[row].tolist())
@@ -60,14 +60,14 @@ def test_two_heaps_are_found():
     generator = torch.Generator().manual_seed(0)
     heap = torch.randn(10, 4, generator=generator) * 0.1
     points = torch.cat([heap, heap + 3])[None]
-    noise = 1e-6 * lots(torch.zeros(1).long(), torch.arange(20))
+    noise = 1e-6 * hashed_uniform(torch.zeros(1).long(), torch.arange(20))
     _, cluster = density_peaks(points, 2, noise=noise)
     assert cluster[0].tolist() == [0] * 10 + [1] * 10
 
 
 def test_duplicates_leave_no_cluster_empty():
     points = torch.ones(1, 9, 4)
-    for noise in (None, lots(torch.zeros(1).long(), torch.arange(9)) * 1e-6):
+    for noise in (None, hashed_uniform(torch.zeros(1).long(), torch.arange(9)) * 1e-6):
         centres, cluster = density_peaks(points, 3, noise=noise)
         assert sorted(set(cluster[0].tolist())) == [0, 1, 2]
         assert cluster[0, centres[0]].tolist() == [0, 1, 2]
@@ -79,6 +79,20 @@ def test_the_largest_noise_is_the_first_of_equals():
     points[0, 3] = 5.0  # The one that stands apart is a centre, too.
     centres, _ = density_peaks(points, 2, noise=noise)
     assert 1 in centres[0].tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_far_below_the_resolution_of_fp32_decides(seed):
+    """With one cluster all are equally dense: the centre is where the noise is largest."""
+    noise = 1e-6 * hashed_uniform(torch.tensor([seed]), torch.arange(150))
+    assert len(set((1 + noise).flatten().tolist())) < 12, "fp32 would do"
+    points = torch.randn(1, 150, 16, generator=torch.Generator().manual_seed(seed))
+    centres, cluster = density_peaks(points, 1, noise=noise)
+    expected, _ = slow_peaks(points[0].tolist(), 1, noise[0].tolist())
+    # All but the densest multiply a density of 1 with the distance to a denser one.
+    assert centres[0].tolist() == expected and cluster[0].tolist() == [0] * 150
+    same = torch.ones(1, 150, 16)
+    assert density_peaks(same, 1, noise=noise)[0].tolist() == [[0]]  # no distance, no peak
 
 
 def test_invalid_points_are_centres_last():
@@ -197,9 +211,11 @@ def test_nan_is_refused(broken):
 
 
 def test_lots_depend_on_seed_and_place_alone():
-    drawn = lots(torch.tensor([3, 4]), torch.arange(1000))
+    drawn = hashed_uniform(torch.tensor([3, 4]), torch.arange(1000))
     assert drawn.min() >= 0 and drawn.max() < 1
     assert abs(float(drawn.mean()) - 0.5) < 0.03
-    assert torch.equal(lots(torch.tensor([4]), torch.tensor([[7, 9]]))[0], drawn[1, [7, 9]])
-    assert not torch.equal(lots(torch.tensor([3, 4]), torch.arange(1000), seed=1), drawn)
+    assert torch.equal(
+        hashed_uniform(torch.tensor([4]), torch.tensor([[7, 9]]))[0], drawn[1, [7, 9]]
+    )
+    assert not torch.equal(hashed_uniform(torch.tensor([3, 4]), torch.arange(1000), seed=1), drawn)
     assert (drawn[0] - drawn[1]).abs().max() > 0.5

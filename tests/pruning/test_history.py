@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_pruner.methods.base import HistorySpec
-from vla_pruner.pruning.history import decaying_window, ema_update, push, uncensor
+from vla_pruner.pruning.history import HistorySpec, decaying_window, ema_update, push, uncensor
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,39 +91,33 @@ def test_a_memory_can_be_kept_without_knowing_its_kind(kind):
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["window", "ema"]),
-    censored=st.sampled_from(["zero", "carry", "decay", "impute"]),
+    censored=st.sampled_from(["zero", "carry"]),
     steps=st.integers(1, 6),
     seed=st.integers(0, 1000),
 )
 def test_tokens_that_were_cut_are_remembered_as_the_rule_says(kind, censored, steps, seed):
     """One token at a time, with plain numbers; tokens that were seen are remembered as ever."""
     generator = torch.Generator().manual_seed(seed)
-    spec = HistorySpec(kind=kind, window=3, gamma=0.7, alpha=0.4, censored=censored, fade=0.6)
+    spec = HistorySpec(kind=kind, window=3, gamma=0.7, alpha=0.4, censored=censored)
     history, count = torch.zeros(1, spec.slots, 5), torch.zeros(1, dtype=torch.int64)
     remembered = [[] for _ in range(5)]  # newest last: observations, or averages for "ema"
     for step in range(steps):
         kept = torch.rand(1, 5, generator=generator) < 0.6 if step else torch.ones(1, 5).bool()
         seen = torch.rand(1, 5, generator=generator) * kept
-        semantic = torch.rand(1, 5, generator=generator)
-        history, count = spec.update(history, count, seen, kept=kept, semantic=semantic)
+        history, count = spec.update(history, count, seen, kept=kept)
         visible = [m for m in range(5) if kept[0, m]]
         attention = sum(float(seen[0, m]) for m in visible)
-        expected = sum(float(semantic[0, m]) for m in visible)
         lasts = [values[-1] if values else 0.0 for values in remembered]
         known = sum(lasts[m] for m in visible)
         scale = 1.0
-        if censored in ("carry", "decay") and len(visible) < 5 and attention and known:
+        if censored == "carry" and len(visible) < 5 and attention and known:
             scale = known / attention
         for m, last in enumerate(lasts):
             value = float(seen[0, m]) * scale
             straight = False
             if m not in visible and censored != "zero":
-                if censored == "impute":
-                    share = attention / expected if expected else 0.0
-                    value = float(semantic[0, m]) * share
-                else:
-                    value = last * (0.6 if censored == "decay" else 1.0)
-                    straight = True
+                value = last
+                straight = True
             if kind == "ema" and remembered[m] and not straight:
                 value = 0.6 * last + 0.4 * value
             remembered[m].append(value)
@@ -137,21 +130,6 @@ def test_tokens_that_were_cut_are_remembered_as_the_rule_says(kind, censored, st
     torch.testing.assert_close(spec.forecast(history, count), torch.tensor([expected]))
 
 
-def test_imputed_scores_hold_as_much_as_was_seen():
-    """Over the visible tokens, predicted and observed sums agree."""
-    seen = torch.tensor([[0.3, 0.0, 0.1, 0.0]])
-    visible = torch.tensor([[True, False, True, False]])
-    semantic = torch.tensor([[0.1, 0.4, 0.1, 0.05]])
-    got = uncensor(seen, visible, "impute", semantic=semantic)
-    torch.testing.assert_close(got, torch.tensor([[0.3, 0.8, 0.1, 0.1]]))
-    nothing = uncensor(seen, visible, "impute", semantic=torch.zeros(1, 4))
-    assert torch.equal(nothing, seen)
-    with pytest.raises(ValueError, match="needs the prefill score"):
-        uncensor(seen, visible, "impute")
-    with pytest.raises(ValueError, match="needs what was remembered"):
-        uncensor(seen, visible, "carry")
-
-
 def test_what_a_cut_leaves_to_the_others_does_not_make_them_dearer():
     """Attention that is the same but for a cut token is remembered as if nothing had been cut."""
     exact = torch.tensor([[0.4, 0.1, 0.3, 0.2]])
@@ -159,21 +137,17 @@ def test_what_a_cut_leaves_to_the_others_does_not_make_them_dearer():
     without = torch.where(visible, exact, 0.0)
     seen = without / without.sum()
     assert float(seen[0, 3]) > 0.2
-    torch.testing.assert_close(uncensor(seen, visible, "carry", remembered=exact), exact)
-    faded = uncensor(seen, visible, "decay", remembered=exact, fade=0.5)
-    torch.testing.assert_close(faded, torch.tensor([[0.4, 0.1, 0.15, 0.2]]))
+    torch.testing.assert_close(uncensor(seen, visible, exact), exact)
 
 
 def test_without_a_cut_every_rule_is_the_papers():
     history, count = torch.rand(1, 3, 4), torch.tensor([2])
     seen = torch.rand(1, 4)
     plain, _ = HistorySpec().update(history, count, seen)
-    for censored in ("carry", "decay", "impute"):
-        spec = HistorySpec(censored=censored)
-        everything = torch.ones(1, 4, dtype=torch.bool)
-        assert torch.equal(spec.update(history, count, seen)[0], plain)
-        again, _ = spec.update(history, count, seen, kept=everything, semantic=torch.rand(1, 4))
-        assert torch.equal(again, plain)
+    spec = HistorySpec(censored="carry")
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(spec.update(history, count, seen)[0], plain)
+    assert torch.equal(spec.update(history, count, seen, kept=everything)[0], plain)
 
 
 def test_layers_to_average_are_resolved_against_the_depth():
@@ -197,8 +171,7 @@ def test_layers_to_average_are_resolved_against_the_depth():
         ({"layers": ()}, "at least one layer"),
         ({"layers": (-1,)}, "action_layers=-1"),
         ({"layers": "all"}, "latter-half"),
-        ({"censored": "forget"}, "'zero', 'carry', 'decay', 'impute'"),
-        ({"fade": 1.2}, "fade=1.2"),
+        ({"censored": "forget"}, "'zero', 'carry'"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -1,5 +1,8 @@
 """The compiled search picks what the plain one picks; where it cannot be had, nobody misses it."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,3 +199,132 @@ def test_it_is_compiled_once(state, tmp_path):
     assert state(XDG_CACHE_HOME=str(tmp_path)) == first
     assert [built] == list((tmp_path / "vla-pruner").iterdir())
     assert built.stat().st_mtime_ns == stamp
+
+
+@compiled
+def test_what_a_run_before_left_is_built_again_unless_it_is_as_built(state, tmp_path):
+    """Cut off by a full disk, changed, another library, writable by others, a link, misnamed."""
+    features = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    expected = plain(features, 9, False)
+    empty = tmp_path / "empty.c"
+    empty.write_text("int nothing;\n")
+    foreign = tmp_path / "foreign.so"
+    subprocess.run([*native._compiler(), "-shared", "-fPIC", empty, "-o", foreign], check=True)
+    folder = tmp_path / "vla-pruner"
+    first = state(XDG_CACHE_HOME=str(tmp_path))
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+
+    def planted(content: bytes, mode: int = 0o600) -> None:
+        path.unlink()
+        path.write_bytes(content)
+        path.chmod(mode)
+
+    for damage in (
+        lambda: planted(whole[:12000]),
+        lambda: planted(b""),
+        lambda: planted(whole[:-1] + bytes([whole[-1] ^ 1])),
+        lambda: planted(foreign.read_bytes()),
+        lambda: planted(whole, 0o666),
+        lambda: (path.unlink(), path.symlink_to(foreign)),
+        lambda: path.rename(path.with_name(path.name.replace("-", "-0"))),
+    ):
+        damage()
+        assert state(XDG_CACHE_HOME=str(tmp_path)) == first
+        assert path.read_bytes() == whole and path.stat().st_mode & 0o777 == 0o600
+        assert not path.is_symlink()
+        assert max_min_filter(features, 9).tolist() == expected
+
+
+@compiled
+def test_a_folder_that_others_may_write_to_is_closed_to_them(state, tmp_path):
+    folder = tmp_path / "vla-pruner"
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o777)
+    assert state(XDG_CACHE_HOME=str(tmp_path)).startswith("compiled by ")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@compiled
+def test_another_users_folder_is_left_alone(state, tmp_path, monkeypatch):
+    (tmp_path / "vla-pruner").mkdir()
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    assert "belongs to another user" in state(XDG_CACHE_HOME=str(tmp_path))
+    assert not list((tmp_path / "vla-pruner").iterdir())
+
+
+@compiled
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_another_users_library_is_not_loaded(state, tmp_path):
+    first = state(XDG_CACHE_HOME=str(tmp_path))
+    (path,) = (tmp_path / "vla-pruner").iterdir()
+    os.chown(path, 65534, 65534)
+    assert state(XDG_CACHE_HOME=str(tmp_path)) == first
+    assert path.stat().st_uid == 0
+
+
+@compiled
+def test_any_compiler_may_fail(state, tmp_path):
+    """Words that cannot be read, output that is no text, libraries with another or no search."""
+    features = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    expected = plain(features, 9, False)
+    (gcc,) = native._compiler()
+
+    def script(name: str, lines: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def makes(name: str, source: str) -> str:
+        """A compiler that makes this of every source."""
+        (tmp_path / f"{name}.c").write_text(source)
+        library = tmp_path / f"{name}.so"
+        command = [gcc, "-shared", "-fPIC", tmp_path / f"{name}.c", "-o", library]
+        subprocess.run(command, check=True)
+        copy = f'while [ $# -gt 0 ]; do [ "$1" = -o ] && cp {library} "$2"; shift; done'
+        return script(name, copy)
+
+    head = "long memory_words(long n) { return 99; }\nint reads_bf16(void) { return 0; }\n"
+    for cc, reason in {
+        'gcc "': "No closing quotation",
+        script("bytes", r"printf '\377\376'"): "No such file",
+        script("loud", r"printf '\377\376' >&2; exit 1"): "failed",
+        makes("nothing", "int nothing;\n"): "without the search",
+        makes("half", head): "without the search",
+        makes("idle", head + "int max_min_search(void) { return 1; }\n"): "wrong answers",
+        makes("lying", head + "int max_min_search(void) { return 0; }\n"): "",
+        script("text", 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo no > "$2"; shift; done'): "",
+    }.items():
+        said = state(CC=cc, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert said.startswith("not compiled (") and reason in said and len(said) < 400
+        assert max_min_filter(features, 9).tolist() == expected
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_outside_its_tensors_is_read_or_written(dtype):
+    features = torch.randn(20, 8).to(dtype)
+    index = torch.arange(20)
+    for wrong, k, said in [
+        ((features, torch.tensor([0, 20])), 1, r"index names 0\.\.20"),
+        ((features, torch.tensor([-1, 3])), 1, r"index names -1\.\.3"),
+        ((features, index), 0, "`k=0`"),
+        ((features, index), 21, "`k=21`"),
+        ((features, index[:0]), 1, "`k=1`"),
+        ((features, index.int()), 3, "int64"),
+        ((features, index[None]), 3, r"\[m\]"),
+        ((features.double(), index), 3, "float64"),
+        ((features[None], index), 3, r"\[n, d\]"),
+        ((features.to("meta"), index), 3, "CPU"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            native.max_min_search(*wrong, k, False)
+    library, _ = native._library()
+    picks, nothing = torch.full((3,), -7), 0
+    for rows, n, k in [(20, 20, 21), (20, 20, 0), (19, 20, 3)]:
+        done = library.max_min_search(
+            nothing, index.data_ptr(), nothing, rows, n, 8, 8, 0, k, 0, 1, nothing, picks.data_ptr()
+        )
+        assert done == 0 and picks.tolist() == [-7, -7, -7]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,8 +38,38 @@ def test_images_that_tokens_do_not_tile(tokens):
 def test_similarity_of_patches():
     before = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]])
     now = torch.tensor([[[0.0, 2.0], [4.0, 3.0], [0.0, 0.0], [1.0, 0.0]]])
-    expected = torch.tensor([[0.0, 0.96, 1.0, 0.0]])
+    expected = torch.tensor([[0.0, 0.96, 1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(patch_similarity(before, now), expected)
+
+
+def test_a_patch_that_changed_is_never_as_similar_as_one_that_did_not():
+    """One colour of 588 by one step of 255, against exact arithmetic; and brighter, or darker."""
+    rng = np.random.default_rng(0)
+    before = rng.integers(60, 250, (1, 1000, 588))
+    now = before.copy()
+    now[0, np.arange(1000), rng.integers(0, 588, 1000)] += 1
+    now[0, ::5] = before[0, ::5]
+    found = patch_similarity(torch.tensor(before).float(), torch.tensor(now).float())[0]
+    assert (found[::5] == 1).all() and (found.view(-1, 5)[:, 1:] < 1).all()
+    fp32 = torch.cosine_similarity(torch.tensor(before).float(), torch.tensor(now).float(), dim=-1)
+    assert int((fp32 >= 1).sum()) > 400, "fp32 would do"
+    cosine = [exact_cosine(a, b) for a, b in zip(before[0].tolist(), now[0].tolist(), strict=True)]
+    np.testing.assert_allclose(found.numpy(), cosine, rtol=1e-14)
+    options = {"threshold": 0.996, "relevant": 0, "valid": None}
+    named = reusable(found[None], torch.zeros(1, 1000), static=200, most=200, **options)
+    assert named[0].nonzero().flatten().tolist() == list(range(0, 1000, 5))
+    order = reuse_order(torch.ones(1, 1000, dtype=torch.bool), found[None])
+    assert order[0, :200].tolist() == list(range(0, 1000, 5))
+    for factor in (2, 0.5, 3):
+        brighter = patch_similarity(torch.tensor(before).float(), factor * torch.tensor(before))
+        assert (brighter < 1).all() and (brighter > 1 - 1e-12).all()
+
+
+def exact_cosine(a, b):
+    """Of whole numbers: only the root and the division round."""
+    product = sum(x * y for x, y in zip(a, b, strict=True))
+    lengths = sum(x * x for x in a) * sum(y * y for y in b)
+    return product / math.sqrt(lengths) if lengths < 2**53 else product / math.isqrt(lengths)
 
 
 def slow_entropy(query, key, scale, sees, weight):

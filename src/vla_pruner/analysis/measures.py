@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vla_pruner.methods.base import HistorySpec
+from vla_pruner.pruning.history import HistorySpec
 from vla_pruner.pruning.selection import top_k
 
 
@@ -64,7 +64,8 @@ def forecasts(observed: np.ndarray, spec: HistorySpec) -> np.ndarray:
         `[T, M]` fp32; zeros at step 0.
     """
     steps, tokens = observed.shape
-    history, count = torch.zeros(1, spec.slots, tokens), torch.zeros(1, dtype=torch.int64)
+    history = torch.zeros(1, spec.slots, tokens, dtype=torch.float32)
+    count = torch.zeros(1, dtype=torch.int64)
     predicted = np.zeros((steps, tokens), dtype=np.float32)
     for step, row in enumerate(torch.from_numpy(np.asarray(observed, dtype=np.float32))):
         predicted[step] = spec.forecast(history, count)[0].numpy()

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.calibration.calls import Call, Observation, caller
-from vla_pruner.methods.base import require_choice, require_int
+from vla_pruner.core.cleanup import Attached
+from vla_pruner.core.layout import Layout
+from vla_pruner.core.session import Session, StepReport
 from vla_pruner.methods.fixed import Fixed
 from vla_pruner.models.base import Adapter, find_adapter
 from vla_pruner.models.openvla import OpenVLAOFT
 from vla_pruner.pruning.budget import Budget
-from vla_pruner.surgery.layout import Layout
-from vla_pruner.surgery.session import Session, StepReport
-from vla_pruner.surgery.undo import Attached
+from vla_pruner.pruning.options import require_choice, require_int
 
 Direction = Literal["forward", "backward"]
 Measure = Literal["actions", "logits"]

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.analysis.oracle import Oracle, OracleSession
+from vla_pruner.core.session import Session, StepReport
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.episode import Moment, run_episode
 from vla_pruner.episodes.observations import Watcher
 from vla_pruner.episodes.policy_runner import LocalPolicyRunner, report_of, seed_call
 from vla_pruner.episodes.recording import crop
-from vla_pruner.methods.base import HistorySpec, Method, SemanticRows, StepContext
+from vla_pruner.methods.base import Evidence, Method, OneCut, SemanticRows, StepContext
 from vla_pruner.models.prune import prune
+from vla_pruner.pruning.history import HistorySpec
 from vla_pruner.runs.job import Setup
 from vla_pruner.scenes.scene import Scene
-from vla_pruner.surgery.session import Session, StepReport
 
 FRAME = 112
 """Side of a recorded frame in pixels."""
@@ -33,7 +34,7 @@ Way = Method | Oracle
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch(Method):
+class Watch(OneCut):
     """Asks for both scores of the paper and keeps every token, at every step."""
 
     name: ClassVar[str] = "watch"
@@ -53,16 +54,7 @@ class Watch(Method):
         """Always."""
         return True
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Never asked: all steps are full."""
         raise NotImplementedError
 

@@ -19,8 +19,8 @@ from vla_pruner.analysis.measures import (
     top_sets,
 )
 from vla_pruner.analysis.record import Trace
-from vla_pruner.methods.base import HistorySpec
 from vla_pruner.pruning.budget import Budget
+from vla_pruner.pruning.history import HistorySpec
 
 Rows = list[dict[str, Any]]
 

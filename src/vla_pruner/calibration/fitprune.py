@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vla_pruner.calibration.calls import Call, Observation, Tick, caller, require_observations
 from vla_pruner.calibration.cost import cost_share
+from vla_pruner.core.session import Session
 from vla_pruner.methods.base import Evidence, Method, ScoreSpec
 from vla_pruner.methods.fitprune import FitPrune
 from vla_pruner.models.base import Adapter
-from vla_pruner.surgery.session import Session
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from vla_pruner.calibration.calls import (
     first_logits,
     require_observations,
 )
+from vla_pruner.core.session import Session
 from vla_pruner.methods.vtw import VTW
 from vla_pruner.models.base import Adapter
-from vla_pruner.surgery.session import Session
 
 Measure = Literal["logits", "actions"]
 

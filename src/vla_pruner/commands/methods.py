@@ -14,7 +14,7 @@ from rich.text import Text
 
 from vla_pruner.commands.options import pick
 from vla_pruner.episodes.condition import make_method
-from vla_pruner.methods import Method, methods
+from vla_pruner.methods import Method, list_methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list, or what one of them takes."""
-    console, known = Console(), methods()
+    console, known = Console(), list_methods()
     if args.name is None:
         table = Table(Column("method", no_wrap=True), "what it keeps", "from", "licence")
         for name, method in known.items():

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vla_pruner.commands.options import pick
-from vla_pruner.models import matrix, models
+from vla_pruner.models import list_models, matrix
 from vla_pruner.models.base import built_in
 from vla_pruner.models.loading import shipped
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         summaries = {family.name: family.summary for family in built_in()}
         print(matrix.markdown(matrix.read(), summaries), end="")
         return 0
-    console, known = Console(), models()
+    console, known = Console(), list_models()
     chosen = known if args.name is None else {args.name: pick(args.name, known, "model family")}
     table = Table("family", "what it covers")
     for name, family in chosen.items():

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from vla_pruner._short import short
+from vla_pruner.core.session import Session
 from vla_pruner.methods import Method, build
 from vla_pruner.models.prune import prune
-from vla_pruner.surgery.session import Session
 
 ALL_TOKENS = "none"
 """Name of the condition without pruning, the baseline of every comparison."""

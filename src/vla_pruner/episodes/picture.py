@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vla_pruner.core.session import StepReport
 from vla_pruner.models.openvla.processing import CROP_AREA
-from vla_pruner.surgery.session import StepReport
 
 REASONS = {"semantic": "1", "action": "2", "both": "3", "warm-up": "4", "other": "4"}
 """One character per visual token says why it stayed; a dropped one is "0"."""

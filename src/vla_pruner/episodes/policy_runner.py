@@ -11,12 +11,12 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from vla_pruner.core.session import Session, StepReport
 from vla_pruner.episodes.condition import ALL_TOKENS
 from vla_pruner.episodes.picture import picture_of, visible_side
 from vla_pruner.measure.timing import time_ms
 from vla_pruner.models.prune import prune
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
-from vla_pruner.surgery.session import Session, StepReport
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from torch import nn
 
+from vla_pruner.methods import build
 from vla_pruner.models.prune import prune
 
 __all__ = ["PrunedConfig", "PrunedPolicy"]
@@ -98,5 +99,5 @@ class PrunedPolicy:
         keep = config.keep
         if keep is not None and keep > 1 and keep == int(keep):
             keep = int(keep)
-        prune(policy.eval(), config.method, keep=keep, layer=config.layer)
+        prune(policy.eval(), build(config.method, keep=keep, layer=config.layer))
         return policy

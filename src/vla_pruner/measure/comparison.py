@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vla_pruner
+from vla_pruner.core.session import Session
 from vla_pruner.measure import timing
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.parts import SCORING, SELECTION, measure_parts
@@ -19,7 +20,6 @@ from vla_pruner.methods import Method
 from vla_pruner.methods.none import NoPruning
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
-from vla_pruner.surgery.session import Session
 
 FULL = "full"
 
@@ -266,7 +266,8 @@ def _paired(full: Sequence[float], variant: Sequence[float]) -> Spread:
 
 def _selection_reference(device: torch.device, dtype: torch.dtype) -> Spread:
     """The greedy search at a size to compare with: 128 of 512 candidates, 4096 wide."""
-    features = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(512, 4096, generator=generator, dtype=torch.float32)
     features = features.to(device, dtype)
     max_min_filter(features, 128)
     return Spread.of(

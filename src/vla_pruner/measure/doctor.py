@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core.layout import Adapter, Layout
+from vla_pruner.core.scores import implementation
+from vla_pruner.methods import build
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import locate
 from vla_pruner.models.openvla import OpenVLA, OpenVLAOFTConfig
 from vla_pruner.models.pi0 import Pi0
 from vla_pruner.models.prune import prune
-from vla_pruner.surgery import probe
-from vla_pruner.surgery.layout import Adapter, Layout
 
 Act = Callable[[np.ndarray], Any]
 """Shows the model one uint8 frame [H, W, 3] in every camera and lets it act."""
@@ -112,7 +113,7 @@ def act_of(model: nn.Module, name: str, instruction: str) -> Act:
     from PIL import Image
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(locate(name))
+    processor = AutoProcessor.from_pretrained(locate(name), trust_remote_code=False)
     if getattr(processor, "chat_template", None):
         words = [{"type": "image"}, {"type": "text", "text": instruction}]
         text = processor.apply_chat_template(
@@ -292,7 +293,8 @@ def _dropping_equals_hiding(
     check = "dropping equals hiding"
     looks = []
     for mode in ("drop", "mask"):
-        with prune(model, "fastv", keep=keep, mode=mode, **options) as session:
+        chosen = build("fastv", keep=keep, layer=options["layer"])
+        with prune(model, chosen, adapter=adapter, mode=mode) as session:
             try:
                 looks.append(_look(adapter, act, frame, in_session=True))
             except NotImplementedError as error:
@@ -315,7 +317,7 @@ def _dropping_equals_hiding(
 
 
 def _kernels(adapter: Adapter) -> list[str]:
-    return [probe.implementation(adapter.attention(layer)) for layer in adapter.layers]
+    return [implementation(adapter.attention(layer)) for layer in adapter.layers]
 
 
 def _difference(reference: Tensor, other: Tensor) -> float:

@@ -72,7 +72,10 @@ class Parts:
 
     def _part(self, frame: FrameType) -> str | None:
         module = str(frame.f_globals.get("__name__"))
-        if module.startswith("vla_pruner.methods.") or frame.f_code in self._own:
+        if (
+            module.startswith(("vla_pruner.methods.", "vla_pruner.vla_cache.method"))
+            or frame.f_code in self._own
+        ):
             return SELECTION
         return SCORING if module.startswith("vla_pruner.pruning.") else None
 

@@ -141,11 +141,11 @@ def _flow_step(policy: Pi0, prompt: int) -> tuple[Callable[[Pi0], Any], int]:
     config, device = policy.config, policy.device
     cameras, size = config.num_images, config.image_size
     inputs = Inputs(
-        images=torch.rand(1, cameras, 3, size, size, device=device) * 2 - 1,
+        images=torch.rand(1, cameras, 3, size, size, dtype=torch.float32, device=device) * 2 - 1,
         image_mask=torch.ones(1, cameras, dtype=torch.bool, device=device),
         tokens=torch.randint(3, min(256, config.vocab_size), (1, prompt), device=device),
         token_mask=torch.ones(1, prompt, dtype=torch.bool, device=device),
-        state=torch.rand(1, config.max_state_dim, device=device),
+        state=torch.rand(1, config.max_state_dim, dtype=torch.float32, device=device),
     )
     return lambda model: model.sample(inputs), sum(config.views) + prompt
 
@@ -155,7 +155,8 @@ def _step(policy: OpenVLA, prompt: int) -> tuple[Callable[[OpenVLA], Any], int]:
     config, device = policy.config, policy.device
     tokens = sum(config.views) + prompt
     size = config.image_size
-    pixels = torch.rand(1, 6 * config.num_images, size, size).sub(0.5).to(device, policy.dtype)
+    pixels = torch.rand(1, 6 * config.num_images, size, size, dtype=torch.float32)
+    pixels = pixels.sub(0.5).to(device, policy.dtype)
     words = min(256, config.action_vocab_end - config.n_action_bins)
     input_ids = torch.randint(3, words, (1, prompt))
     input_ids[:, 0], input_ids[:, -1] = 1, config.empty_token_id
@@ -166,7 +167,7 @@ def _step(policy: OpenVLA, prompt: int) -> tuple[Callable[[OpenVLA], Any], int]:
     proprio = None
     tokens += config.slots + 1
     if config.proprio_dim is not None:
-        proprio = torch.rand(1, config.proprio_dim).to(device, policy.dtype)
+        proprio = torch.rand(1, config.proprio_dim, dtype=torch.float32).to(device, policy.dtype)
         tokens += 1
 
     @torch.no_grad()

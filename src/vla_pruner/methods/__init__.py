@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import warnings
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from vla_pruner._callable import listing_package
 from vla_pruner.methods.adp import VLAADP
-from vla_pruner.methods.base import (
-    Choice,
-    Evidence,
-    HistorySpec,
-    Method,
-    ScoreSpec,
-    StepContext,
-)
+from vla_pruner.methods.base import Choice, Evidence, Method, OneCut, ScoreSpec, StepContext
 from vla_pruner.methods.divprune import DivPrune
 from vla_pruner.methods.efficientvla import EfficientVLA
 from vla_pruner.methods.fastv import FastV
@@ -27,25 +22,39 @@ from vla_pruner.methods.holov import HoloV
 from vla_pruner.methods.none import NoPruning
 from vla_pruner.methods.pact import PACT
 from vla_pruner.methods.random import Random
-from vla_pruner.methods.recall import Recall, Reuse
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
-from vla_pruner.methods.vla_cache import VLACache
 from vla_pruner.methods.vla_pruner import VLAPruner
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
 from vla_pruner.methods.vtw import VTW
+from vla_pruner.pruning.history import HistorySpec
 
 __all__ = [
+    "PACT",
+    "VLAADP",
+    "VTW",
     "Choice",
+    "DivPrune",
+    "EfficientVLA",
     "Evidence",
+    "FastV",
+    "FitPrune",
+    "Fixed",
     "HistorySpec",
+    "HoloV",
     "Method",
-    "Recall",
-    "Reuse",
+    "NoPruning",
+    "OneCut",
+    "Random",
     "ScoreSpec",
+    "SparseVLM",
+    "SparseVLMRelease",
     "StepContext",
+    "VLAPruner",
+    "VLAPrunerRelease",
     "build",
-    "methods",
+    "list_methods",
+    "parse",
 ]
 
 GROUP = "vla_pruner.methods"
@@ -59,7 +68,6 @@ _BUILT_IN: tuple[type[Method], ...] = (
     SparseVLMRelease,
     DivPrune,
     HoloV,
-    VLACache,
     VLAADP,
     PACT,
     EfficientVLA,
@@ -67,15 +75,17 @@ _BUILT_IN: tuple[type[Method], ...] = (
     VTW,
     Fixed,
 )
+_IN_ROOMS_OF_THEIR_OWN = {"vla-cache": "vla_pruner.vla_cache.method:VLACache"}
 
 
-def methods() -> dict[str, type[Method]]:
+def list_methods() -> dict[str, type[Method]]:
     """Every method that can be named: the built-in ones, then those of the entry-point group.
 
     An installed package registers a subclass of `Method` in the group `vla_pruner.methods`. One
     that cannot be loaded, is no method, or takes a name that is taken is left out with a warning.
     """
     known = {method.name: method for method in _BUILT_IN}
+    known |= {name: _imported(where) for name, where in _IN_ROOMS_OF_THEIR_OWN.items()}
     for entry in entry_points(group=GROUP):
         try:
             loaded = entry.load()
@@ -93,12 +103,72 @@ def methods() -> dict[str, type[Method]]:
     return known
 
 
+def methods() -> dict[str, type[Method]]:
+    """The old name of `list_methods`."""
+    warnings.warn(
+        "`vp.methods()` is now `vp.list_methods()`; the old call goes in version 0.3.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return list_methods()
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options in a method's short form, `NAME[@KEEP][:OPTION=VALUE ...]`.
+
+    "vla-pruner@0.25" keeps a quarter of the visual tokens, "fastv@64" keeps 64 of them,
+    "vla-pruner@0.25:window=1:first=nearest" sets options. A value is a number, true, false, none, a
+    list such as (3,5), or a word. The same form is read by `vp.prune`, `--method`, `--conditions`
+    and YAML files.
+
+    Raises:
+        ValueError: another form.
+    """
+    head, *rest = text.strip().split(":")
+    name, at, keep = head.partition("@")
+    options: dict[str, Any] = {}
+    if at:
+        try:
+            options["keep"] = int(keep) if keep.isdecimal() else float(keep)
+        except ValueError:
+            raise ValueError(
+                f"{text!r}: after '@' comes a fraction such as 0.25 or a number of visual tokens "
+                "such as 64"
+            ) from None
+    for option in rest:
+        key, sign, said = option.partition("=")
+        if not (key and sign and said):
+            raise ValueError(
+                f"{text!r}: options come after a colon as name=value, such as ':window=1'"
+            )
+        options[key] = _value(said)
+    return name, options
+
+
+def _value(said: str) -> Any:
+    words = {"none": None, "true": True, "false": False}
+    if said.lower() in words:
+        return words[said.lower()]
+    try:
+        return ast.literal_eval(said)
+    except (ValueError, SyntaxError):
+        return said
+
+
+def _imported(where: str) -> type[Method]:
+    module, _, name = where.partition(":")
+    found: type[Method] = getattr(import_module(module), name)
+    return found
+
+
 def build(method: str | Method, **options: Any) -> Method:
     """A method from its name and options.
 
     Args:
-        method: a registered name, or an instance, which takes no further options.
-        options: fields of the method; None leaves an option at its default.
+        method: a registered name, the short form that `parse` reads, or an instance, which takes
+            no further options.
+        options: fields of the method; None leaves an option at its default. `tokens`, the number of
+            visual tokens that stay, may stand in the place of `keep`, their share.
 
     Raises:
         ValueError: an unknown name or option (the message lists the valid ones), or a bad value.
@@ -114,7 +184,11 @@ def build(method: str | Method, **options: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise TypeError(f"`method` must be a name or an instance of Method; got {method!r}.")
-    known = methods()
+    method, said = parse(method)
+    if twice := sorted(said.keys() & given.keys()):
+        raise ValueError(f"{', '.join(twice)} stand in {method!r} and beside it; say it once.")
+    given = _with_budget({**given, **said})
+    known = list_methods()
     if method not in known:
         raise ValueError(f"unknown method {method!r}{_suggest(method, list(known))}")
     chosen = known[method]
@@ -123,6 +197,23 @@ def build(method: str | Method, **options: Any) -> Method:
         if name not in valid:
             raise ValueError(f"method {method!r} has no option {name!r}{_suggest(name, valid)}")
     return chosen(**given)
+
+
+def _with_budget(options: dict[str, Any]) -> dict[str, Any]:
+    """`tokens` as methods keep it: an integer `keep`."""
+    if "tokens" not in options:
+        return options
+    tokens = options.pop("tokens")
+    if "keep" in options:
+        raise ValueError(
+            f"`keep={options['keep']}` and `tokens={tokens}` both say how many visual tokens stay; "
+            "give the share or the number."
+        )
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(
+            f"`tokens={tokens!r}` must be a positive number of visual tokens; a share is `keep`."
+        )
+    return {**options, "keep": tokens}
 
 
 def _suggest(wrong: str, valid: list[str]) -> str:

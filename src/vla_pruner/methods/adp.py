@@ -1,4 +1,4 @@
-"""VLA-ADP: prune by what the first layer would look at, and only while the robot moves far."""
+"""VLA-ADP: prune by what the first layer would look at, and not while the robot slows down."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import (
-    Method,
-    Positions,
-    ScoreSpec,
-    StepContext,
-    require_choice,
-    require_int,
-)
+from vla_pruner.methods.base import Evidence, OneCut, Positions, ScoreSpec, StepContext
 from vla_pruner.pruning.budget import Budget, split_by_shares
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import top_k
 
 _TWO_CAMERAS = (0.4, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLAADP(Method):
+class VLAADP(OneCut):
     """Before layer K, keep the tokens with the largest products of queries and keys; gated.
 
     With q, k the queries and keys that layer K makes of its normed input, before rotary positions,
@@ -40,7 +34,8 @@ class VLAADP(Method):
                  `between` says what happens otherwise; all tokens until w values are known
         average: prune if d_t >= e_{t-1}, with e_t = (e_{t-1} + d_t) / 2 and e_1 = d_1
 
-    After `most_in_a_row` pruned steps one runs on all tokens.
+    After `most_in_a_row` pruned steps one runs on all tokens. A robot that stands still moves as
+    far as before, d_t = 0 = max, and is pruned for: the source's rule.
 
     Args:
         keep: fraction or number of visual tokens of a pruned step, over all cameras.
@@ -51,7 +46,8 @@ class VLAADP(Method):
         window: w, at least 2.
         between: "prune", or "hold" what the last step did.
         most_in_a_row: at least 1.
-        rows: R: "all" rows of the prefill, as the public code, or the instruction's ("text").
+        rows: R: "all" rows of the prefill, as the public code, or the instruction's ("text"). Where
+            an adapter's action slots are not zero (`Decoder(action_rows=...)`), "all" counts them.
         layer: K; 0 cuts before the decoder, as the source does.
         positions: "compact", the source's; "keep".
 
@@ -67,7 +63,7 @@ class VLAADP(Method):
     """
 
     name: ClassVar[str] = "vla-adp"
-    summary: ClassVar[str] = "first-layer products, only while the robot moves"
+    summary: ClassVar[str] = "first-layer products, not while the robot slows down"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2509.22093"
     licence: ClassVar[str] = "Apache-2.0 (public code: Apache-2.0 and MIT)"
 
@@ -127,20 +123,11 @@ class VLAADP(Method):
             return True
         return self.between == "hold" and context.since_full == 0
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The k tokens with the largest products: `[B, k]`, ascending."""
-        if semantic is None:
+        if evidence.semantic is None:
             raise ValueError("method 'vla-adp' needs the semantic score; got None.")
-        return top_k(semantic, k, valid=valid)
+        return top_k(evidence.semantic, k, valid=evidence.valid)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         (total,) = Budget(self.keep).resolve(views)

@@ -7,12 +7,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, Positions, require_choice
+from vla_pruner.methods.base import Evidence, OneCut, Positions
 from vla_pruner.pruning.diversity import most_diverse
+from vla_pruner.pruning.options import require_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Method):
+class DivPrune(OneCut):
     """Maximise the smallest distance between any two tokens that stay, greedily.
 
     With v `[n, D]` the projected visual embeddings and `d_ij = 1 - cos(v_i, v_j)`:
@@ -53,15 +54,6 @@ class DivPrune(Method):
         require_choice("first", self.first, ("nearest", "second-nearest"))
         require_choice("positions", self.positions, ("keep", "compact"))
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The greedy max-min set: `[B, k]`, ascending."""
-        return most_diverse(features, k, first=self.first, valid=valid)
+        return most_diverse(evidence.features, k, first=self.first, valid=evidence.valid)

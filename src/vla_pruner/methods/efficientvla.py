@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vla_pruner.methods.base import ScoreSpec, require_choice, require_int
+from vla_pruner.methods.base import Evidence, OneCut, ScoreSpec
 from vla_pruner.methods.recipe import CalibratedMethod, Recipe
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientVLA(CalibratedMethod):
+class EfficientVLA(OneCut, CalibratedMethod):
     """The token module and the layer reduction of EfficientVLA, and its cache of the action head.
 
     Tokens: with A [H, S, S] the attention of layer K-1, the relevance of visual token i is what the
@@ -144,24 +145,22 @@ class EfficientVLA(CalibratedMethod):
         """`(k,)`, or `()` if only layers are left out."""
         return () if self.parts == "layers" else super().schedule(views, num_layers)
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Key, task and diverse tokens: `[B, k]`, ascending.
 
         Raises:
             ValueError: no score, or NaN in scores or features.
         """
-        if semantic is None:
+        if evidence.semantic is None:
             raise ValueError("method 'efficientvla' needs the semantic score; got None.")
-        return key_task_diverse(features, semantic, k, key=self.key, alpha=self.alpha, valid=valid)
+        return key_task_diverse(
+            evidence.features,
+            evidence.semantic,
+            k,
+            key=self.key,
+            alpha=self.alpha,
+            valid=evidence.valid,
+        )
 
 
 def key_task_diverse(

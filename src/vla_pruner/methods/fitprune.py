@@ -36,7 +36,6 @@ class FitPrune(CalibratedMethod):
         keep: budget that the recipe was made for. Over all layers the visual tokens cost what one
             cut to this share of them before layer 3 would cost, unless the recipe was made with
             `--layer`.
-        layer: unused, the recipe names the layers.
         recipe: see `CalibratedMethod`; its values are `{"left": [n_0, ..., n_(T-1)]}`, the visual
             tokens of each layer.
 
@@ -117,7 +116,7 @@ class FitPrune(CalibratedMethod):
 
     def select(self, evidence: Evidence) -> Tensor:
         """The tokens with the largest product of cross and self attention: `[B, k]`, ascending."""
-        self._check(evidence)
+        evidence.check(self.name)
         if evidence.keep_count is None:
             raise ValueError("method 'fitprune' needs `keep_count`, the tokens to leave.")
         missing = [name for name in ("cross", "self") if name not in evidence.scores]

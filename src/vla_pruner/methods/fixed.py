@@ -9,13 +9,14 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence, Method, require_int
+from vla_pruner.methods.base import Evidence, OneCut
+from vla_pruner.pruning.options import require_int
 
 Sets = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed(Method):
+class Fixed(OneCut):
     """Keep given tokens, whatever the image shows: for experiments, and for masks of your own.
 
     Args:
@@ -70,7 +71,7 @@ class Fixed(Method):
         Raises:
             ValueError: another number of rows than of sets.
         """
-        self._check(evidence)
+        evidence.check(self.name)
         self.kept(evidence.views)
         batch, device = evidence.features.shape[0], evidence.features.device
         if len(self.sets) not in (1, batch):

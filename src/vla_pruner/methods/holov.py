@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, Positions, SemanticRows, require_choice, require_int
+from vla_pruner.methods.base import Evidence, OneCut, Positions, SemanticRows
 from vla_pruner.pruning.diversity import crop_quotas
+from vla_pruner.pruning.options import require_choice, require_int
 
 Surrogate = Literal["received", "last", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoloV(Method):
+class HoloV(OneCut):
     """Cut the sequence of visual tokens into crops and share the budget among them.
 
     With a `[n]` an attention score and v `[n, D]` the projected embeddings, in each of G contiguous
@@ -81,20 +82,17 @@ class HoloV(Method):
         rows = {"received": "all", "last": "last", "features": None}
         return rows[self.attention]
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The most attended tokens of each crop: `[B, k]`, ascending."""
-        score = likeness(features, valid) if self.attention == "features" else semantic
+        score = (
+            likeness(evidence.features, evidence.valid)
+            if self.attention == "features"
+            else evidence.semantic
+        )
         assert score is not None
-        return crop_quotas(score, features, k, crops=self.crops, beta=self.beta, valid=valid)
+        return crop_quotas(
+            score, evidence.features, k, crops=self.crops, beta=self.beta, valid=evidence.valid
+        )
 
 
 def likeness(features: Tensor, valid: Tensor | None = None) -> Tensor:

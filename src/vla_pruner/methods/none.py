@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Method
+from vla_pruner.methods.base import Evidence, OneCut
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoPruning(Method):
+class NoPruning(OneCut):
     """Keep every token and cut nowhere. `keep`, `layer` and `budget` are accepted and unused."""
 
     name: ClassVar[str] = "none"
@@ -22,19 +22,10 @@ class NoPruning(Method):
         """No layer."""
         return ()
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """All tokens, in order: `[B, n]`."""
-        batch, size = features.shape[:2]
-        return torch.arange(size, device=features.device).expand(batch, size)
+        batch, size = evidence.features.shape[:2]
+        return torch.arange(size, device=evidence.features.device).expand(batch, size)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         return (sum(views),) if self.budget == "global" else views

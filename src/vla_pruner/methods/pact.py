@@ -9,13 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Evidence, HistorySpec, Method, SemanticRows, require_int
+from vla_pruner.methods.base import Evidence, OneCut, SemanticRows
 from vla_pruner.pruning.coverage import conflict, covering_level, shares
+from vla_pruner.pruning.history import HistorySpec
+from vla_pruner.pruning.options import require_int
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class PACT(Method):
+class PACT(OneCut):
     """Keep the smallest of a few budgets whose tokens hold enough of two scores.
 
     Over the n visual tokens, with S the attention of the action queries in past steps, newest
@@ -99,7 +101,7 @@ class PACT(Method):
 
     def select(self, evidence: Evidence) -> Tensor:
         """As many tokens as cover both scores in every row: `[B, k]`, ascending."""
-        self._check(evidence)
+        evidence.check(self.name, "semantic", "forecast")
         size = evidence.features.shape[1]
         most = self.kept(evidence.views) if evidence.keep_count is None else evidence.keep_count
         p, a = self._scores(evidence.semantic, evidence.forecast, evidence.valid)
@@ -125,11 +127,6 @@ class _Normalised(HistorySpec):
     """Every step's action score is remembered as shares that sum to 1."""
 
     def update(
-        self,
-        history: Tensor,
-        count: Tensor,
-        observed: Tensor,
-        kept: Tensor | None = None,
-        semantic: Tensor | None = None,
+        self, history: Tensor, count: Tensor, observed: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return super().update(history, count, shares(observed), kept, semantic)
+        return super().update(history, count, shares(observed), kept)

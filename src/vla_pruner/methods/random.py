@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, require_int
-from vla_pruner.pruning.lots import lots, no_seeds
+from vla_pruner.methods.base import Evidence, OneCut
+from vla_pruner.pruning.hashed_uniform import hashed_uniform, no_seeds
+from vla_pruner.pruning.options import require_int
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class Random(OneCut):
     """Keep a random subset, drawn anew at every step.
 
     What is drawn depends on `seed` and on the row's own number in `Evidence.seeds` alone: not on
@@ -33,19 +34,10 @@ class Random(Method):
         super().__post_init__()
         require_int("seed", self.seed, 0)
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """The k tokens whose lot is largest: `[B, k]`, ascending."""
-        batch, size = features.shape[:2]
-        if seeds is None:
-            seeds = no_seeds(batch, features.device)
-        token = torch.arange(size, device=features.device)
-        return top_k(lots(seeds, token, self.seed), k, valid=valid)
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
+        """The k tokens whose number is largest: `[B, k]`, ascending."""
+        batch, size = evidence.features.shape[:2]
+        device = evidence.features.device
+        seeds = no_seeds(batch, device) if evidence.seeds is None else evidence.seeds
+        drawn = hashed_uniform(seeds, torch.arange(size, device=device), self.seed)
+        return top_k(drawn, k, valid=evidence.valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,18 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import (
-    Choice,
-    Evidence,
-    Method,
-    Positions,
-    ScoreSpec,
-    require_choice,
-    require_int,
-)
+from vla_pruner.methods.base import Choice, Evidence, Method, Positions, ScoreSpec
 from vla_pruner.pruning.clustering import keep_and_recycle
-from vla_pruner.pruning.lots import lots, no_seeds
-from vla_pruner.pruning.raters import rater_weights
+from vla_pruner.pruning.hashed_uniform import hashed_uniform, no_seeds
+from vla_pruner.pruning.options import require_choice, require_int
+from vla_pruner.pruning.query_weights import query_weights
 from vla_pruner.pruning.schedule import cuts_in, stages_by_last, stages_by_total
 from vla_pruner.pruning.selection import top_k
 
@@ -71,7 +65,6 @@ class SparseVLM(Method):
         group: tokens per cluster, at least 1.
         positions: "compact", survivors are renumbered as in version 1.5, or "keep".
         seed: of the noise that tells equally dense tokens apart.
-        layer: not used; `layers` says where.
 
     Reference: Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language
     Model Inference", ICML 2025.
@@ -97,7 +90,6 @@ class SparseVLM(Method):
     group: int = 10
     positions: Positions = "compact"
     seed: int = 0
-    layer: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,11 +99,6 @@ class SparseVLM(Method):
         require_int("seed", self.seed, 0)
         if not 0.0 <= self.recycle <= 1.0:
             raise ValueError(f"`recycle={self.recycle}` must lie in [0, 1].")
-        if self.layer:
-            raise ValueError(
-                f"`layer={self.layer}`: method 'sparsevlm' cuts three times; use `layers`, or "
-                "method 'sparsevlm-release', which cuts once."
-            )
         if self.layers is None:
             return
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -127,11 +114,11 @@ class SparseVLM(Method):
 
     def scores(self, cut: int) -> Mapping[str, ScoreSpec]:
         """Attention of the raters in the layer before the cut."""
-        return {"semantic": ScoreSpec(layer=cut - 1, rows="voters")}
+        return {"semantic": ScoreSpec(layer=cut - 1, rows="weighted")}
 
-    def voters(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
+    def query_weights(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         """1 for raters, 0 for other words: `[B, T]`."""
-        return rater_weights(visual, text, text_valid)
+        return query_weights(visual, text, text_valid)
 
     def cuts(self, num_layers: int) -> tuple[int, ...]:
         """`layers`, or the source's at the same relative depth.
@@ -167,8 +154,8 @@ class SparseVLM(Method):
         weights = [b - a for a, b in pairwise((*cuts, num_layers))]
         mean = Fraction(self.keep) * visual if isinstance(self.keep, float) else Fraction(whole)
         if self.count == "behind":
-            return stages_by_total(_TABLE, weights, visual, Fraction(round(mean * sum(weights))))
-        total = Fraction(round(mean * num_layers)) - cuts[0] * visual
+            return stages_by_total(_TABLE, weights, visual, _whole(mean * sum(weights)))
+        total = _whole(mean * num_layers) - cuts[0] * visual
         least = Fraction(cuts[0] * visual + sum(weights), num_layers * visual)
         if total < sum(weights):
             raise ValueError(
@@ -181,11 +168,11 @@ class SparseVLM(Method):
 
     def select(self, evidence: Evidence) -> Tensor | Choice:
         """The best tokens and the recycled ones."""
-        self._check(evidence)
+        evidence.check(self.name, "semantic")
         if evidence.keep_count is None or evidence.semantic is None:
             raise ValueError("method 'sparsevlm' needs `keep_count` and the semantic score.")
         if self.recycle == 0:
-            return super().select(evidence)
+            return self.by_view(evidence, _best)
         if evidence.hidden is None:
             raise ValueError("method 'sparsevlm' recycles hidden states; got None.")
         batch, m = evidence.semantic.shape
@@ -205,7 +192,7 @@ class SparseVLM(Method):
                     noise=noise[:, view],
                     valid=None if evidence.valid is None else evidence.valid[:, view],
                 )
-                rows = torch.zeros(batch, k, m, device=noise.device)
+                rows = torch.zeros(batch, k, m, dtype=torch.float32, device=noise.device)
                 if weights is None:
                     rows.scatter_(2, start + chosen[..., None], 1.0)
                 else:
@@ -217,20 +204,6 @@ class SparseVLM(Method):
             return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
         return Choice(torch.cat(kept, dim=1), torch.cat(merge, dim=1))
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
-        """The k best tokens, without recycling: `[B, k]`, ascending."""
-        assert semantic is not None
-        return top_k(semantic, k, valid=valid)
-
     def _noise(self, evidence: Evidence) -> Tensor:
         """`[B, m]`, the same for a token at every step."""
         batch, m = evidence.features.shape[:2]
@@ -238,4 +211,15 @@ class SparseVLM(Method):
         tokens = evidence.tokens
         if tokens is None:
             tokens = torch.arange(m, device=device)
-        return _NOISE * lots(no_seeds(batch, device), tokens, self.seed)
+        return _NOISE * hashed_uniform(no_seeds(batch, device), tokens, self.seed)
+
+
+def _best(evidence: Evidence, k: int) -> Tensor:
+    """The k tokens with the highest score: `[B, k]`, ascending."""
+    assert evidence.semantic is not None
+    return top_k(evidence.semantic, k, valid=evidence.valid)
+
+
+def _whole(budget: Fraction) -> Fraction:
+    """Rounded down; what is a whole number but for the rounding of `keep` counts as one."""
+    return Fraction(math.floor(budget + Fraction(1, 10**6)))

@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vla_pruner.methods.base import Method, ScoreSpec, require_int
+from vla_pruner.methods.base import Evidence, OneCut, ScoreSpec
 from vla_pruner.pruning.budget import Budget
-from vla_pruner.pruning.raters import rater_weights
+from vla_pruner.pruning.options import require_int
+from vla_pruner.pruning.query_weights import query_weights
 from vla_pruner.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLMRelease(Method):
+class SparseVLMRelease(OneCut):
     """One cut before layer K, by the attention of the raters in layer K-1, at the common budget.
 
     With E_v `[M, D]` and E_t `[T', D]` the embeddings of image and text as they enter layer 0, the
@@ -57,29 +58,20 @@ class SparseVLMRelease(Method):
 
     def scores(self, cut: int) -> Mapping[str, ScoreSpec]:
         """Attention of the raters in the layer before the cut."""
-        return {"semantic": ScoreSpec(layer=cut - 1, rows="voters")}
+        return {"semantic": ScoreSpec(layer=cut - 1, rows="weighted")}
 
-    def voters(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
+    def query_weights(self, visual: Tensor, text: Tensor, text_valid: Tensor) -> Tensor:
         """1 for raters, 0 for other tokens: `[B, T]`."""
         number = text_valid.int().cumsum(dim=1)
         inner = text_valid & (number > 1) & (number < number[:, -1:])
         inner = torch.where(inner.any(dim=1, keepdim=True), inner, text_valid)
-        return rater_weights(visual, text, inner, strict=False)
+        return query_weights(visual, text, inner, strict=False)
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """The k tokens with the highest score: `[B, k]`, ascending."""
-        if semantic is None:
+        if evidence.semantic is None:
             raise ValueError("method 'sparsevlm-release' needs the semantic score; got None.")
-        return top_k(semantic, k, valid=valid)
+        return top_k(evidence.semantic, k, valid=evidence.valid)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         keep = 1 - (1 - self.keep) if isinstance(self.keep, float) else self.keep

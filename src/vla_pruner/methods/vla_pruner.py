@@ -7,21 +7,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import (
-    HistorySpec,
-    Method,
-    SemanticRows,
-    StepContext,
-    require_choice,
-    require_int,
-)
+from vla_pruner.methods.base import Evidence, OneCut, SemanticRows, StepContext
 from vla_pruner.pruning.coverage import shares
-from vla_pruner.pruning.history import Censored, discrepancy
+from vla_pruner.pruning.history import Censored, HistorySpec
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import combine_then_filter, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLAPruner(Method):
+class VLAPruner(OneCut):
     """Dual-level pruning as the paper describes it (section 4.2, Algorithms 1 and 2).
 
     The semantic score is the mean attention of all prefill queries (Eq. 2), the action score a
@@ -30,17 +24,7 @@ class VLAPruner(Method):
     steps of an episode run on all tokens.
 
     The defaults are the paper's. Cut tokens get no action attention, so that the forecast then only
-    names what was kept in the last `window` steps; `censored`, `refresh` and `bypass` are remedies.
-    With `adapt` the window depends on the scene (the paper's Remark 1 and section C ask for it; the
-    formulas are ours):
-
-        c        = mean over visual tokens of 1 - cosine(E^t_m, E^{t-1}_m), projected embeddings
-        S_hat    = sum_{i=1..w} gamma^i exp(-adapt c (i - 1)) S_act^{t-i}
-        d        = 1 - |top_q(S_hat^{t-1}) and top_q(S_act^{t-1})| / q,  q = ceil(n / 4),
-                   both over the n tokens that the action queries of step t-1 could see
-        full     = t < w,  or refresh - 1 pruned steps since the last full one,  or d >= bypass
-
-    Full steps are counted in a session's reports as what they cost.
+    names what was kept in the last `window` steps; `censored="carry"` and `refresh` are remedies.
 
     Args:
         window: past steps that the forecast looks back on, and steps that run unpruned.
@@ -50,13 +34,8 @@ class VLAPruner(Method):
         action_layers: layers whose action attention is averaged: "latter-half" or indices.
         first: first token of the search: "second-nearest" (the paper) or "nearest".
         score_layer: layer of the semantic score; None: the last one before the cut.
-        censored: what is remembered of cut tokens, see `HistorySpec`: "zero" (the paper), "carry",
-            "decay" or "impute".
-        fade: factor of "decay" per step, in [0, 1].
+        censored: what is remembered of cut tokens, "zero" (the paper) or "carry"; `HistorySpec`.
         refresh: every so many steps one runs on all tokens, at least 2; None: never.
-        bypass: a step runs on all tokens if the last one's discrepancy d was at least this, in
-            (0, 1]; None: never. Unrelated scores have a d of about 3/4.
-        adapt: how much visual change shortens the window, at least 0; for "window" alone.
         levels: "both", or ablations: "prefill", the k best tokens of the semantic score, or
             "action", those of the forecast. The first `window` steps run on all tokens in either.
         fusion: ablation: weight of the semantic score in [0, 1]; the k best tokens by
@@ -81,10 +60,7 @@ class VLAPruner(Method):
     first: Literal["second-nearest", "nearest"] = "second-nearest"
     score_layer: int | None = None
     censored: Censored = "zero"
-    fade: float = 0.8
     refresh: int | None = None
-    bypass: float | None = None
-    adapt: float = 0.0
     levels: Literal["both", "prefill", "action"] = "both"
     fusion: float | None = None
 
@@ -104,8 +80,6 @@ class VLAPruner(Method):
         _ = self._memory()
         if self.refresh is not None:
             require_int("refresh", self.refresh, 2)
-        if self.bypass is not None and not 0.0 < self.bypass <= 1.0:
-            raise ValueError(f"`bypass={self.bypass}` must lie in (0, 1].")
         if self.fusion is not None and not 0.0 <= self.fusion <= 1.0:
             raise ValueError(f"`fusion={self.fusion}` must lie in [0, 1].")
         if self.fusion is not None and self.levels != "both":
@@ -113,18 +87,16 @@ class VLAPruner(Method):
                 f'`fusion={self.fusion}` weighs two scores and `levels="{self.levels}"` has one; '
                 "leave one of them out."
             )
-        remedies = {"censored": self.censored != "zero", "bypass": self.bypass is not None}
-        for option, used in {**remedies, "adapt": self.adapt > 0}.items():
-            if used and self.levels == "prefill":
-                raise ValueError(
-                    f"`{option}={getattr(self, option)!r}` is about action scores, which "
-                    '`levels="prefill"` does without; leave one of them out.'
-                )
+        if self.censored != "zero" and self.levels == "prefill":
+            raise ValueError(
+                f"`censored={self.censored!r}` is about action scores, which "
+                '`levels="prefill"` does without; leave one of them out.'
+            )
 
     @property
     def semantic_rows(self) -> SemanticRows | None:
         """Every prefill query votes, if anything asks for the semantic score."""
-        return None if self.levels == "action" and self.censored != "impute" else "all"
+        return None if self.levels == "action" else "all"
 
     @property
     def history(self) -> HistorySpec | None:
@@ -139,8 +111,6 @@ class VLAPruner(Method):
             alpha=self.alpha,
             layers=self.action_layers,
             censored=self.censored,
-            fade=self.fade,
-            adapt=self.adapt,
         )
 
     @property
@@ -148,47 +118,26 @@ class VLAPruner(Method):
         """As many steps as the window looks back on."""
         return self.window
 
-    @property
-    def wants_change(self) -> bool:
-        """Whether the window depends on it."""
-        return self.adapt > 0
-
     def full_step(self, context: StepContext) -> bool:
-        """Warm-up, a refresh that is due, or a last forecast that was wrong."""
-        if context.step < self.warmup:
-            return True
-        if self.refresh is not None and context.since_full >= self.refresh - 1:
-            return True
-        forecast, observed, kept = context.forecast, context.observed, context.kept
-        if self.bypass is None or forecast is None or observed is None or kept is None:
-            return False
-        return discrepancy(forecast, observed, kept) >= self.bypass
+        """Warm-up, or a refresh that is due."""
+        due = self.refresh is not None and context.since_full >= self.refresh - 1
+        return context.step < self.warmup or due
 
     def semantic_layer(self, cut: int) -> int:
         """`score_layer`, or the last layer before the cut."""
         return cut - 1 if self.score_layer is None else self.score_layer
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Algorithm 2, or the ablation that `levels` or `fusion` names: `[B, k]`, ascending."""
-        if self.levels == "action":
-            assert forecast is not None
-            return top_k(forecast, k, valid=valid)
-        assert semantic is not None
-        if self.levels == "prefill":
-            return top_k(semantic, k, valid=valid)
-        if self.fusion is None:
-            return combine_then_filter(
-                features, semantic, forecast, k, first=self.first, valid=valid
-            )
-        assert forecast is not None
-        mixed = self.fusion * shares(semantic, valid) + (1 - self.fusion) * shares(forecast, valid)
-        return top_k(mixed, k, valid=valid)
+        semantic, forecast, valid = evidence.semantic, evidence.forecast, evidence.valid
+        if self.levels != "both":
+            score = forecast if self.levels == "action" else semantic
+            assert score is not None
+            return top_k(score, k, valid=valid)
+        assert semantic is not None and forecast is not None
+        if self.fusion is not None:
+            own, other = shares(semantic, valid), shares(forecast, valid)
+            return top_k(self.fusion * own + (1 - self.fusion) * other, k, valid=valid)
+        return combine_then_filter(
+            evidence.features, semantic, forecast, k, first=self.first, valid=valid
+        )

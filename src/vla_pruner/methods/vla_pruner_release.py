@@ -7,13 +7,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vla_pruner.methods.base import HistorySpec, Method, SemanticRows, require_choice, require_int
+from vla_pruner.methods.base import Evidence, OneCut, SemanticRows
 from vla_pruner.pruning.budget import Budget
+from vla_pruner.pruning.history import HistorySpec
+from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import combine_then_filter
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLAPrunerRelease(Method):
+class VLAPrunerRelease(OneCut):
     """The public release (OpenVLA branch, commit fa5bfed), where it differs from the paper.
 
     Action attention comes from one layer, index 15 of 32, instead of the latter half; the weights
@@ -67,19 +69,17 @@ class VLAPrunerRelease(Method):
         """As many steps as the window looks back on."""
         return self.window
 
-    def choose(
-        self,
-        features: Tensor,
-        semantic: Tensor | None,
-        forecast: Tensor | None,
-        k: int,
-        *,
-        valid: Tensor | None = None,
-        seeds: Tensor | None = None,
-    ) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Algorithm 2 with the release's first token: `[B, k]`, ascending."""
-        assert semantic is not None
-        return combine_then_filter(features, semantic, forecast, k, first="nearest", valid=valid)
+        assert evidence.semantic is not None
+        return combine_then_filter(
+            evidence.features,
+            evidence.semantic,
+            evidence.forecast,
+            k,
+            first="nearest",
+            valid=evidence.valid,
+        )
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         keep = 1 - (1 - self.keep) if isinstance(self.keep, float) else self.keep

@@ -83,6 +83,6 @@ class VTW(CalibratedMethod):
 
     def select(self, evidence: Evidence) -> Tensor:
         """Nothing: `[B, 0]`."""
-        self._check(evidence)
+        evidence.check(self.name)
         features = evidence.features
         return torch.empty(features.shape[0], 0, dtype=torch.int64, device=features.device)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from torch import nn
 
-from vla_pruner.surgery.layout import Adapter, Layout
+from vla_pruner.core.layout import Adapter, Layout
 
-__all__ = ["Adapter", "Family", "Layout", "find_adapter", "models"]
+__all__ = ["Adapter", "Family", "Layout", "find_adapter", "list_models", "models", "unwrapped"]
 
 GROUP = "vla_pruner.models"
 
@@ -42,6 +43,15 @@ def class_named(*names: str) -> Callable[[nn.Module], bool]:
 def _made_by(module: str) -> Callable[[nn.Module], Adapter]:
     """A `make` that imports `module` when it is needed and calls its `adapter(model)`."""
     return lambda model: import_module(module).adapter(model)
+
+
+def _has_image_token(model: nn.Module) -> bool:
+    """Whether `input_ids` of a model hold a token that stands for visual ones."""
+    config = getattr(model, "config", None)
+    return any(
+        isinstance(getattr(config, name, None), int)
+        for name in ("image_token_id", "image_token_index", "video_token_id")
+    )
 
 
 _PI_CORES = ("PI0Pytorch", "PI05Pytorch", "PI0FastPytorch")
@@ -85,17 +95,8 @@ _BUILT_IN = (
     ),
     Family(
         "hf-vlm",
-        "PaliGemma, LLaVA, Qwen2-VL, 2.5-VL and 3-VL, Idefics3, SmolVLM, InternVL of transformers",
-        class_named(
-            "PaliGemmaForConditionalGeneration",
-            "LlavaForConditionalGeneration",
-            "Qwen2VLForConditionalGeneration",
-            "Qwen2_5_VLForConditionalGeneration",
-            "Qwen3VLForConditionalGeneration",
-            "Idefics3ForConditionalGeneration",
-            "SmolVLMForConditionalGeneration",
-            "InternVLForConditionalGeneration",
-        ),
+        "every vision-language model of transformers with an image token (LLaVA, Qwen-VL, ...)",
+        _has_image_token,
         _made_by("vla_pruner.models.hf_vlm"),
     ),
 )
@@ -107,6 +108,16 @@ def built_in() -> tuple[Family, ...]:
 
 
 def models() -> dict[str, Family]:
+    """The old name of `list_models`."""
+    warnings.warn(
+        "`vp.models()` is now `vp.list_models()`; the old call goes in version 0.3.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return list_models()
+
+
+def list_models() -> dict[str, Family]:
     """Every known model family: the built-in ones, then those of the entry-point group.
 
     An installed package registers a `Family` in the group `vla_pruner.models`. One that cannot be
@@ -136,7 +147,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     Raises:
         TypeError: no family knows the model.
     """
-    known = models()
+    known = list_models()
     for family in known.values():
         if family.matches(model):
             return family.make(model)
@@ -145,3 +156,31 @@ def find_adapter(model: nn.Module) -> Adapter:
         "layers and visual tokens are: vp.prune(model, ..., adapter=vp.models.Decoder("
         'layers="model.layers", visual=slice(1, 257))).'
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, peft or a wrapper for training; others as they are.
+
+    Raises:
+        TypeError: a wrapper whose model runs in several threads.
+    """
+    for _ in range(8):
+        kind = type(model).__name__
+        if kind == "DataParallel":
+            raise TypeError(
+                "DataParallel runs copies of a model in several threads, which a session cannot "
+                "follow; prune `model.module` in one process per GPU instead."
+            )
+        if kind == "OptimizedModule":
+            inner = getattr(model, "_orig_mod", None)
+        elif kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            inner = getattr(model, "module", None)
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            find: Any = model.get_base_model
+            inner = find()
+        else:
+            return model
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+    return model

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.surgery.layout import Adapter, Layout, text_behind
+from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.layout import Adapter, Layout, text_behind
 
 
 class Decoder(Adapter):
@@ -26,6 +28,9 @@ class Decoder(Adapter):
 
     Methods that compare camera images get them from `session.frame`, and take the visual tokens of
     a camera for the patches of its image, row by row.
+
+    The visual token that ends a prompt, and those before a label, stay: their own rows are read.
+    Rows of other dropped tokens come out as zeros.
 
     Raises:
         TypeError, ValueError: `visual`, `views` or `action_rows` does not make sense, or the model
@@ -55,9 +60,12 @@ class Decoder(Adapter):
             )
         self._layers: Sequence[nn.Module] = ()
         self._known: tuple[int, torch.device, Layout] | None = None
+        self._model: nn.Module | None = None
+        self._labels: Tensor | None = None
 
     def bind(self, model: nn.Module) -> None:
         """Find the decoder: the module that holds the layers."""
+        self._model = model
         if isinstance(self._where, str):
             path, _, name = self._where.rpartition(".")
             try:
@@ -79,33 +87,98 @@ class Decoder(Adapter):
     def layers(self) -> Sequence[nn.Module]:
         return self._layers
 
+    def attach(self, undo: ExitStack) -> None:
+        """Read the labels that the model is called with."""
+        if self._model is not None and self._model is not self.decoder:
+            before(self._model, self._called, undo)
+            after(self._model, self._returned, undo, always=True)
+
+    def _called(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        self._labels = labels if isinstance(labels, Tensor) else None
+
+    def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._labels = None
+
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """The same positions in every prefill, moved right by padding; all text is behind them.
 
+        None for a prefill that ends before the first of them: it is a prefix.
+
         Raises:
-            ValueError: the prefill is shorter than the last visual position.
+            ValueError: the prefill ends among the visual positions.
         """
         length, device = inputs.shape[1], inputs.device
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if mask is None and self._known is not None and self._known[:2] == (length, device):
+        plain = mask is None and self._labels is None
+        if plain and self._known is not None and self._known[:2] == (length, device):
             return self._known[2]
-        last = int(self._positions[:, -1].max())
+        first, last = self._span()
+        if length <= first:
+            return None
         if last >= length:
             raise ValueError(
                 f"`visual` reaches position {last}, but this prefill has {length} tokens."
             )
-        visual = self._positions.to(device)
-        if mask is not None:
-            mask = mask[:, :length].to(device)
-            visual = visual + mask.to(torch.int8).argmax(dim=1, keepdim=True)
-        text = text_behind(visual, length, earliest=int(self._positions[:, -1].min()) + 1)
-        layout = Layout(
-            visual, self._views, valid_rows=mask, action_rows=self._action_rows, text_rows=text
-        )
-        if mask is None:
+        with torch.inference_mode(False):  # What is known may be saved for a backward pass later.
+            layout = self._at(length, 0, mask, device)
+        if plain:
             self._known = (length, device, layout)
         return layout
+
+    def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
+        """The visual tokens, if this pass brings them all.
+
+        Raises:
+            NotImplementedError: a pass that brings some of them.
+        """
+        length, (first, last) = inputs.shape[1], self._span()
+        if first < past or first >= past + length:
+            return None
+        if last >= past + length:
+            raise NotImplementedError(
+                f"visual tokens stand at {first}..{last}, and a pass brings {past}.."
+                f"{past + length - 1}; an image that is split over several passes cannot be pruned "
+                "as a whole. Give the prompt at once, or all of the image in one pass."
+            )
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        with torch.inference_mode(False):
+            return self._at(length, past, mask, inputs.device)
+
+    def _span(self) -> tuple[int, int]:
+        return int(self._positions[:, 0].min()), int(self._positions[:, -1].max())
+
+    def _at(self, length: int, past: int, mask: Tensor | None, device: torch.device) -> Layout:
+        visual = self._positions.to(device) - past
+        if mask is not None:
+            visual = visual + mask.to(device, torch.int8).argmax(dim=1, keepdim=True)
+            mask = mask[:, past : past + length].to(device)
+        first = int(self._positions[:, -1].min()) + 1 - past
+        text = text_behind(visual, length, earliest=first)
+        return Layout(
+            visual,
+            self._views,
+            valid_rows=mask,
+            action_rows=self._action_rows,
+            text_rows=text,
+            read=self._read(visual, length, mask),
+        )
+
+    def _read(self, visual: Tensor, length: int, mask: Tensor | None) -> tuple[int, ...]:
+        """Visual tokens that end the prompt, or stand before a label."""
+        last = torch.tensor([[length - 1]], device=visual.device)
+        if mask is not None:
+            last = length - 1 - mask.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
+        hit = (visual == last).any(dim=0)
+        labels = self._labels
+        if labels is not None and labels.ndim == 2 and labels.shape[1] == length:
+            rows = torch.arange(1, length + 1, device=visual.device).clamp_max(length - 1)
+            named = (labels.to(visual.device)[:, rows] != -100).any(dim=0)
+            named[-1] = False
+            hit = hit | named[visual].any(dim=0)
+        return tuple(hit.nonzero()[:, 0].tolist())
 
 
 def _positions(visual: slice | Tensor) -> Tensor:

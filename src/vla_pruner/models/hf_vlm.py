@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -9,19 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.surgery.layout import Adapter, Layout, text_behind
+from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.layout import Adapter, Layout, text_behind
+
+_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 class ImageTokenVLM(Adapter):
-    """Adapter for models whose `input_ids` hold one image token per visual token.
+    """Adapter for models whose `input_ids` hold one image (or video) token per visual token.
 
-    Each unbroken run of image tokens is a view (an image, or a tile of one). All sequences of a
-    batch need the same number of image tokens; text may be padded on the left.
+    Each unbroken run of such tokens is a view (an image, a tile of one, a frame). All sequences of
+    a batch need the same number of them; text may be padded on the left. Where a model is called
+    with `inputs_embeds` and `pixel_values`, the tokens are found by their embedding; where image
+    features are already in `inputs_embeds`, `session.visual_places(mask)` says where.
+
+    A visual token whose own output row is read stays: the last of the prompt, one before a label,
+    and, where the caller gets the logits of all rows, the last of each view.
 
     Args:
         model: a model with `config.image_token_id` (or `image_token_index`) and a language model
             inside.
-        image_token_id: overrides the one in the configuration.
+        image_token_id: overrides those in the configuration.
 
     Raises:
         TypeError: no image token or no language model in `model`.
@@ -31,42 +40,58 @@ class ImageTokenVLM(Adapter):
         self.model = model
         self.decoder = _language_model(model)
         config: Any = model.config
-        found = image_token_id
-        for name in ("image_token_id", "image_token_index"):
-            found = getattr(config, name, None) if found is None else found
-        if found is None:
+        found = [image_token_id]
+        if image_token_id is None:
+            found = [getattr(config, name, None) for name in _TOKENS]
+        self.token_ids = tuple(dict.fromkeys(int(one) for one in found if one is not None))
+        if not self.token_ids:
             raise TypeError(f"{type(model).__name__} has no `config.image_token_id`.")
-        self.image_token_id = int(found)
         deep = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
         self.earliest_cut = len(deep or ())
         # Where images are shown in tiles, a token is no patch of the whole image.
         self.gives_frames = not hasattr(config, "scale_factor")
-        self._ids: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._call: dict[str, Any] = {}
+        self._places: Tensor | None = None
+        self._reason: str | None = None
         self._verified = False
 
     def attach(self, undo: ExitStack) -> None:
-        """Read the ids that the top model is called with."""
-        handle = self.model.register_forward_pre_hook(self._read_ids, with_kwargs=True)
-        undo.callback(handle.remove)
+        """Read what the top model is called with."""
+        before(self.model, self._called, undo)
+        after(self.model, self._returned, undo, always=True)
 
-    def _read_ids(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        self._ids = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def take_places(self, mask: Tensor) -> None:
+        """Visual places `[B, S]` of the next call; see `Session.visual_places`."""
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"`mask` must be bool [B, S], True at visual tokens; got {tuple(mask.shape)} "
+                f"{mask.dtype}."
+            )
+        self._places = mask
 
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._call = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._call, self._places = {}, None
+
+    # ------------------------------------------------------------------ where things are
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
-        """Image tokens of the call in progress, text behind the last one; None for text alone.
+        """Visual tokens of the call in progress, text behind the last one; None for text alone.
 
         Raises:
             ValueError: sequences with different numbers of image tokens; or, on the first call,
                 image tokens that no image was put in.
         """
-        ids = self._ids
-        if ids is None or ids.shape != inputs.shape[:2]:
+        return self.continued(inputs, kwargs, 0)
+
+    def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
+        """The same of a pass that continues a cache."""
+        is_visual = self._visual(inputs)
+        if is_visual is None:
             return None
-        is_image = ids == self.image_token_id
-        counts = is_image.sum(dim=1).tolist()
+        counts = is_visual.sum(dim=1).tolist()
         if not any(counts):
             return None
         if len(set(counts)) > 1:
@@ -74,35 +99,96 @@ class ImageTokenVLM(Adapter):
                 f"sequences of one batch have {counts} image tokens; pruning needs the same number "
                 "in each: group images of one size."
             )
-        visual = is_image.nonzero()[:, 1].view(len(ids), -1).to(inputs.device)
-        if not self._verified:
-            self._verify(inputs, visual)
+        length = inputs.shape[1]
+        visual = is_visual.nonzero()[:, 1].view(len(is_visual), -1).to(inputs.device)
+        if not self._verified and self._call.get("input_ids") is not None:
+            self._verify(inputs, visual, self._call["input_ids"])
             self._verified = True
-        mask = None if self._mask is None else self._mask.to(inputs.device)
-        text = text_behind(visual, inputs.shape[1], earliest=int(visual[:, -1].min()) + 1)
-        return Layout(visual, _runs(visual), valid_rows=mask, text_rows=text)
+        mask = self._call.get("attention_mask")
+        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + length
+        valid = mask[:, past : past + length].to(inputs.device) if known else None  # type: ignore[index]
+        text = text_behind(visual, length, earliest=int(visual[:, -1].min()) + 1)
+        read = self._read(is_visual.to(inputs.device), valid)
+        return Layout(visual, _runs(visual), valid_rows=valid, text_rows=text, read=read)
 
-    def _verify(self, inputs: Tensor, visual: Tensor) -> None:
+    def left_alone(self) -> str | None:
+        """A prefill of embeddings may hold an image that nobody has named."""
+        return self._reason
+
+    def _visual(self, inputs: Tensor) -> Tensor | None:
+        """`[B, S]` bool, where visual tokens are; None: unknown, or there is none."""
+        self._reason = None
+        shape, call = inputs.shape[:2], self._call
+        if self._places is not None and self._places.shape == shape:
+            return self._places
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if ids is not None and ids.shape == shape:
+            return torch.isin(ids, torch.tensor(self.token_ids, device=ids.device))
+        if embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
+            table: Any = _table(self.model)
+            tokens = torch.tensor(self.token_ids, device=embeds.device)
+            blank = table(tokens).to(embeds.dtype)  # [T, D]
+            return (embeds[:, :, None] == blank).all(dim=-1).any(dim=-1)
+        if shape[1] > 1:
+            how = "with `inputs_embeds`" if call else "past its top module"
+            self._reason = (
+                f"{type(self.model).__name__} was called {how}, so that nobody knows where visual "
+                "tokens are; if there are any, say so before the call: "
+                "`session.visual_places(mask)`."
+            )
+        return None
+
+    def _has_pixels(self) -> bool:
+        return any(value is not None for name, value in self._call.items() if "pixel" in name)
+
+    def _read(self, is_visual: Tensor, valid: Tensor | None) -> tuple[int, ...]:
+        """Visual tokens, counted among them, whose own output row the caller reads."""
+        length, labels = is_visual.shape[1], self._call.get("labels")
+        behind = torch.zeros_like(is_visual)  # Whether the next place is no visual token.
+        behind[:, :-1] = ~is_visual[:, 1:]
+        if valid is not None:
+            behind[:, :-1] &= valid[:, 1:] > 0
+        asked = self._call.get("logits_to_keep", 0)
+        wanted = torch.zeros_like(is_visual)
+        last = torch.full((len(is_visual), 1), length - 1, device=is_visual.device)
+        if valid is not None:
+            last = length - 1 - valid.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
+        wanted.scatter_(1, last, True)
+        if isinstance(asked, Tensor):
+            wanted[:, asked.to(is_visual.device)] = True
+        elif asked:
+            wanted[:, -int(asked) :] = True
+        else:
+            wanted |= behind
+        if isinstance(labels, Tensor) and labels.shape == is_visual.shape:
+            wanted[:, :-1] |= (labels[:, 1:] != -100).to(is_visual.device)
+        hit = wanted & is_visual
+        if not bool(hit.any()):
+            return ()
+        tokens = is_visual.long().cumsum(dim=1) - 1
+        return tuple(sorted(set(tokens[hit].tolist())))
+
+    def _verify(self, inputs: Tensor, visual: Tensor, ids: Tensor) -> None:
         """The decoder gets image features at these positions, not what the token id stands for."""
         if inputs.ndim != 3:
             found = "the language model gets token ids"
         else:
-            table: Any = self.model.get_input_embeddings
-            blank = table()(torch.tensor(self.image_token_id, device=inputs.device))
+            table: Any = _table(self.model)
             at = inputs.gather(1, visual[..., None].expand(-1, -1, inputs.shape[-1]))
-            empty = int((at == blank.to(at.dtype)).all(dim=-1).sum())
+            blank = table(ids.to(visual.device).gather(1, visual)).to(at.dtype)
+            empty = int((at == blank).all(dim=-1).sum())
             if not empty:
                 return
             found = f"{empty} of {visual.numel()} image tokens hold no image features"
         raise ValueError(
-            f"{found}, at the positions of token {self.image_token_id} in `input_ids`; pass "
+            f"{found}, at the positions of tokens {self.token_ids} in `input_ids`; pass "
             "`pixel_values` with as many images as the prompt names, or give the right "
             "`image_token_id` to vp.models.ImageTokenVLM."
         )
 
 
 def adapter(model: nn.Module) -> ImageTokenVLM:
-    """Adapter of a known VLM."""
+    """Adapter of a VLM with an image token."""
     return ImageTokenVLM(model)
 
 
@@ -116,13 +202,32 @@ def _runs(visual: Tensor) -> tuple[int, ...]:
 
 
 def _language_model(model: nn.Module) -> nn.Module:
-    """The module that runs the decoder layers."""
+    """The module that runs the decoder layers.
+
+    Raises:
+        TypeError: there is none, or it is half of an encoder and a decoder.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"{name} has an encoder that reads the image and a decoder that attends to it; pruning "
+            "works in models whose decoder reads visual tokens among the words."
+        )
     for path in ("model.language_model", "model.text_model", "language_model", "text_model"):
         try:
-            found = model.get_submodule(path)
+            found: Any = model.get_submodule(path)
         except AttributeError:
             continue
-        found = getattr(found, "model", found)
-        if isinstance(getattr(found, "layers", None), nn.ModuleList):
-            return found
-    raise TypeError(f"found no language model with decoder layers in {type(model).__name__}.")
+        for _ in range(3):
+            if isinstance(getattr(found, "layers", None), nn.ModuleList):
+                return found
+            found = getattr(found, "model", None) or getattr(found, "decoder", found)
+    raise TypeError(
+        f"found no language model with decoder layers in {name}; say where they are: "
+        'vp.models.Decoder(layers="...", visual=slice(...)).'
+    )
+
+
+def _table(model: Any) -> Any:
+    """The embedding of token ids."""
+    return model.get_input_embeddings()

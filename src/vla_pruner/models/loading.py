@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from .checks import listed
+from .folder import CheckpointError, is_finite, read_json, reading
 
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 
@@ -55,7 +57,26 @@ def load(
         return pi0.from_pretrained(where, device=device, dtype=dtype, **options)
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype or "auto", **options)
+    if options.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code: Python code that comes with a model is not run here; load it "
+            "yourself and give the model to `vp.prune`"
+        )
+    if config.get("model_type") is None:
+        raise CheckpointError(f"{where}: its config.json names no model_type")
+    with reading(Path(where), "transformers cannot load it: "):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            where,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if absent := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise CheckpointError(f"{where} lacks {len(absent)} tensors: {listed(absent)}")
+    broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor)]
+    if broken:
+        raise CheckpointError(f"{where}: NaN or infinite numbers in {listed(broken)}")
     return model.to(device).eval()
 
 
@@ -80,10 +101,4 @@ def _read_config(where: str) -> dict[str, Any]:
                 f"there is no folder {where!r} here, and the Hugging Face hub did not give its "
                 f"config.json ({str(error).strip().splitlines()[0]})"
             ) from error
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return found
+    return read_json(file)

@@ -1,16 +1,17 @@
-"""`vp.prune`: attach a pruning method to a model."""
+"""`vp.prune`: attach a pruning method to a model. `vp.remove`: take it off again."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from torch import nn
 
+from vla_pruner.core.session import Session, session_of
 from vla_pruner.methods import build
 from vla_pruner.methods.base import Method
-from vla_pruner.models.base import Adapter, find_adapter
+from vla_pruner.models.base import Adapter, find_adapter, unwrapped
 from vla_pruner.models.recipes import settle
-from vla_pruner.surgery.session import Session
 
 
 def prune(
@@ -18,8 +19,10 @@ def prune(
     method: str | Method = "vla-pruner",
     *,
     keep: float | int | None = None,
+    tokens: int | None = None,
     layer: int | None = None,
     adapter: Adapter | None = None,
+    replace: bool = False,
     mode: Literal["drop", "mask"] = "drop",
     **method_options: Any,
 ) -> Session:
@@ -28,21 +31,25 @@ def prune(
         with vp.prune(model, "vla-pruner", keep=0.25) as session:
             session.reset()                     # a new episode
             action = model.predict_action(...)  # as ever
-            session.last                        # what was kept, and why
+            print(session.last)                 # what was kept
 
     Args:
-        model: a model of a known family (`vp.models()`), or any other with an `adapter`.
-        method: a name (`vp.methods()`) or an instance.
-        keep: fraction of the visual tokens in (0, 1], or their number; None: the method's default.
+        model: a model of a known family (`vp.list_models()`), or any other with an `adapter`.
+        method: a name (`vp.list_methods()`), the short form "vla-pruner@0.25:window=1", or an
+            instance.
+        keep: share of the visual tokens that stay, in (0, 1]; None: the method's default.
+        tokens: their number, instead of `keep`.
         layer: K, the number of layers that still see every token; None: the method's default.
 
     You may tinker with:
         adapter: where layers and visual tokens are, for a model that no family knows.
+        replace: whether a session that the model already has is removed first.
         mode: "mask" makes the same choice but hides tokens instead of removing them (slow).
         method_options: further options of the method (`vla-pruner methods NAME` lists them).
 
     Returns:
-        A session; leave its `with` block or call `remove()`, and the model is what it was.
+        A session; leave its `with` block or call `remove()`, and the model is what it was. It lives
+        as long as the model does, whether it is kept or not.
 
     Raises:
         ValueError: an unknown method, option or mode, or a value outside its range.
@@ -52,6 +59,43 @@ def prune(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-    chosen = build(method, keep=keep, layer=layer, **method_options)
-    adapter = adapter or find_adapter(model)
-    return Session(model, settle(chosen, model, adapter), adapter, mode=mode)
+    if isinstance(keep, int) and not isinstance(keep, bool):
+        _refuse_one(keep)
+    chosen = build(method, keep=keep, tokens=tokens, layer=layer, **method_options)
+    inner = unwrapped(model)
+    adapter = adapter or find_adapter(inner)
+    if replace:
+        remove(inner)
+    return Session(inner, settle(chosen, inner, adapter), adapter, mode=mode)
+
+
+def remove(model: nn.Module) -> bool:
+    """Take the pruning session off a model, whoever has put it there.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    session = session_of(unwrapped(model))
+    if session is None:
+        return False
+    session.remove()
+    return True
+
+
+def _refuse_one(keep: int) -> None:
+    if keep == 1:
+        raise ValueError(
+            "`keep=1` may mean everything or one token; write keep=1.0 for all visual tokens, or "
+            "tokens=1 for a single one."
+        )
+    warnings.warn(
+        f"`keep={keep}` as a number of tokens is now `tokens={keep}`; `keep` is a share in (0, 1]. "
+        "The old spelling goes in version 0.3.",
+        DeprecationWarning,
+        stacklevel=3,
+    )

@@ -44,7 +44,7 @@ def weights_digest(model: nn.Module) -> str:
     heads = [parameter.detach().flatten()[:_SAMPLE] for parameter in parameters]
     padded = [nn.functional.pad(head.bfloat16(), (0, _SAMPLE - len(head))) for head in heads]
     rows = [row.to(padded[0].device) for row in padded]
-    stacked: Tensor = torch.stack(rows).cpu() if rows else torch.empty(0)
+    stacked: Tensor = torch.stack(rows).cpu() if rows else torch.empty(0, dtype=torch.bfloat16)
     entries = sorted(
         repr(tuple(parameter.shape)).encode() + row.view(torch.uint8).numpy().tobytes()
         for parameter, row in zip(parameters, stacked, strict=True)

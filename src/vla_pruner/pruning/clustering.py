@@ -17,7 +17,7 @@ def density_peaks(
     noise: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cluster points around those that are dense and far from anything denser, in fp32.
+    """Cluster points around those that are dense and far from anything denser, in fp64.
 
     With d_ij the Euclidean distance over sqrt(D) and N_i the `clusters` points nearest to i, i
     itself among them:
@@ -31,7 +31,8 @@ def density_peaks(
     Args:
         points: `[B, n, D]`.
         clusters: how many, 1 <= clusters <= n.
-        noise: `[B, n]`, small numbers that tell equally dense points apart; None: zeros.
+        noise: `[B, n]`, small numbers that tell equally dense points apart (with one cluster all
+            are equally dense, and the noise alone decides); None: zeros.
         valid: `[B, n]` bool; a False point is a centre only where points run out, and a neighbour
             of nothing.
 
@@ -44,7 +45,7 @@ def density_peaks(
     """
     batch, size, width = points.shape
     with torch.autocast(points.device.type, enabled=False):
-        points = points.float()
+        points = points.double()
         exact = "donot_use_mm_for_euclid_dist"
         distance = torch.cdist(points, points, compute_mode=exact) * width**-0.5
     reach = distance
@@ -55,7 +56,7 @@ def density_peaks(
     nearest = distance.topk(min(max(clusters, 1), size), dim=2, largest=False).values
     density = torch.exp(-nearest.square().mean(dim=2))
     if noise is not None:
-        density = density + noise.to(density.device).float()
+        density = density + noise.to(density.device).double()
     denser = density[:, None] > density[:, :, None]
     if valid is not None:
         denser = denser & valid[:, None]
@@ -157,7 +158,7 @@ def keep_and_recycle(
         member = member * (real | itself)[..., None]
     mean = (member / member.sum(dim=1, keepdim=True)).transpose(1, 2)
     kept = torch.cat([stay, best.gather(1, centres)], dim=1)
-    rows = torch.zeros(batch, k, m, device=score.device)
+    rows = torch.zeros(batch, k, m, dtype=torch.float32, device=score.device)
     rows[:, :verbatim] = F.one_hot(stay, m).float()
     spread = best[:, None].expand(-1, clusters, -1)
     rows[:, verbatim:] = torch.zeros_like(rows[:, verbatim:]).scatter(2, spread, mean)

@@ -48,7 +48,7 @@ def covering_level(p: Tensor, a: Tensor, counts: Sequence[int], theta: Tensor) -
         `[B]` int64, indices into `counts`; the last if none is enough.
     """
     order = torch.maximum(p, a).sort(dim=1, descending=True, stable=True).indices
-    ends = torch.tensor([count - 1 for count in counts], device=p.device)
+    ends = torch.tensor([count - 1 for count in counts], dtype=torch.int64, device=p.device)
     held = torch.minimum(
         p.gather(1, order).cumsum(dim=1)[:, ends], a.gather(1, order).cumsum(dim=1)[:, ends]
     )

@@ -86,8 +86,9 @@ def crop_quotas(
     sizes = crop_sizes(n, crops)
     groups, width = len(sizes), max(sizes)
     slot = torch.arange(width, device=attention.device)
-    ends = torch.tensor(sizes, device=attention.device).cumsum(0)
-    starts = ends - torch.tensor(sizes, device=attention.device)
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=attention.device)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
     place = (starts[:, None] + slot).clamp_max(n - 1)  # [G, w], the last one of a short crop twice
     real = (starts[:, None] + slot < ends[:, None]).expand(batch, -1, -1)
     if valid is not None:
@@ -111,7 +112,8 @@ def crop_quotas(
     standing = torch.zeros_like(by_score).scatter(1, by_score, crop)
     order = (turn * groups + standing[..., None]).flatten(1)
     at = [crop * width + slot for crop, size in enumerate(sizes) for slot in range(size)]
-    return top_k(-order[:, torch.tensor(at, device=order.device)].float(), k)
+    places = torch.tensor(at, dtype=torch.int64, device=order.device)
+    return top_k(-order[:, places].float(), k)
 
 
 def _crop_scores(a: Tensor, features: Tensor, real: Tensor, beta: float) -> Tensor:

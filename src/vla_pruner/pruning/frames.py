@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+_BELOW_ONE = 1 - 2**-53  # the largest fp64 number that is
+
 
 def patches(frames: Tensor, tokens: int) -> Tensor:
     """Cut camera images into square patches, one for each visual token.
@@ -40,11 +42,15 @@ def patches(frames: Tensor, tokens: int) -> Tensor:
 def patch_similarity(before: Tensor, now: Tensor) -> Tensor:
     """Cosine of the same patch in two steps; 1 where a patch is exactly the same, a black one too.
 
+    In fp32 half of the patches that changed by one colour would have a cosine of 1, too. Here a
+    patch that changed is below 1, also one that is only brighter.
+
     Args:
         before, now: `[B, M, P]`, colours from 0 up: adding a constant to all changes the cosine.
 
     Returns:
-        `[B, M]` fp32 in [-1, 1].
+        `[B, M]` fp64 in [-1, 1].
     """
-    cosine = torch.cosine_similarity(before.float(), now.float(), dim=-1)
-    return torch.where((before == now).all(dim=-1), 1.0, cosine)
+    cosine = torch.cosine_similarity(before.double(), now.double(), dim=-1)
+    cosine = cosine.clamp(-1.0, _BELOW_ONE)
+    return cosine.masked_fill((before == now).all(dim=-1), 1.0)

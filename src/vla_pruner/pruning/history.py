@@ -1,26 +1,136 @@
-"""Forecasts of the action score from what earlier steps of an episode observed (Eq. 6 and 7)."""
+"""Action history: what is remembered of action scores, and forecast from it (Eq. 6 and 7)."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vla_pruner.pruning.selection import top_k
+from vla_pruner.pruning.options import require_choice, require_int
 
-Censored = Literal["zero", "carry", "decay", "impute"]
+Censored = Literal["zero", "carry"]
 """What to remember of tokens that no action query could see."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HistorySpec:
+    """How a method remembers the action scores of an episode.
+
+    The memory is a tensor `[B, slots, M]` (newest first) and a number of observations `[B]`, both
+    zero when an episode starts.
+
+    Args:
+        kind: "window", the decaying window of Eq. 7, or "ema", the moving average of Eq. 6.
+        window: observations that a window looks back on.
+        gamma: decay rate of the window, in [0, 1].
+        alpha: weight of the newest observation in the moving average, in (0, 1].
+        newest_heaviest: False turns the window's weights round, as the public release does.
+        layers: layers whose action attention is averaged: "latter-half" (the paper), "middle" (the
+            last layer of the first half: 15 of 32), or explicit indices.
+        censored: what is remembered of tokens that no action query could see, as they had been cut:
+            "zero" (the paper), or "carry": what was remembered before (see `uncensor`).
+
+    Raises:
+        ValueError: an option outside these ranges.
+    """
+
+    kind: Literal["window", "ema"] = "window"
+    window: int = 3
+    gamma: float = 0.8
+    alpha: float = 0.5
+    newest_heaviest: bool = True
+    layers: Literal["latter-half", "middle"] | tuple[int, ...] = "latter-half"
+    censored: Censored = "zero"
+
+    def __post_init__(self) -> None:
+        require_choice("history", self.kind, ("window", "ema"))
+        require_choice("censored", self.censored, ("zero", "carry"))
+        require_int("window", self.window, 1)
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"`gamma={self.gamma}` must lie in [0, 1].")
+        if not 0.0 < self.alpha <= 1.0:
+            raise ValueError(f"`alpha={self.alpha}` must lie in (0, 1].")
+        if isinstance(self.layers, str):
+            require_choice("action_layers", self.layers, ("latter-half", "middle"))
+        elif not self.layers:
+            raise ValueError(
+                '`action_layers` is empty; name at least one layer or use "latter-half".'
+            )
+        else:
+            for layer in self.layers:
+                require_int("action_layers", layer, 0)
+
+    @property
+    def slots(self) -> int:
+        """Scores `[B, M]` that are kept per episode."""
+        return self.window if self.kind == "window" else 1
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers to average in a decoder of `num_layers` layers, ascending.
+
+        Raises:
+            ValueError: an index beyond the decoder.
+        """
+        if self.layers == "latter-half":
+            return tuple(range(num_layers // 2, num_layers))
+        if self.layers == "middle":
+            return (max(num_layers // 2 - 1, 0),)
+        chosen = tuple(sorted({int(layer) for layer in self.layers}))
+        if chosen[-1] >= num_layers:
+            raise ValueError(
+                f"action layer {chosen[-1]} does not exist: the decoder has {num_layers} layers; "
+                f"use indices in 0..{num_layers - 1}."
+            )
+        return chosen
+
+    def update(
+        self, history: Tensor, count: Tensor, observed: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Remember the action score of a finished step.
+
+        Args:
+            history: `[B, slots, M]`.
+            count: `[B]` int64, observations so far in each row's episode.
+            observed: `[B, M]`.
+            kept: `[B, M]` bool, tokens that all observed layers could see; None: all tokens.
+
+        Returns:
+            The new `history` and `count` (count is not capped at `slots`).
+        """
+        started = (count > 0).to(history.device)[:, None]
+        cut = None if kept is None or self.censored == "zero" else ~kept.to(history.device)
+        if cut is not None:
+            remembered = torch.where(started, history[:, 0], 0.0)
+            observed = uncensor(observed, ~cut, remembered)
+        if self.kind == "window":
+            return push(history, observed), count + 1
+        forecast = ema_update(history[:, 0], observed, self.alpha, first=count == 0)
+        if cut is not None:
+            forecast = torch.where(cut, observed, forecast)
+        return forecast[:, None].to(history.dtype), count + 1
+
+    def forecast(self, history: Tensor, count: Tensor) -> Tensor:
+        """Action score expected at the next step.
+
+        Args:
+            history: `[B, slots, M]`.
+            count: `[B]` int64, observations so far in each row's episode.
+
+        Returns:
+            `[B, M]` fp32; 0 before the first observation.
+        """
+        if self.kind == "ema":
+            started = (count > 0).to(history.device)[:, None]
+            return torch.where(started, history[:, 0].float(), 0.0)
+        return decaying_window(
+            history, count, gamma=self.gamma, newest_heaviest=self.newest_heaviest
+        )
+
+
 def decaying_window(
-    history: Tensor,
-    count: Tensor,
-    *,
-    gamma: float,
-    newest_heaviest: bool = True,
-    haste: Tensor | None = None,
+    history: Tensor, count: Tensor, *, gamma: float, newest_heaviest: bool = True
 ) -> Tensor:
     """Weighted sum of the last w observations, `sum_i gamma^i S^(t-i)` (Eq. 7).
 
@@ -34,8 +144,6 @@ def decaying_window(
         newest_heaviest: True as in the paper, i-th newest entry weighs `gamma ** i`. False as in
             the public release: the oldest of the `count` entries weighs 1, the newest
             `gamma ** (count - 1)`.
-        haste: `[B]`, at least 0: the weight of the i-th newest entry is also multiplied by
-            `exp(-haste (i - 1))`, which shortens the window; None: 0.
 
     Returns:
         `[B, M]` fp32; 0 where nothing was observed. The scale means nothing: scores are ranked.
@@ -47,8 +155,6 @@ def decaying_window(
     if gamma == 0 and newest_heaviest:
         power = power - 1  # 0 ** 0 is 1
     weight = torch.full_like(power, gamma, dtype=torch.float32).pow(power.clamp(min=0))
-    if haste is not None:
-        weight = weight * torch.exp(-haste.float().to(history.device)[:, None] * (age - 1))
     real = (age <= count)[..., None]
     return torch.where(real, history.float() * weight[..., None], 0.0).sum(dim=1)
 
@@ -75,80 +181,25 @@ def push(history: Tensor, observed: Tensor) -> Tensor:
     return torch.cat([observed[:, None].to(history.dtype), history[:, :-1]], dim=1)
 
 
-def uncensor(
-    observed: Tensor,
-    visible: Tensor,
-    rule: Censored,
-    *,
-    remembered: Tensor | None = None,
-    semantic: Tensor | None = None,
-    fade: float = 0.8,
-) -> Tensor:
-    """Put something in the place of the zeros that cut tokens get in an action score.
+def uncensor(observed: Tensor, visible: Tensor, remembered: Tensor) -> Tensor:
+    """Carry what was remembered of cut tokens to the place of the zeros in an action score.
 
     A cut token gets no attention, whatever it would have been worth; remembered as it is, the zero
-    keeps the token out for as long as the memory lasts.
+    keeps the token out for as long as the memory lasts. A cut leaves its tokens' share of the
+    softmax to the others; a row with cut tokens is therefore multiplied so that the visible ones
+    have the sum that was remembered of them.
 
     Args:
         observed: `[B, M]`, the action score of a step.
         visible: `[B, M]` bool, tokens that the action queries could see.
-        rule: "zero": leave the zeros; "carry": the remembered score; "decay": that times `fade`;
-            "impute": `c * semantic`, with c per row so that over the visible tokens `c * semantic`
-            and `observed` have the same sum: tokens are taken to lose as much from prefill to
-            action as the visible ones do on average. A cut leaves its tokens' share of the softmax
-            to the others; for "carry" and "decay" a row with cut tokens is therefore multiplied so
-            that the visible ones have the sum that was remembered of them.
-        remembered: `[B, M]`, what was remembered last, for "carry" and "decay".
-        semantic: `[B, M]`, the prefill score of this step, for "impute".
-        fade: factor of "decay", in [0, 1].
+        remembered: `[B, M]`, what was remembered last.
 
     Returns:
-        `[B, M]` fp32; at visible tokens `observed`, or in proportion to it.
-
-    Raises:
-        ValueError: a rule without what it needs.
+        `[B, M]` fp32; in proportion to `observed` at visible tokens, `remembered` elsewhere.
     """
-    observed = observed.float()
-    if rule == "zero":
-        return observed
-    source = semantic if rule == "impute" else remembered
-    if source is None:
-        what = "the prefill score" if rule == "impute" else "what was remembered"
-        raise ValueError(f"censored={rule!r} needs {what} of each token; the method gives none.")
-    source = source.float()
+    observed, remembered = observed.float(), remembered.float()
     seen = torch.where(visible, observed, 0.0).sum(dim=1, keepdim=True)
-    expected = torch.where(visible, source, 0.0).sum(dim=1, keepdim=True)
-    if rule == "impute":
-        source = source * torch.where(expected > 0, seen / expected, 0.0)
-    else:
-        comparable = ~visible.all(dim=1, keepdim=True) & (seen > 0) & (expected > 0)
-        observed = observed * torch.where(comparable, expected / seen, 1.0)
-        source = source * fade if rule == "decay" else source
-    return torch.where(visible, observed, source)
-
-
-def discrepancy(forecast: Tensor, observed: Tensor, visible: Tensor) -> float:
-    """How far the best tokens of a forecast are from the best of what was then observed.
-
-    Only the n tokens that the action queries could see are compared, as nothing was observed of the
-    others: 1 - |top q of `forecast` and of `observed`| / q, with q = ceil(n / 4). Unrelated scores
-    give about 3/4.
-
-    Args:
-        forecast: `[M]`, the action score predicted for a step.
-        observed: `[M]`, the action score of that step.
-        visible: `[M]` bool.
-
-    Returns:
-        A number in [0, 1]; 0 where nothing was visible, or nothing was predicted of what was.
-
-    Raises:
-        ValueError: NaN among the scores of visible tokens.
-    """
-    seen = visible.to(observed.device)
-    predicted, shown = forecast.to(observed.device)[seen], observed[seen]
-    if not bool(predicted.count_nonzero()):
-        return 0.0
-    count = math.ceil(len(shown) / 4)
-    both = torch.isin(top_k(predicted, count), top_k(shown, count))
-    return 1.0 - int(both.sum()) / count
+    expected = torch.where(visible, remembered, 0.0).sum(dim=1, keepdim=True)
+    comparable = ~visible.all(dim=1, keepdim=True) & (seen > 0) & (expected > 0)
+    observed = observed * torch.where(comparable, expected / seen, 1.0)
+    return torch.where(visible, observed, remembered)

@@ -161,13 +161,18 @@ long memory_words(long n)
     return all * DEPTH + all * all + all;
 }
 
-/* features: rows of `width` words, `stride` words apart; index [n]: the rows to choose from; length:
- * of each of these, read for fp32 and written for bf16; memory: see above; picks [k]: where in
- * `index` the chosen ones stand, in the order picked, if all lengths are finite. */
-void max_min_search(const uint32_t *features, const int64_t *index, float *length, long n,
-                    long width, long stride, int bf16, long k, int nearest, int threads,
-                    uint32_t *memory, int64_t *picks)
+/* features: `rows` rows of `width` words, `stride` words apart; index [n]: those to choose from;
+ * length: of each of these, read for fp32 and written for bf16; memory: see above; picks [k]: where
+ * in `index` the chosen ones stand, in the order picked, if all lengths are finite. Returns 1; 0, with
+ * nothing read or written, if k or an index is out of range. */
+int max_min_search(const uint32_t *features, const int64_t *index, float *length, long rows, long n,
+                   long width, long stride, int bf16, long k, int nearest, int threads,
+                   uint32_t *memory, int64_t *picks)
 {
+    if (k < 1 || k > n || width < 0 || threads < 1) return 0;
+    for (long i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= rows) return 0;
+
     long all = whole_panels(n);
     uint32_t *panels = memory;
     float *distance = (float *)(panels + all * DEPTH), *score = distance + all * all;
@@ -180,10 +185,10 @@ void max_min_search(const uint32_t *features, const int64_t *index, float *lengt
             long depth = width - done < DEPTH ? width - done : DEPTH;
 #pragma omp for schedule(static)
             for (long start = 0; start < all; start += LANES) {
-                const uint32_t *rows[LANES];
+                const uint32_t *lane[LANES];
                 for (long i = 0; i < LANES; i++)
-                    rows[i] = start + i < n ? features + index[start + i] * stride + done : 0;
-                pack(rows, length + start, bf16, depth,
+                    lane[i] = start + i < n ? features + index[start + i] * stride + done : 0;
+                pack(lane, length + start, bf16, depth,
                      panels + start / COLUMNS * COLUMNS * DEPTH + start % COLUMNS);
             }
 #pragma omp for schedule(dynamic)
@@ -222,4 +227,5 @@ void max_min_search(const uint32_t *features, const int64_t *index, float *lengt
         score[picks[step - 1]] = -INFINITY;
         picks[step] = argmax(score, n);
     }
+    return 1;
 }

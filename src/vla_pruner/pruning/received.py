@@ -28,11 +28,12 @@ def attention_column_max(
     rows: Rows = None,
     row_weight: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention that keys receive from each row's most attentive head, mean over rows (FitPrune).
 
     Args:
-        query, key, columns, scale, mask, causal, rows, row_weight, softcap: see
+        query, key, columns, scale, mask, causal, rows, row_weight, softcap, sinks: see
             `scores.attention_column_mean`.
 
     Returns:
@@ -62,7 +63,12 @@ def attention_column_max(
                 lowest = torch.finfo(block_mask.dtype).min
                 block_mask = torch.where(past, block_mask, lowest)
         probabilities = attention_rows(
-            _rows_of(query, at, batch), key, scale=scale, mask=block_mask, softcap=softcap
+            _rows_of(query, at, batch),
+            key,
+            scale=scale,
+            mask=block_mask,
+            softcap=softcap,
+            sinks=sinks,
         )
         return probabilities.amax(dim=1).gather(2, columns[:, None].expand(-1, at.shape[1], -1))
 

@@ -52,7 +52,7 @@ def reuse_order(named: Tensor, similarity: Tensor | None = None) -> Tensor:
         `[B, M]` int64, each row all of 0..M-1.
     """
     rank = torch.zeros_like(named, dtype=torch.float32) if similarity is None else similarity
-    rank = rank.float().masked_fill(~named, float("-inf"))
+    rank = rank.masked_fill(~named, float("-inf"))
     return torch.sort(rank, dim=1, descending=True, stable=True).indices
 
 

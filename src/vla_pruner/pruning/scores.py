@@ -23,6 +23,7 @@ def attention_rows(
     mask: Tensor | None = None,
     causal: bool = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities of a few query rows, `softmax(Q K^T)` of Eq. 1 and 3.
 
@@ -33,6 +34,7 @@ def attention_rows(
         mask: `[B|1, 1|Hq, R|1, N]`, bool (True may attend) or additive. With `causal` both apply.
         causal: row i sees keys up to `N - R + i`.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+        sinks: `[Hq]`, a logit in every softmax of a head that belongs to no key (gpt-oss).
 
     Returns:
         `[B, Hq, R, N]` fp32; a row that may attend to nothing is all zeros, never NaN.
@@ -46,7 +48,7 @@ def attention_rows(
     shown = max(0, keys - rows + 1) if causal else keys
     with torch.autocast(query.device.type, enabled=False):
         bias, sees = _visibility(mask, last_visible, shown, keys)
-        probabilities = _probabilities(query, key, scale, bias, softcap)
+        probabilities = _probabilities(query, key, scale, bias, softcap, sinks)
     return probabilities if sees is None else probabilities * sees
 
 
@@ -62,6 +64,7 @@ def attention_column_mean(
     rows: Rows = None,
     row_weight: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     chunk: int = 1 << 19,
 ) -> Tensor:
     """Attention that each of some keys receives: mean over heads and query rows (Eq. 2 and 4).
@@ -79,6 +82,7 @@ def attention_column_mean(
         rows: query rows that vote: None (all), a slice, `[R]` or `[B, R]` int64 (0 <= row < Q).
         row_weight: `[B|1, Q]`, weight of each query row; 0 silences padding.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+        sinks: `[Hq]`, a logit in every softmax of a head that belongs to no key (gpt-oss).
         chunk: probabilities held at once per batch element, 4 bytes each; speed and memory only.
 
     Returns:
@@ -129,6 +133,7 @@ def attention_column_mean(
                     scale,
                     _of_heads(bias, own),
                     softcap,
+                    None if sinks is None else sinks[own],
                 )
                 own_weight = None if weight is None else weight[:, start:stop]
                 received[:, :visible] += _tally(probabilities, own_weight, _of_heads(sees, own))
@@ -141,7 +146,12 @@ def attention_column_mean(
 
 
 def _probabilities(
-    query: Tensor, key: Tensor, scale: float, bias: Tensor | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Softmax rows `[B, Hq, R, N]` fp32 of `query` `[B, Hq, R, D]` and `key` `[B, Hkv, N, D]`.
 
@@ -156,6 +166,9 @@ def _probabilities(
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         logits[..., keys - bias.shape[-1] :] += bias
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, 1, 1).expand(batch, -1, rows, -1)
+        return torch.softmax(torch.cat([logits, sink], dim=-1), dim=-1)[..., :-1]
     return torch.softmax(logits, dim=-1)
 
 

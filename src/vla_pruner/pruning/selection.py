@@ -15,7 +15,7 @@ First = Literal["second-nearest", "nearest"]
 
 @torch.no_grad()
 def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
-    """Indices of the k largest scores, compared in fp32; ties go to the lowest index.
+    """Indices of the k largest scores, compared in fp32 or fp64; ties go to the lowest index.
 
     Args:
         scores: `[..., n]`.
@@ -29,7 +29,7 @@ def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
         ValueError: k out of range, or a NaN among the scores (not looked for while compiling).
     """
     _check_k(k, scores.shape[-1])
-    scores = scores.float()
+    scores = scores if scores.dtype == torch.float64 else scores.float()
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     _refuse_nan(scores, "scores")
@@ -206,7 +206,7 @@ def _search_in_numpy(
         best[pick] = -np.inf
         pick = int(best.argmax())
         picks.append(pick)
-    return torch.tensor(picks), length
+    return torch.tensor(picks, dtype=torch.int64), length
 
 
 def _second_smallest(distance: Tensor) -> Tensor:

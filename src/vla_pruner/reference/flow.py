@@ -82,7 +82,9 @@ class FlowTrainer(Trainer):
         noisy = torch.where(valid, share * noise + (1 - share) * actions, noise)
         said = model.velocity(prefix, state, noisy, time)
         error = (said - (noise - actions)).square()
-        near_first = torch.linspace(1.5, 0.5, actions.shape[1], device=self.device)[:, None]
+        near_first = torch.linspace(
+            1.5, 0.5, actions.shape[1], dtype=torch.float32, device=self.device
+        )[:, None]
         weight = valid.float() * near_first
         acting = (error * weight).sum() / (weight.sum() * error.shape[-1])
 

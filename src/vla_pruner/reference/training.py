@@ -203,8 +203,8 @@ class Trainer:
         self.model.projector.register_forward_hook(self._keep_visual)
         self.model.language_model.model.layers[MIDDLE - 1].register_forward_hook(self._keep_middle)
         self.colours = [
-            torch.tensor([getattr(tower, name) for tower in self.config.towers], device=self.device)
-            for name in ("mean", "std")
+            torch.tensor(values, dtype=torch.float32, device=self.device)
+            for values in zip(*((t.mean, t.std) for t in self.config.towers), strict=True)
         ]
         return int(self.config.text["hidden_size"])
 
@@ -326,7 +326,9 @@ class Trainer:
         said = model.action_head(hidden).float()
         valid = self._tensor(batch.action_valid).float()[..., None]
         error = (said - actions).abs()
-        near_first = torch.linspace(1.5, 0.5, actions.shape[1], device=self.device)
+        near_first = torch.linspace(
+            1.5, 0.5, actions.shape[1], dtype=torch.float32, device=self.device
+        )
         weight = valid * near_first[None, :, None]
         loss = (error * weight).sum() / (weight.sum() * error.shape[-1])
         first = error[:, 0]
@@ -355,15 +357,16 @@ class Trainer:
         """uint8 `[B, C, P, P, 3]` to `[B, C, 3, P, P]` in [0, 1] at random light and contrast."""
         batch = images.shape[0]
         x = self._tensor(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
-        contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, device=self.device) - 1)
-        light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, device=self.device) - 1)
+        single, device = torch.float32, self.device
+        contrast = 1 + 0.15 * (2 * torch.rand(batch, 1, 1, 1, 1, dtype=single, device=device) - 1)
+        light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, dtype=single, device=device) - 1)
         return ((x - 0.5) * contrast + 0.5 + light).clamp(0, 1)
 
     def prompts(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left."""
         texts = [PROMPT.format(instruction=text.lower()) for text in instructions]
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
-        closing = torch.full((len(texts), 1), self.config.empty_token_id)
+        closing = torch.full((len(texts), 1), self.config.empty_token_id, dtype=torch.int64)
         ids = torch.cat([encoded["input_ids"], closing], dim=1)
         mask = torch.cat([encoded["attention_mask"], torch.ones_like(closing)], dim=1)
         return ids.to(self.device), mask.to(self.device)

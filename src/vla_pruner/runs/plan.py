@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vla_pruner._short import cut
+from vla_pruner.core.session import Session
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Planned, Setup
@@ -17,7 +18,6 @@ from vla_pruner.runs.matrix import Cell
 from vla_pruner.runs.runner import OpenPolicy
 from vla_pruner.runs.store import Store
 from vla_pruner.scenes.scene import Suite
-from vla_pruner.surgery.session import Session
 
 
 def plan(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vla_pruner.core.session import Session
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Answer, LocalPolicyRunner, PolicyRunner
@@ -18,7 +19,6 @@ from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Setup
 from vla_pruner.runs.processes import attempt, one_thread
 from vla_pruner.runs.runner import EpisodeRunner, Policies
-from vla_pruner.surgery.session import Session
 
 
 class PolicyGone(Exception):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vla_pruner.core.session import Session
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import run_episode
 from vla_pruner.episodes.observations import (
@@ -31,7 +32,6 @@ from vla_pruner.runs.job import Setup
 from vla_pruner.runs.runner import first_calls
 from vla_pruner.runs.video import folder_name
 from vla_pruner.scenes.scene import Scene, Suite
-from vla_pruner.surgery.session import Session
 
 FOLDER = "observations"
 """In the run folder."""

@@ -14,16 +14,13 @@ Non-obvious behaviours
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "1")
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from . import rendering
 from .pick_place_task import (
     ACTION_DIM,
     CAMERAS,
@@ -32,6 +29,7 @@ from .pick_place_task import (
     OBJECT_NAMES,
 )
 
+rendering.settle()
 logging.disable(logging.WARNING)  # robosuite warns about an optional file on every import
 try:
     import mujoco
@@ -42,6 +40,8 @@ except ImportError as error:
         f"The reference task needs a simulator that could not be imported ({error}). "
         'Install it with `pip install "vla-pruner[sim]"`.'
     ) from error
+except (AttributeError, AssertionError, RuntimeError) as error:  # a library for drawing is broken
+    raise RuntimeError(rendering.explain(error)) from error
 finally:
     logging.disable(logging.NOTSET)
 
@@ -227,7 +227,7 @@ class PickPlaceScene:
     def observe(self, cameras: tuple[str, ...] = CAMERAS) -> dict[str, np.ndarray]:
         """Render `cameras`; each image is uint8 `[160, 160, 3]`, right side up."""
         if self._renderer is None:
-            self._renderer = _open_renderer(self._model)
+            self._renderer = rendering.open_renderer(self._model, IMAGE_SIZE, IMAGE_SIZE)
         images = {}
         for camera in cameras:
             self._renderer.update_scene(self._data, _camera_name(camera), self._visible)
@@ -385,18 +385,6 @@ class PickPlaceScene:
         pairs = self._data.contact.geom
         touched = set(pairs[pairs[:, 0] == geom, 1]) | set(pairs[pairs[:, 1] == geom, 0])
         return [bool(finger & touched) for finger in self._finger_geoms]
-
-
-def _open_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    try:
-        return mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
-    except Exception as error:
-        raise RuntimeError(
-            f"MuJoCo could not draw without a display ({error}). MUJOCO_GL is "
-            f"{os.environ.get('MUJOCO_GL')!r}; set it to `egl` or `osmesa` before Python starts, "
-            "or import this module before `mujoco` and `robosuite`. On Debian the libraries are "
-            "`libegl1 libgl1-mesa-dri` and `libosmesa6`."
-        ) from error
 
 
 def _look_at(eye: np.ndarray, target: np.ndarray) -> np.ndarray:

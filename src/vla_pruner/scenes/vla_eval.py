@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_pruner.scenes import rendering
 from vla_pruner.scenes.late_cameras import LateCameras
 from vla_pruner.scenes.scene import Suite
 
@@ -132,8 +133,7 @@ def _open_scene(name: str) -> HarnessScene:
 
 def _open_benchmark(name: str) -> Any:
     """vla-eval's class, with everything that our policies may read."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    rendering.settle()
     _find_libero()
     benchmark = _late_libero()(
         suite=name, send_wrist_image=True, send_state=True, quat_no_antipodal=True

@@ -118,7 +118,16 @@ def test_saving_again_with_fewer_files_leaves_none_behind(tmp_path: Path) -> Non
 
 
 def test_oft_survives_the_disk_with_heads_as_safetensors(tmp_path: Path) -> None:
-    model = make_oft(read="slot", head_blocks=1, head_width=24, proprio_dim=5, chunk=3)
+    measured = statistics(0)
+    measured["proprio"] = {name: values[:5] for name, values in measured["proprio"].items()}
+    model = make_oft(
+        read="slot",
+        head_blocks=1,
+        head_width=24,
+        proprio_dim=5,
+        chunk=3,
+        norm_stats={"desk": measured},
+    )
     save_pretrained(model, tmp_path)
     assert {"action_head.safetensors", "proprio_projector.safetensors"} <= {
         f.name for f in tmp_path.iterdir()

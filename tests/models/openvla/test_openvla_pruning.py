@@ -204,7 +204,7 @@ def test_several_cuts_equal_hiding(family: str, sentences: list[str], attention:
     """Ranked by what the words look at, with merging, from before the first layer on."""
     left = (7, 3)
     options: dict[str, Any] = dict(merging=True, score_layer=0)
-    for at, kind, rows in (((0, 2), "logits", "text"), ((1, 2), "attention", "voters")):
+    for at, kind, rows in (((0, 2), "logits", "text"), ((1, 2), "attention", "weighted")):
         method = Ladder(at=at, left=left, spec=(("rows", rows), ("kind", kind)), **options)
         runs = []
         for mode in ("drop", "mask"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from vla_pruner.models.adapters.patching import replace, reset_with
+from vla_pruner.core.arguments import take
+from vla_pruner.core.cleanup import replace
+from vla_pruner.core.layout import Layout
+from vla_pruner.core.scores import Shown
+from vla_pruner.core.session import Session
+from vla_pruner.models.adapters.patching import reset_with
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
 from vla_pruner.models.hf_vlm import ImageTokenVLM
-from vla_pruner.surgery.arguments import take
-from vla_pruner.surgery.probe import Shown
-from vla_pruner.surgery.session import Session
 
 _PER_TOKEN = ("backbone_features", "backbone_attention_mask", "image_mask")
 
@@ -54,6 +56,7 @@ class GrootAdapter(ImageTokenVLM):
             )
         self._shown = {block: Shown() for block in self._blocks}
         self._present: Tensor | None = None
+        self._prompt: int | None = None
 
     @property
     def reader_layers(self) -> Sequence[nn.Module]:
@@ -79,6 +82,11 @@ class GrootAdapter(ImageTokenVLM):
         for block, shown in self._shown.items():
             _show(cast(nn.Module, block.attn1), shown, undo)
 
+    def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
+        """As of every vision-language model; the head is asked for as many tokens later."""
+        self._prompt = inputs.shape[1]
+        return super().layout(inputs, kwargs)
+
     def follow(self, session: Session, undo: ExitStack) -> None:
         """Give the head what each cut left; `reset` of the policy begins new episodes."""
         process: Callable[[Any], Any] = self.head.process_backbone_output
@@ -87,8 +95,8 @@ class GrootAdapter(ImageTokenVLM):
             self._steps.restart()
             left = session.left
             self._present = None if left is None else left.present
-            if left is not None and left.positions is not None:
-                self._shorten(output, left.positions)
+            if left is not None and left.rows is not None:
+                self._shorten(output, left.rows)
             return process(output)
 
         replace(self.head, "process_backbone_output", processed, undo)
@@ -106,11 +114,10 @@ class GrootAdapter(ImageTokenVLM):
             ValueError: the backbone says something of other tokens than it was given.
         """
         length = output["backbone_features"].shape[1]
-        if self._ids is None or length != self._ids.shape[1]:
+        if length != self._prompt:
             raise ValueError(
-                f"{type(self.head).__name__} gets {length} tokens of a prompt of "
-                f"{None if self._ids is None else self._ids.shape[1]}; this version of the policy "
-                "is not known."
+                f"{type(self.head).__name__} gets {length} tokens of a prompt of {self._prompt}; "
+                "this version of the policy is not known."
             )
         for name in _PER_TOKEN:
             if name in output:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.models.adapters.patching import one_step, replace
-from vla_pruner.surgery.layout import Adapter, Layout, text_behind
-from vla_pruner.surgery.session import Session
+from vla_pruner.core.cleanup import replace
+from vla_pruner.core.layout import Adapter, Layout, text_behind
+from vla_pruner.core.session import Session
+from vla_pruner.models.adapters.patching import one_step
 
 
 class OpenVLAPolicyAdapter(Adapter):

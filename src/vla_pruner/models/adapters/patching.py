@@ -1,4 +1,4 @@
-"""Attributes of somebody else's objects, replaced for the time of a session."""
+"""Methods of somebody else's objects, replaced for the time of a session."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.surgery.session import Session
-
-
-def replace(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
-    """Set an attribute of one object; closing `undo` leaves its `__dict__` as it was."""
-    own = vars(owner)
-    if name in own:
-        undo.callback(own.__setitem__, name, own[name])
-    else:
-        undo.callback(own.pop, name, None)
-    own[name] = value
+from vla_pruner.core.cleanup import Hook, replace
+from vla_pruner.core.session import Session
 
 
 def run_hooks_on_forward(module: nn.Module, undo: ExitStack) -> None:
@@ -40,7 +31,7 @@ def run_hooks_on_forward(module: nn.Module, undo: ExitStack) -> None:
         finally:
             entered = False
 
-    undo.callback(module.register_forward_pre_hook(enter).remove)
+    undo.callback(module.register_forward_pre_hook(Hook(enter)).remove)
     replace(module, "forward", forward, undo)
 
 

@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla_pruner.models.adapters.patching import one_step, replace, run_hooks_on_forward
+from vla_pruner.core.cleanup import replace
+from vla_pruner.core.layout import Layout
+from vla_pruner.core.session import Session
+from vla_pruner.models.adapters.patching import one_step, run_hooks_on_forward
 from vla_pruner.models.adapters.prefix import PrefixAdapter
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
-from vla_pruner.surgery.layout import Layout
-from vla_pruner.surgery.session import Session
 
 
 class FlowPolicyAdapter(PrefixAdapter):
@@ -106,7 +107,9 @@ class FastPolicyAdapter(PrefixAdapter):
 def use_eager_attention(stack: nn.Module, undo: ExitStack) -> None:
     """Before it is pruned, what the policies set in their first call: eager attention."""
     config = cast(Any, stack.config)
-    replace(config, "_attn_implementation_internal", "eager", undo)
+    own, name = vars(config), "_attn_implementation_internal"
+    undo.callback(own.__setitem__, name, own[name])
+    own[name] = "eager"
 
 
 def adapter(model: nn.Module) -> PrefixAdapter:

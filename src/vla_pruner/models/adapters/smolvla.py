@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from vla_pruner.models.adapters.patching import replace
+from vla_pruner.core.cleanup import replace
+from vla_pruner.core.scores import Shown
 from vla_pruner.models.adapters.prefix import PrefixAdapter
-from vla_pruner.surgery.probe import Shown
 
 _taken: WeakSet[nn.Module] = WeakSet()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.surgery.layout import Adapter, Layout, text_behind
+from vla_pruner.core.layout import Adapter, Layout, text_behind
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
@@ -61,7 +61,9 @@ class OpenVLAAdapter(Adapter):
         if mask is None or kwargs.get("position_ids") is None:
             known = (inputs.device, length)
             if known not in self._unpadded:
-                self._unpadded[known] = self._at(torch.ones(1, device=inputs.device), length)
+                with torch.inference_mode(False):  # It may be saved for a backward pass later.
+                    first = torch.ones(1, dtype=torch.int64, device=inputs.device)
+                    self._unpadded[known] = self._at(first, length)
             return self._unpadded[known]
         # [B, S] as given to the causal decoder, [B, 1, S, S] additive for the bidirectional one.
         valid = mask.bool() if mask.ndim == 2 else mask[:, 0, 0] >= 0
@@ -70,7 +72,7 @@ class OpenVLAAdapter(Adapter):
     def _at(self, first: Tensor, length: int, valid: Tensor | None = None) -> Layout:
         """Layout of visual tokens that start at `first` [B], the longest row right behind BOS."""
         count = sum(self.views)
-        visual = first.long()[:, None] + torch.arange(count, device=first.device)
+        visual = first[:, None] + torch.arange(count, device=first.device)
         text = text_behind(
             visual,
             length,

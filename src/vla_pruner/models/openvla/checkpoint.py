@@ -15,12 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..port import CheckpointError, fill, listed, local_folder, read_json, shards, write_json
+from ..checks import listed, shown
+from ..folder import (
+    CheckpointError,
+    Stored,
+    check_control,
+    entry,
+    fill,
+    local_folder,
+    own_file,
+    pickled_tensors,
+    plain_name,
+    read_fast_tokenizer,
+    read_json,
+    reading,
+    shards,
+    stored_tensors,
+    write_json,
+)
+from ..port import check_attention
 from .config import (
     PUBLISHED_TOWERS,
     OpenVLAConfig,
@@ -30,6 +47,7 @@ from .config import (
 )
 from .modeling import OpenVLA
 from .oft import OpenVLAOFT
+from .processing import bounds
 from .vision import unused_tensor
 
 HEADS = ("action_head", "proprio_projector")
@@ -65,16 +83,19 @@ def from_pretrained(
     Errors: CheckpointError for a folder that is missing, incomplete or does not fit, with the names
     of the tensors; TypeError for an unknown override.
     """
+    check_attention(attn_implementation)
     folder = local_folder(path_or_hub_id, revision)
     config, stored_dtype = read_config(folder, overrides)
     kind = OpenVLAOFT if isinstance(config, OpenVLAOFTConfig) else OpenVLA
-    model = kind.build(
-        config,
-        device=device,
-        dtype=dtype or stored_dtype,
-        attn_implementation=attn_implementation,
-        random=False,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype or stored_dtype,
+        "attn_implementation": attn_implementation,
+        "random": False,
+    }
+    with reading(folder / "config.json", "no model can be built: "):
+        outline = kind.build(config, device="meta", **options)
+    load_tensors(outline, folder)  # Names and sizes, before memory is taken.
+    model = kind.build(config, device=device, **options)
     load_tensors(model, folder)
     model.tokenizer = read_tokenizer(folder)
     return model
@@ -84,35 +105,51 @@ def read_config(
     folder: Path, overrides: Mapping[str, Any] | None = None
 ) -> tuple[OpenVLAConfig, torch.dtype]:
     """Configuration of a policy folder and the dtype of its tensors. Errors: CheckpointError."""
-    raw = read_json(folder / "config.json")
-    own = raw.get(OWN, {})
+    file = folder / "config.json"
+    raw = read_json(file)
+    own = entry(raw, OWN, dict, file)
     oft = own.get("kind") == "openvla-oft" or _head_file(folder, "action_head") is not None
     kind = OpenVLAOFTConfig if oft else OpenVLAConfig
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(overrides or {}) - known)
+    if unknown:
+        raise TypeError(f"unknown options {unknown}; this policy has {', '.join(sorted(known))}")
     for name, why in FOREIGN_HEADS.items():
         if list(folder.glob(f"{name}--*.pt")):
             raise CheckpointError(f"{folder} holds {name}--*.pt: {why}")
 
     statistics = folder / "dataset_statistics.json"
-    values: dict[str, Any] = {
-        "towers": _read_towers(raw, folder),
-        "text": {k: v for k, v in raw.get("text_config", {}).items() if k not in _TEXT_IGNORED},
-        "norm_stats": read_json(statistics) if statistics.exists() else raw.get("norm_stats", {}),
-        # Fine-tuned policies, which carry statistics of their own, were trained on random crops.
-        "center_crop": oft or statistics.exists(),
-    }
-    for name in ("n_action_bins", "pad_to_multiple_of", "pad_token_id"):
-        if name in raw:
-            values[name] = raw[name]
-    if oft and not own:
-        values |= _published_oft_sizes(folder, hidden=_hidden_size(values["text"]))
-    known = {field.name for field in fields(kind)}
-    values |= {k: v for k, v in own.items() if k in known and k != "towers"}
-    unknown = sorted(set(overrides or {}) - known)
-    if unknown:
-        raise TypeError(f"unknown options {unknown}; this policy has {', '.join(sorted(known))}")
-    values |= overrides or {}
-    stored = str(raw.get("torch_dtype", raw.get("dtype", "bfloat16"))).removeprefix("torch.")
-    return kind(**values), _DTYPES.get(stored, torch.bfloat16)
+    measured = (
+        read_json(statistics) if statistics.exists() else entry(raw, "norm_stats", dict, file)
+    )
+    text = entry(raw, "text_config", dict, file)
+    with reading(file):
+        values: dict[str, Any] = {
+            "towers": _read_towers(raw, own, folder),
+            "text": {k: v for k, v in text.items() if k not in _TEXT_IGNORED},
+            "norm_stats": measured,
+            # Fine-tuned policies, which carry statistics of their own, saw random crops.
+            "center_crop": oft or statistics.exists(),
+        }
+        for name in ("n_action_bins", "pad_to_multiple_of", "pad_token_id"):
+            if name in raw:
+                values[name] = raw[name]
+        if oft and not own:
+            values |= _published_oft_sizes(folder, hidden=_hidden_size(values["text"]))
+        values |= {k: v for k, v in own.items() if k in known and k != "towers"}
+        config = kind(**(values | dict(overrides or {})))
+        stored = raw.get("torch_dtype", raw.get("dtype")) or "bfloat16"
+        dtype = _DTYPES.get(str(stored).removeprefix("torch."))
+        if dtype is None:
+            raise ValueError(f"torch_dtype={shown(stored)} must be one of {', '.join(_DTYPES)}")
+    chunk = config.chunk if isinstance(config, OpenVLAOFTConfig) else 1
+    check_control(raw, file, cameras=config.num_images, chunk=chunk)
+    with reading(statistics if statistics.exists() else file):
+        for key in config.norm_stats:
+            bounds(config, key, "action")
+            if getattr(config, "proprio_dim", None) is not None:
+                bounds(config, key, "proprio")
+    return config, dtype
 
 
 # Bookkeeping of transformers inside text_config that is not a size of the model.
@@ -125,24 +162,28 @@ def _hidden_size(text: Mapping[str, Any]) -> int:
     return int(LlamaConfig(**text).hidden_size)
 
 
-def _read_towers(raw: Mapping[str, Any], folder: Path) -> tuple[TowerConfig, TowerConfig]:
+def _read_towers(
+    raw: Mapping[str, Any], own: Mapping[str, Any], folder: Path
+) -> tuple[TowerConfig, TowerConfig]:
     """Tower sizes: our own entry, else the published models by name; colours as preprocessed."""
-    own = raw.get(OWN, {}).get("towers")
-    if own is not None:
-        towers = [TowerConfig(**tower) for tower in own]
+    file = folder / "config.json"
+    if "towers" in own:
+        towers = [TowerConfig(**tower) for tower in entry(own, "towers", list, file)]
     else:
-        names = raw.get("timm_model_ids", [])
-        unknown = [name for name in names if name not in PUBLISHED_TOWERS]
+        names = entry(raw, "timm_model_ids", list, file)
+        unknown = [name for name in names if name not in list(PUBLISHED_TOWERS)]
         if unknown or len(names) != 2:
             raise CheckpointError(
-                f"{folder} uses the vision towers {names}; supported are the two of OpenVLA, "
-                f"{', '.join(PUBLISHED_TOWERS)}"
+                f"{folder} uses the vision towers {shown(names)}; supported are the two of "
+                f"OpenVLA, {', '.join(PUBLISHED_TOWERS)}"
             )
-        sizes = raw.get("image_sizes", [224, 224])
+        sizes = entry(raw, "image_sizes", list, file) or [224, 224]
         towers = [
             replace(PUBLISHED_TOWERS[name], image_size=size)
             for name, size in zip(names, sizes, strict=True)
         ]
+    if len(towers) != 2:
+        raise ValueError(f"OpenVLA fuses two vision towers, got {len(towers)}")
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
         colours = read_json(preprocessor)
@@ -152,19 +193,24 @@ def _read_towers(raw: Mapping[str, Any], folder: Path) -> tuple[TowerConfig, Tow
                 f"{preprocessor} asks for image_resize_strategy={strategy!r}; only 'resize-naive', "
                 "which OpenVLA uses, is supported"
             )
-        if "means" in colours and "stds" in colours:
-            towers = [
-                replace(tower, mean=tuple(mean), std=tuple(std))
-                for tower, mean, std in zip(towers, colours["means"], colours["stds"], strict=True)
-            ]
+        if ("means" in colours) != ("stds" in colours):
+            raise CheckpointError(f"{preprocessor} has only one of means and stds")
+        if "means" in colours:
+            with reading(preprocessor):
+                towers = [
+                    replace(tower, mean=mean, std=std)
+                    for tower, mean, std in zip(
+                        towers, colours["means"], colours["stds"], strict=True
+                    )
+                ]
     return towers[0], towers[1]
 
 
 def _published_oft_sizes(folder: Path, hidden: int) -> dict[str, Any]:
     """What the shapes of the heads tell about a published OpenVLA-OFT policy."""
-    head = dict(_head_tensors(folder, "action_head"))
+    outputs, width = _sizes_of(folder, "action_head", "model.fc2.weight")
+    head = [tensor.name for tensor in _head_tensors(folder, "action_head")]
     blocks = {name.split(".")[2] for name in head if name.startswith("model.mlp_resnet_blocks.")}
-    outputs, width = head["model.fc2.weight"].shape
     sizes: dict[str, Any] = {
         "action_dim": outputs,
         "head_width": None if width == hidden else width,
@@ -172,9 +218,20 @@ def _published_oft_sizes(folder: Path, hidden: int) -> dict[str, Any]:
         "proprio_dim": None,
     }
     if _head_file(folder, "proprio_projector") is not None:
-        proprio = dict(_head_tensors(folder, "proprio_projector"))
-        sizes["proprio_dim"] = proprio["fc1.weight"].shape[1]
+        sizes["proprio_dim"] = _sizes_of(folder, "proprio_projector", "fc1.weight")[1]
     return sizes
+
+
+def _sizes_of(folder: Path, head: str, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a layer of a head. Errors: CheckpointError with the names found."""
+    found = list(_head_tensors(folder, head))
+    for tensor in found:
+        if tensor.name == name and tensor.tensor.ndim == 2:
+            return tensor.tensor.shape[0], tensor.tensor.shape[1]
+    raise CheckpointError(
+        f"{_head_file(folder, head)} lacks {name}, a matrix; it holds "
+        f"{listed([tensor.name for tensor in found])}"
+    )
 
 
 def load_tensors(model: OpenVLA, folder: Path) -> None:
@@ -189,22 +246,22 @@ def load_tensors(model: OpenVLA, folder: Path) -> None:
         for name, tower in zip(("featurizer", "fused_featurizer"), model.config.towers, strict=True)
     }
     tensors = (
-        (name, tensor)
-        for name, tensor in _all_tensors(folder, model)
-        if not unused_tensor(name, depths) and not name.endswith("rotary_emb.inv_freq")
+        tensor
+        for tensor in _all_tensors(folder, model)
+        if not unused_tensor(tensor.name, depths)
+        and not tensor.name.endswith("rotary_emb.inv_freq")
     )
     fill(target, tensors, f"{folder} does not fit a {type(model).__name__} of its config.json")
 
 
-def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[tuple[str, Tensor]]:
+def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[Stored]:
     for file in shards(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
+        for tensor in stored_tensors(file):
+            yield tensor._replace(name=plain_name(tensor.name))
     if isinstance(model, OpenVLAOFT):
         for head in HEADS:
-            for name, tensor in _head_tensors(folder, head):
-                yield f"{head}.{name}", tensor
+            for tensor in _head_tensors(folder, head):
+                yield tensor._replace(name=f"{head}.{tensor.name}")
 
 
 def _head_file(folder: Path, head: str) -> Path | None:
@@ -214,34 +271,23 @@ def _head_file(folder: Path, head: str) -> Path | None:
         raise CheckpointError(
             f"{folder} holds several {head} files ({listed([f.name for f in found])}); keep one"
         )
-    return found[0] if found else None
+    return own_file(found[0], folder) if found else None
 
 
-def _head_tensors(folder: Path, head: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a head without the `module.` that distributed training puts before names."""
+def _head_tensors(folder: Path, head: str) -> Iterator[Stored]:
+    """Tensors of a head, by the names they have in it."""
     file = _head_file(folder, head)
     if file is None:
         return
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    else:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"{file} is not a plain file of tensors and was not loaded: {error}"
-            ) from error
-    for name, tensor in state.items():
-        yield name.removeprefix("module."), tensor
+    read = stored_tensors if file.suffix == ".safetensors" else pickled_tensors
+    for tensor in read(file):
+        yield tensor._replace(name=plain_name(tensor.name).removeprefix(f"{head}."))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a policy folder (`tokenizer.json`), None when it has none."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side="left")
+    tokenizer: PreTrainedTokenizerFast | None = read_fast_tokenizer(folder, padding_side="left")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------- saving

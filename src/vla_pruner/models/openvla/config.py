@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+from ..checks import MOST, flag, number, numbers, shown, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,16 +35,24 @@ class TowerConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
+        for name in ("width", "heads", "mlp", "patch", "image_size"):
+            whole(name, getattr(self, name))
+        whole("depth", self.depth, 2, 1024)  # the last one is never computed
+        whole("register_tokens", self.register_tokens, 0)
+        flag("class_token", self.class_token)
+        if self.layer_scale is not None:
+            number("layer_scale", self.layer_scale)
+        for name in ("mean", "std"):
+            values = numbers(name, getattr(self, name), 3)
+            if name == "std" and (values <= 0).any():
+                raise ValueError(f"std={values.tolist()} must be above 0")
+            object.__setattr__(self, name, tuple(values.tolist()))
         if self.width % self.heads:
             raise ValueError(f"tower width {self.width} must be a multiple of heads={self.heads}")
         if self.image_size % self.patch:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of patch={self.patch}"
             )
-        if self.depth < 2:
-            raise ValueError(f"depth={self.depth}: at least 2, the last block is never computed")
 
     @property
     def patches(self) -> int:
@@ -98,6 +109,18 @@ class OpenVLAConfig:
     norm_stats: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_text(self.text)
+        whole("n_action_bins", self.n_action_bins, 2)
+        whole("action_dim", self.action_dim)
+        whole("num_images", self.num_images, 0)
+        if self.num_images < 1:
+            raise ValueError(f"num_images={self.num_images}: a policy sees at least one camera")
+        most = self.text["vocab_size"] - self.n_action_bins
+        whole("pad_to_multiple_of", self.pad_to_multiple_of, 0, most)
+        for name in ("empty_token_id", "stop_token_id", "pad_token_id"):
+            whole(name, getattr(self, name), 0)
+        flag("center_crop", self.center_crop)
+        flag("crop_first", self.crop_first)
         if len(self.towers) != 2:
             raise ValueError(f"OpenVLA fuses two vision towers, got {len(self.towers)}")
         if self.towers[0].patches != self.towers[1].patches:
@@ -110,8 +133,6 @@ class OpenVLAConfig:
                 "both towers must read the same image size, got "
                 f"{self.towers[0].image_size} and {self.towers[1].image_size}"
             )
-        if self.num_images < 1:
-            raise ValueError(f"num_images={self.num_images}: a policy sees at least one camera")
 
     @property
     def image_size(self) -> int:
@@ -153,6 +174,11 @@ class OpenVLAOFTConfig(OpenVLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        whole("chunk", self.chunk)
+        whole("head_blocks", self.head_blocks, 0, 1024)
+        for name in ("proprio_dim", "head_width"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name))
         if self.read not in ("previous", "slot"):
             raise ValueError(f"read={self.read!r}: choose 'previous' or 'slot'")
         if self.bounds not in ("q99", "min-max"):
@@ -172,6 +198,27 @@ class OpenVLAOFTConfig(OpenVLAConfig):
         end = -2 if self.read == "previous" else -1
         return slice(end - self.slots, end)
 
+
+def check_text(text: Any) -> None:
+    """Refuse sizes of the language model that are none. Errors: ValueError."""
+    if not isinstance(text, Mapping):
+        raise ValueError(f"the sizes of the language model must be an object; got {shown(text)}")
+    if text.get("model_type", "llama") != "llama":
+        raise ValueError(f"model_type={shown(text['model_type'])}: the language model is a llama")
+    if "vocab_size" not in text:
+        raise ValueError("the sizes of the language model lack vocab_size")
+    for name in _TEXT_SIZES:
+        if name in text and not (text[name] is None and name in _TEXT_OPTIONAL):
+            whole(name, text[name], 1, 1024 if name == "num_hidden_layers" else MOST)
+    if "rms_norm_eps" in text:
+        number("rms_norm_eps", text["rms_norm_eps"], above=0.0)
+
+
+_TEXT_OPTIONAL = ("num_key_value_heads", "head_dim")
+_TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", *_TEXT_OPTIONAL),
+)
 
 PUBLISHED = {"openvla-7b": OpenVLAConfig(), "openvla-oft-7b": OpenVLAOFTConfig()}
 """Sizes of the published models: OpenVLA, and OpenVLA-OFT as fine-tuned on LIBERO."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..port import Port
+from ..port import Port, check_attention, refuse_broken
 from . import processing
 from .config import PUBLISHED, OpenVLAConfig
 from .processing import Inputs
@@ -25,8 +25,6 @@ from .vision import LayerScale, Projector, VisionBackbone, VisionTower
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
-
-ATTENTION = ("sdpa", "eager")
 
 
 class OpenVLA(Port):
@@ -41,10 +39,7 @@ class OpenVLA(Port):
 
     def __init__(self, config: OpenVLAConfig, *, attn_implementation: str = "sdpa") -> None:
         super().__init__()
-        if attn_implementation not in ATTENTION:
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r}: choose one of {', '.join(ATTENTION)}"
-            )
+        check_attention(attn_implementation)
         text = LlamaConfig(**config.text)
         text._attn_implementation = attn_implementation
         if type(config) is not self.config_class:
@@ -150,7 +145,7 @@ class OpenVLA(Port):
         """Greedy action tokens [B, action_dim]: one prefill, then `action_dim - 1` single steps.
 
         The last token is never fed back. The cache is made here and the whole prompt goes through
-        it, so the image is always seen.
+        it, so the image is always seen. A token whose logits have no finite maximum is -1.
         """
         cache = DynamicCache(config=self.language_model.config)
         output = self(
@@ -162,22 +157,27 @@ class OpenVLA(Port):
             logits_to_keep=1,
         )
         mask = widen_mask(attention_mask, sum(self.config.views))
-        tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
+        tokens = [greedy(output.logits[:, -1])]
         while len(tokens) < self.config.action_dim:
             mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             arguments = sequence_arguments(mask)
             if mask is not None:
                 arguments["position_ids"] = arguments["position_ids"][:, -1:]
             output = self.language_model(
-                input_ids=tokens[-1], past_key_values=cache, use_cache=True, **arguments
+                input_ids=tokens[-1].clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+                **arguments,
             )
-            tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+            tokens.append(greedy(output.logits[:, -1]))
         return torch.cat(tokens, dim=1)
 
     def infer(self, inputs: Inputs) -> np.ndarray:
         """Normalised actions of prepared inputs, fp64 [B, action_dim]."""
-        tokens = self.predict_tokens(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
-        return self.decode_actions(tokens.cpu().numpy())
+        made = self.predict_tokens(inputs.input_ids, inputs.pixel_values, inputs.attention_mask)
+        tokens = made.cpu().numpy()
+        refuse_broken(tokens < 0, "logits")
+        return self.decode_actions(tokens)
 
     def predict_action(
         self,
@@ -197,7 +197,8 @@ class OpenVLA(Port):
             unnorm_key: dataset whose statistics scale the action; needed if there are several.
             center_crop: overrides the configuration's (see `processing`).
 
-        Errors: TypeError and ValueError that say which argument is wrong and what is expected.
+        Errors: TypeError and ValueError that say which argument is wrong and what is expected;
+        NonFiniteActionError when the policy works out no numbers.
         """
         observation = {"images": images, "instruction": instruction, "proprio": proprio}
         (action,) = self.predict_actions(
@@ -222,7 +223,9 @@ class OpenVLA(Port):
         scales = [processing.bounds(self.config, row["unnorm_key"], "action") for row in rows]
         actions = self.infer(self._inputs(rows, center_crop))
         scaled = [scale.unnormalise(action) for scale, action in zip(scales, actions, strict=True)]
-        return np.stack(scaled).astype(np.float32)
+        made = np.stack(scaled).astype(np.float32)
+        refuse_broken(~np.isfinite(made), "actions")
+        return made
 
     def prepare(
         self,
@@ -348,6 +351,12 @@ class OpenVLA(Port):
         if norm_stats is not None:
             self.config = replace(self.config, norm_stats=dict(norm_stats))
         save_pretrained(self, folder, dtype=dtype)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row [B, 1]; -1 where NaN or infinity stands above all others."""
+    highest, token = logits.max(dim=-1, keepdim=True)
+    return torch.where(torch.isfinite(highest), token, -1)
 
 
 def initialise(model: nn.Module, *, std: float) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..port import refuse_broken
 from .config import OpenVLAConfig, OpenVLAOFTConfig
 from .modeling import OpenVLA, insert_after_bos, sequence_arguments, widen_mask
 from .processing import Inputs
@@ -146,7 +147,9 @@ class OpenVLAOFT(OpenVLA):
     def infer(self, inputs: Inputs) -> np.ndarray:
         """Normalised actions of prepared inputs, fp32 [B, chunk, action_dim]."""
         actions = self(inputs.input_ids, inputs.pixel_values, inputs.proprio, inputs.attention_mask)
-        return actions.float().cpu().numpy()
+        made = actions.float().cpu().numpy()
+        refuse_broken(~np.isfinite(made), "actions")
+        return made
 
 
 def bidirectional_mask(embeds: Tensor, valid: Tensor | None) -> Tensor:

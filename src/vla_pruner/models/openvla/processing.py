@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..port import check_image, check_instruction, check_keys
+from ..checks import check_instruction, check_keys, check_state, flags, listed, numbers
+from ..images import check_image, is_one_image
 from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 CROP_AREA = 0.9
+_FARTHEST = 1e30  # actions are fp32
 OBSERVATION_KEYS = ("images", "instruction", "proprio", "unnorm_key")
 
 
@@ -48,9 +50,9 @@ def check_images(images: Any, cameras: int) -> list[np.ndarray]:
 
     Errors: TypeError for another type or dtype, ValueError for another shape or camera count.
     """
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if is_one_image(images):
         images = [images]
-    if not isinstance(images, list | tuple | np.ndarray):
+    if not isinstance(images, list | tuple | np.ndarray | Tensor):
         raise TypeError(
             f"images must be a uint8 array [H, W, 3], a PIL image or a list of them, one per "
             f"camera; got {type(images).__name__}"
@@ -115,8 +117,7 @@ def normalise_pixels(images: Tensor, config: OpenVLAConfig) -> Tensor:
     x = images.permute(0, 1, 4, 2, 3).to(torch.float32) / 255
     per_tower = []
     for tower in config.towers:
-        mean = torch.tensor(tower.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(tower.std, device=x.device).view(3, 1, 1)
+        mean, std = _statistics(tower, x.device)
         per_tower.append((x - mean) / std)
     return torch.cat(per_tower, dim=2).flatten(1, 2)
 
@@ -127,9 +128,14 @@ def colours(pixel_values: Tensor, tower: TowerConfig) -> Tensor:
     `tower` is the first of the two, whose channels are read.
     """
     pixels = pixel_values.detach().float().unflatten(1, (-1, 6))[:, :, :3]
-    mean = torch.tensor(tower.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(tower.std, device=pixels.device).view(3, 1, 1)
+    mean, std = _statistics(tower, pixels.device)
     return ((pixels * std + mean) * 255).round().clamp(0, 255)
+
+
+def _statistics(tower: TowerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a tower's colours, fp32 [3, 1, 1]."""
+    both = torch.tensor([tower.mean, tower.std], dtype=torch.float32, device=device)
+    return both[0].view(3, 1, 1), both[1].view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------- prompt
@@ -147,14 +153,20 @@ def tokenize(
         ids = list(tokenizer(text)["input_ids"])
         if ids[-1] != config.empty_token_id:
             ids.append(config.empty_token_id)
+        if not all(0 <= i < config.text["vocab_size"] for i in ids):
+            raise ValueError(
+                f"the tokenizer gives the ids {min(ids)} to {max(ids)}; this policy knows "
+                f"{config.text['vocab_size']} words: it is another model's tokenizer, or "
+                f"`empty_token_id={config.empty_token_id}` is wrong"
+            )
         rows.append(ids)
     longest = max(map(len, rows))
     padding = [longest - len(ids) for ids in rows]
     padded = [[config.pad_token_id] * n + ids for n, ids in zip(padding, rows, strict=True)]
     if not any(padding):
-        return torch.tensor(padded), None
+        return torch.tensor(padded, dtype=torch.int64), None
     mask = [[0] * n + [1] * (longest - n) for n in padding]
-    return torch.tensor(padded), torch.tensor(mask)
+    return torch.tensor(padded, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
 
 def check_observation(observation: Any, config: OpenVLAConfig) -> dict[str, Any]:
@@ -175,21 +187,15 @@ def check_observation(observation: Any, config: OpenVLAConfig) -> dict[str, Any]
 def check_proprio(proprio: Any, config: OpenVLAConfig) -> np.ndarray | None:
     """Robot state fp64 [proprio_dim], or None for a policy without one.
 
-    Errors: ValueError when it is missing, not wanted, of another shape or not finite.
+    Errors: ValueError when it is missing, not wanted, of another shape or not finite; TypeError for
+    what holds no numbers.
     """
     wanted = config.proprio_dim if isinstance(config, OpenVLAOFTConfig) else None
     if wanted is None:
         if proprio is not None:
             raise ValueError("this policy reads no robot state; leave `proprio` out")
         return None
-    if proprio is None:
-        raise ValueError(f"this policy reads a robot state: give `proprio` with {wanted} numbers")
-    state = np.asarray(proprio, dtype=np.float64)
-    if state.shape != (wanted,):
-        raise ValueError(f"proprio has shape {state.shape}; expected ({wanted},)")
-    if not np.isfinite(state).all():
-        raise ValueError(f"proprio is not finite: {state.tolist()}")
-    return state
+    return check_state(proprio, wanted)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def resolve_key(norm_stats: Mapping[str, Any], key: str | None) -> str:
 
     Errors: ValueError with the known keys.
     """
-    known = ", ".join(sorted(norm_stats)) or "none: this model carries no statistics"
+    known = listed(sorted(norm_stats)) or "none: this model carries no statistics"
     if key is None:
         if len(norm_stats) == 1:
             return next(iter(norm_stats))
@@ -235,27 +241,35 @@ def resolve_key(norm_stats: Mapping[str, Any], key: str | None) -> str:
 def bounds(config: OpenVLAConfig, key: str | None, what: str) -> Bounds:
     """Bounds of `what` ("action" or "proprio") in dataset `key`.
 
-    Errors: ValueError for an unknown key or missing statistics.
+    Errors: ValueError for an unknown key, or statistics that are missing or damaged.
     """
     key = resolve_key(config.norm_stats, key)
-    entry = config.norm_stats[key].get(what)
+    dataset = config.norm_stats[key]
+    entry = dataset.get(what) if isinstance(dataset, Mapping) else None
     low_name, high_name, epsilon = "q01", "q99", 0.0
     if isinstance(config, OpenVLAOFTConfig):
         epsilon = 1e-8
         if config.bounds == "min-max":
             low_name, high_name = "min", "max"
-    if not entry or low_name not in entry or high_name not in entry:
+    if not isinstance(entry, Mapping) or low_name not in entry or high_name not in entry:
         raise ValueError(
             f"the statistics {key!r} have no {low_name}/{high_name} for {what!r}; add them to "
             "dataset_statistics.json"
         )
-    low = np.asarray(entry[low_name], dtype=np.float64)
-    high = np.asarray(entry[high_name], dtype=np.float64)
-    mask = np.asarray(entry.get("mask", np.ones(low.shape)), dtype=bool)
     size = config.action_dim if what == "action" else getattr(config, "proprio_dim", None)
+    if size is None:
+        raise ValueError(f"this policy reads no {what}")
+    where = f"the {what} statistics {key!r}: "
+    low = numbers(f"{where}{low_name}", entry[low_name])
+    high = numbers(f"{where}{high_name}", entry[high_name])
+    mask = flags(f"{where}mask", entry.get("mask", [True] * len(low)))
     if not low.shape == high.shape == mask.shape == (size,):
         raise ValueError(
             f"the {what} statistics {key!r} have {low.shape}, {high.shape} and mask {mask.shape} "
             f"entries; this policy has {size} dimensions"
         )
+    if swapped := np.flatnonzero(mask & (low > high)).tolist():
+        raise ValueError(f"{where}{low_name} is above {high_name} in the dimensions {swapped}")
+    if not (np.abs([low, high]) < _FARTHEST).all():
+        raise ValueError(f"{where}{low_name} and {high_name} must lie below {_FARTHEST:g}")
     return Bounds(low, high, mask, epsilon=epsilon)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
-from vla_pruner.surgery.layout import Adapter, Layout
 
 from .feature_cache import feature_cache
 from .modeling import Pi0

@@ -14,14 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..port import CheckpointError, fill, local_folder, read_json, shards, write_json
+from ..checks import shown, whole
+from ..folder import (
+    CheckpointError,
+    Stored,
+    check_control,
+    entry,
+    fill,
+    local_folder,
+    member,
+    plain_name,
+    read_fast_tokenizer,
+    read_json,
+    reading,
+    shards,
+    stored_tensors,
+    write_json,
+)
+from ..port import check_attention
 from .config import VARIANTS, Pi0Config, StackConfig, VisionConfig
 from .modeling import Pi0
+from .processing import scale
 
 OWN = "vla_pruner"
 """Entry of config.json that holds what the published layouts have no place for."""
@@ -83,72 +99,93 @@ def from_pretrained(
     Errors: CheckpointError for a folder that is missing, incomplete or does not fit, with the names
     of the tensors; TypeError for an unknown override.
     """
+    check_attention(attn_implementation)
     folder = local_folder(path_or_hub_id, revision)
     config = read_config(folder, overrides)
-    if dtype is None:
-        with safe_open(shards(folder)[0], framework="pt") as tensors:
-            names = [n for n in tensors.keys() if n.endswith("action_out_proj.weight")]  # noqa: SIM118
-            dtype = tensors.get_tensor(names[0]).dtype if names else torch.float32
-    model = Pi0.build(
-        config,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        random=False,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype or _stored_dtype(folder),
+        "attn_implementation": attn_implementation,
+        "random": False,
+    }
+    with reading(folder / "config.json", "no model can be built: "):
+        outline = Pi0.build(config, device="meta", **options)
+    load_tensors(outline, folder)  # Names and sizes, before memory is taken.
+    model = Pi0.build(config, device=device, **options)
     load_tensors(model, folder)
     model.tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | Path):
-        model.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        with reading(Path(tokenizer), "no tokenizer can be read: "):
+            model.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     return model
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Dtype of the action head, fp32 if there is none."""
+    for tensor in _all_tensors(folder):
+        if tensor.name == "action_out_proj.weight" and tensor.tensor.is_floating_point():
+            return tensor.tensor.dtype
+    return torch.float32
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Pi0Config:
     """Configuration of a policy folder. Errors: CheckpointError, TypeError (unknown override)."""
-    raw = read_json(folder / "config.json")
-    if not is_pi0_config(raw):
-        raise CheckpointError(
-            f"{folder} is no pi0 policy: its config.json has neither `type` pi0 or pi05 (lerobot) "
-            "nor `action_horizon` and `paligemma_variant` (openpi)"
-        )
-    values = _lerobot(raw, folder) if "type" in raw else _openpi(raw, folder)
-    for ours, theirs in (("prefix", "paligemma_variant"), ("expert", "action_expert_variant")):
-        if theirs in raw:
-            values[ours] = _variant(raw[theirs], folder)
-    own = dict(raw.get(OWN, {}))
-    if "vision" in own:
-        own["vision"] = VisionConfig(**own["vision"])
-    own |= {name: StackConfig(**own[name]) for name in ("prefix", "expert") if name in own}
+    file = folder / "config.json"
+    raw = read_json(file)
+    with reading(file):
+        if not is_pi0_config(raw):
+            raise CheckpointError(
+                f"{folder} is no pi0 policy: its config.json has neither `type` pi0 or pi05 "
+                "(lerobot) nor `action_horizon` and `paligemma_variant` (openpi)"
+            )
+        values = _lerobot(raw, folder) if "type" in raw else _openpi(raw, folder)
+        for ours, theirs in (("prefix", "paligemma_variant"), ("expert", "action_expert_variant")):
+            if theirs in raw:
+                values[ours] = _variant(raw[theirs], folder)
+        own = dict(entry(raw, OWN, dict, file))
+        if "vision" in own:
+            own["vision"] = VisionConfig(**entry(own, "vision", dict, file))
+        own |= {
+            name: StackConfig(**entry(own, name, dict, file))
+            for name in ("prefix", "expert")
+            if name in own
+        }
     known = {field.name for field in fields(Pi0Config)}
     unknown = sorted(set(overrides or {}) - known)
     if unknown:
         raise TypeError(f"unknown options {unknown}; this policy has {', '.join(sorted(known))}")
-    try:
-        return Pi0Config(**{**values, **own, **(overrides or {})})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    with reading(file):
+        config = Pi0Config(**{**values, **own, **(overrides or {})})
+    check_control(raw, file, cameras=config.num_images, chunk=config.chunk)
+    for what in ("action", "state"):
+        if config.norm_stats.get(what):
+            with reading(folder, "statistics: "):
+                scale(config, what)
+    return config
 
 
 def _variant(name: Any, folder: Path) -> StackConfig:
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise CheckpointError(
-            f"{folder} uses the stack {name!r}; supported are {', '.join(VARIANTS)}"
+            f"{folder} uses the stack {shown(name)}; supported are {', '.join(VARIANTS)}"
         )
     return VARIANTS[name]
 
 
 def _lerobot(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Fields that lerobot's config.json and normalizer say."""
-    inputs, outputs = raw.get("input_features") or {}, raw.get("output_features") or {}
+    file = folder / "config.json"
+    inputs, outputs = (entry(raw, f"{side}_features", dict, file) for side in ("input", "output"))
     size, other = raw.get("image_resolution", (224, 224))
     if size != other:
         raise CheckpointError(f"{folder} reads images of {size} x {other}; they must be square")
     cameras = [
         name.removeprefix("observation.images.")
-        for name, feature in inputs.items()
-        if feature.get("type") == "VISUAL"
+        for name in inputs
+        if entry(inputs, name, dict, file).get("type") == "VISUAL"
     ]
-    cameras += [f"empty_camera_{i}" for i in range(raw.get("empty_cameras") or 0)]
+    empty = raw.get("empty_cameras") or 0
+    whole("empty_cameras", empty, 0, 64)
+    cameras += [f"empty_camera_{i}" for i in range(empty)]
     values: dict[str, Any] = {
         "kind": raw["type"],
         "vision": VisionConfig(image_size=size),
@@ -171,14 +208,14 @@ def _lerobot(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         ("proprio_dim", inputs.get("observation.state")),
     ):
         if feature is not None:
-            values[ours] = int(feature["shape"][0])
-    mapping = raw.get("normalization_mapping") or {}
+            values[ours] = feature["shape"][0]
+    mapping = entry(raw, "normalization_mapping", dict, file)
     usual = "MEAN_STD" if raw["type"] == "pi0" else "QUANTILES"
     for ours, theirs in (("action_scaling", "ACTION"), ("state_scaling", "STATE")):
         named = mapping.get(theirs, usual)
-        if named not in _SCALINGS:
+        if not isinstance(named, str) or named not in _SCALINGS:
             raise CheckpointError(
-                f"{folder} scales {theirs} by {named!r}; supported are {', '.join(_SCALINGS)}"
+                f"{folder} scales {theirs} by {shown(named)}; supported are {', '.join(_SCALINGS)}"
             )
         values[ours] = _SCALINGS[named]
     return values
@@ -190,13 +227,13 @@ def _lerobot_statistics(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     found: dict[str, Any] = {}
-    for step in read_json(file).get("steps", []):
+    for step in entry(read_json(file), "steps", list, file):
+        if not isinstance(step, Mapping):
+            raise CheckpointError(f"{file}: a step must be an object, got {shown(step)}")
         if step.get("registry_name") != "normalizer_processor" or "state_file" not in step:
             continue
-        path = folder / step["state_file"]
-        if not path.exists():
-            raise CheckpointError(f"{folder} lacks {path.name}, named in {file.name}")
-        tensors = load_file(path)
+        path = member(folder, step["state_file"], file)
+        tensors = {stored.name: stored.tensor for stored in stored_tensors(path)}
         for ours, theirs in (("state", "observation.state"), ("action", "action")):
             found[ours] = {
                 name: tensors[f"{theirs}.{name}"].double().tolist()
@@ -208,11 +245,8 @@ def _lerobot_statistics(folder: Path) -> dict[str, Any]:
 
 def _openpi(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Fields that a conversion of openpi says; whether it is pi0.5 only its tensors tell."""
-    with safe_open(shards(folder)[0], framework="pt") as tensors:
-        pi05 = any(name.endswith("time_mlp_in.weight") for name in tensors.keys()) and not any(  # noqa: SIM118
-            name.endswith("action_time_mlp_in.weight")
-            for name in tensors.keys()  # noqa: SIM118
-        )
+    names = [tensor.name for tensor in _all_tensors(folder)]
+    pi05 = "time_mlp_in.weight" in names and "action_time_mlp_in.weight" not in names
     scaling = "quantiles" if pi05 else "mean-std"
     values: dict[str, Any] = {
         "kind": "pi05" if pi05 else "pi0",
@@ -232,10 +266,16 @@ def _openpi(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"({', '.join(str(f.parent.relative_to(folder)) for f in files)}); keep one"
         )
     if files:
-        found = read_json(files[0])["norm_stats"]
-        values["norm_stats"] = {"state": found["state"], "action": found["actions"]}
-        values["proprio_dim"] = len(found["state"]["mean"])
-        values["action_dim"] = len(found["actions"]["mean"])
+        found = entry(read_json(files[0], folder), "norm_stats", dict, files[0])
+        for ours, theirs, size in (
+            ("state", "state", "proprio_dim"),
+            ("action", "actions", "action_dim"),
+        ):
+            if theirs not in found:
+                raise CheckpointError(f"{files[0]} has no statistics of the {theirs}")
+            measured = entry(found, theirs, dict, files[0])
+            values.setdefault("norm_stats", {})[ours] = measured
+            values[size] = len(entry(measured, "mean", list, files[0]))
     return values
 
 
@@ -250,33 +290,34 @@ def load_tensors(model: Pi0, folder: Path) -> None:
     target = {published_name(n): p for n, p in model.state_dict(keep_vars=True).items()}
     seen: set[str] = set()
 
-    def wanted() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _all_tensors(folder):
-            if name == _TIED and _TABLE in seen:
-                continue  # the table itself came first; if it comes later, it stays
-            if name != _UNUSED:
-                seen.add(_TABLE if name == _TIED else name)
-                yield _TABLE if name == _TIED else name, tensor
+    def wanted() -> Iterator[Stored]:
+        tied = []
+        for tensor in _all_tensors(folder):
+            if tensor.name == _TIED:
+                tied.append(tensor._replace(name=_TABLE))
+            elif tensor.name != _UNUSED:
+                seen.add(tensor.name)
+                yield tensor
+        yield from tied if _TABLE not in seen else ()
 
     fill(target, wanted(), f"{folder} does not fit a {model.config.kind} of its config.json")
 
 
-def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _all_tensors(folder: Path) -> Iterator[Stored]:
     """Tensors by the names that openpi gives them."""
     for file in shards(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                plain = name.removeprefix("model.")
-                # Newer versions of transformers have one module less here.
-                if ".vision_tower." in plain and ".vision_model." not in plain:
-                    plain = plain.replace(".vision_tower.", ".vision_tower.vision_model.")
-                yield plain, tensors.get_tensor(name)
+        for tensor in stored_tensors(file):
+            plain = plain_name(tensor.name).removeprefix("model.")
+            # Newer versions of transformers have one module less here.
+            if ".vision_tower." in plain and ".vision_model." not in plain:
+                plain = plain.replace(".vision_tower.", ".vision_tower.vision_model.")
+            yield tensor._replace(name=plain)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a policy folder (`tokenizer.json`), None when it has none."""
-    file = folder / "tokenizer.json"
-    return PreTrainedTokenizerFast(tokenizer_file=str(file)) if file.exists() else None
+    tokenizer: PreTrainedTokenizerFast | None = read_fast_tokenizer(folder)
+    return tokenizer
 
 
 # ---------------------------------------------------------------------- saving

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import flag, number, shown, whole
+
 Scaling = Literal["quantiles", "mean-std", "min-max", "identity"]
 SCALINGS = ("quantiles", "mean-std", "min-max", "identity")
 
@@ -21,6 +23,9 @@ class VisionConfig:
     image_size: int = 224
 
     def __post_init__(self) -> None:
+        for name in ("width", "heads", "mlp", "patch", "image_size"):
+            whole(name, getattr(self, name))
+        whole("depth", self.depth, 1, 1024)
         if self.width % self.heads:
             raise ValueError(f"vision width {self.width} must be a multiple of heads={self.heads}")
         if self.image_size % self.patch:
@@ -44,6 +49,13 @@ class StackConfig:
     heads: int = 8
     kv_heads: int = 1
     head_dim: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("width", "mlp", "heads", "kv_heads", "head_dim"):
+            whole(name, getattr(self, name))
+        whole("depth", self.depth, 1, 1024)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
 
 
 GEMMA_2B = StackConfig(width=2048, mlp=16384)
@@ -104,6 +116,22 @@ class Pi0Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", tuple(self.cameras))
+        names = [name for name in self.cameras if isinstance(name, str) and name]
+        if not len(set(names)) == len(names) == len(self.cameras):
+            raise ValueError(f"cameras={shown(self.cameras)} must be different names")
+        for name in ("vocab_size", "max_action_dim", "max_state_dim", "action_dim", "proprio_dim"):
+            whole(name, getattr(self, name))
+        whole("flow_steps", self.flow_steps, 1, 10_000)
+        whole("chunk", self.chunk, 1, 100_000)
+        if self.max_tokens is not None:
+            whole("max_tokens", self.max_tokens)
+        if self.noise_seed is not None:
+            whole("noise_seed", self.noise_seed, 0, (1 << 63) - 1)
+        number("min_period", self.min_period, above=0.0)
+        number("max_period", self.max_period, above=0.0)
+        number("epsilon", self.epsilon, 0.0)
+        number("crop_area", self.crop_area)
+        flag("pad_state", self.pad_state)
         _one_of("kind", self.kind, ("pi0", "pi05"))
         _one_of("action_scaling", self.action_scaling, SCALINGS)
         _one_of("state_scaling", self.state_scaling, SCALINGS)
@@ -116,10 +144,6 @@ class Pi0Config:
                 )
         if not self.cameras:
             raise ValueError("a policy sees at least one camera; name it in `cameras`")
-        if self.flow_steps < 1 or self.chunk < 1:
-            raise ValueError(
-                f"flow_steps={self.flow_steps} and chunk={self.chunk} must be at least 1"
-            )
         if self.action_dim > self.max_action_dim or self.proprio_dim > self.max_state_dim:
             raise ValueError(
                 f"action_dim={self.action_dim} and proprio_dim={self.proprio_dim} must not exceed "
@@ -144,6 +168,6 @@ class Pi0Config:
         return self.vision.image_size
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        raise ValueError(f"{name}={shown(value)} is unknown; choose one of {', '.join(known)}")

@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from ..port import Port
+from ..port import Port, check_attention, refuse_broken
 from . import processing
 from .config import Pi0Config
 from .gemma import GemmaStack, SharedKV
 from .processing import Inputs
 from .vision import VisionTower
-
-ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +49,7 @@ class Pi0(Port):
 
     def __init__(self, config: Pi0Config, *, attn_implementation: str = "sdpa") -> None:
         super().__init__()
-        if attn_implementation not in ATTENTION:
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r}: choose one of {', '.join(ATTENTION)}"
-            )
+        check_attention(attn_implementation)
         self.config = config
         self.tokenizer: Any = None
         width = config.expert.width
@@ -179,7 +174,8 @@ class Pi0(Port):
         actions = self.make_noise(batch) if noise is None else noise.to(self.device).float()
         prefix = self.read_prefix(inputs)
         for step in range(steps):
-            time = torch.full((batch,), 1 - step / steps, device=self.device)
+            now = 1 - step / steps
+            time = torch.full((batch,), now, dtype=torch.float32, device=self.device)
             actions = actions - self.velocity(prefix, inputs.state, actions, time) / steps
         return actions
 
@@ -187,9 +183,10 @@ class Pi0(Port):
         """Normal noise [batch, chunk, max_action_dim]; the same in every row if it is seeded."""
         shape, seed = (self.config.chunk, self.config.max_action_dim), self.config.noise_seed
         if seed is None:
-            return torch.randn(batch, *shape, device=self.device)
+            return torch.randn(batch, *shape, dtype=torch.float32, device=self.device)
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).to(self.device).expand(batch, -1, -1)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return noise.to(self.device).expand(batch, -1, -1)
 
     def predict_action(
         self,
@@ -209,7 +206,8 @@ class Pi0(Port):
             proprio: robot state [proprio_dim] in robot units.
             noise: `[chunk, max_action_dim]` to start from; None: as the configuration says.
 
-        Errors: TypeError and ValueError that say which argument is wrong and what is expected.
+        Errors: TypeError and ValueError that say which argument is wrong and what is expected;
+        NonFiniteActionError when the policy works out no numbers.
         """
         observation = {"images": images, "instruction": instruction, "proprio": proprio}
         batched = None if noise is None else noise[None]
@@ -223,10 +221,16 @@ class Pi0(Port):
 
         An observation is a dict with `images`, `instruction` and `proprio`, see `predict_action`.
         """
-        inputs = self.prepare(observations)
-        actions = self.sample(inputs, noise)[..., : self.config.action_dim].cpu().numpy()
         scale = processing.scale(self.config, "action")
-        return scale.unnormalise(actions.astype(np.float64)).astype(np.float32)
+        inputs = self.prepare(observations)
+        if noise is not None:
+            shape = (len(inputs.tokens), self.config.chunk, self.config.max_action_dim)
+            processing.check_noise(noise, shape)
+        actions = self.sample(inputs, noise)[..., : self.config.action_dim].cpu().numpy()
+        with np.errstate(over="ignore"):  # What is too large for fp32 is refused next.
+            made = scale.unnormalise(actions.astype(np.float64)).astype(np.float32)
+        refuse_broken(~np.isfinite(made), "actions")
+        return made
 
     def prepare(self, observations: Sequence[Mapping[str, Any]]) -> Inputs:
         """Model inputs of a list of observations, on the model's device; as `predict_actions`."""

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..port import check_image, check_instruction, check_keys
+from ..checks import check_instruction, check_keys, check_state, numbers
+from ..images import check_image, is_one_image
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")
 _STATE_BINS = 256
+_FARTHEST = 1e30  # actions are fp32
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -67,12 +69,14 @@ def prepare(observations: Sequence[Mapping[str, Any]], config: Pi0Config, tokeni
         instructions.append(check_instruction(observation["instruction"]))
     padded = np.zeros((len(states), config.max_state_dim))
     padded[:, : config.proprio_dim] = states
+    if not (np.abs(padded) < np.finfo(np.float32).max).all():
+        raise ValueError("proprio is too large to be scaled by the policy's statistics")
     prompts = [prompt(text, row, config) for text, row in zip(instructions, padded, strict=True)]
     tokens, mask = tokenize(prompts, tokenizer, config.max_tokens)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return Inputs(
         images=pixels,
-        image_mask=torch.tensor(seen),
+        image_mask=torch.tensor(seen, dtype=torch.bool),
         tokens=tokens,
         token_mask=mask,
         state=torch.from_numpy(padded).float(),
@@ -86,16 +90,16 @@ def check_images(images: Any, cameras: tuple[str, ...]) -> list[np.ndarray | Non
     Errors: TypeError for another type or dtype, ValueError for unknown cameras, another number of
     them, another shape, or no image at all.
     """
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if is_one_image(images):
         images = [images]
     if isinstance(images, Mapping):
-        unknown = sorted(set(images) - set(cameras))
+        unknown = sorted(str(name) for name in set(images) - set(cameras))
         if unknown:
             raise ValueError(
                 f"this policy has no camera {', '.join(unknown)}; it has {', '.join(cameras)}"
             )
         images = [images.get(camera) for camera in cameras]
-    if not isinstance(images, list | tuple | np.ndarray):
+    if not isinstance(images, list | tuple | np.ndarray | Tensor):
         raise TypeError(
             f"images must be a list with one image per camera, or a dict by camera name; got "
             f"{type(images).__name__}"
@@ -152,24 +156,27 @@ def tokenize(
     """Token ids [B, T] padded on the right with 0, and which are real."""
     rows = [list(tokenizer(text)["input_ids"])[:max_tokens] for text in prompts]
     length = max_tokens or max(map(len, rows))
-    tokens = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
-    lengths = torch.tensor([len(ids) for ids in rows])
+    padded = [ids + [0] * (length - len(ids)) for ids in rows]
+    tokens = torch.tensor(padded, dtype=torch.int64)
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
     return tokens, torch.arange(length) < lengths[:, None]
 
 
 # ---------------------------------------------------------------------- other entries
 def check_proprio(proprio: Any, config: Pi0Config) -> np.ndarray:
-    """Robot state fp64 [proprio_dim]. Errors: ValueError."""
-    if proprio is None:
-        raise ValueError(
-            f"this policy reads a robot state: give `proprio` with {config.proprio_dim} numbers"
-        )
-    state = np.asarray(proprio, dtype=np.float64)
-    if state.shape != (config.proprio_dim,):
-        raise ValueError(f"proprio has shape {state.shape}; expected ({config.proprio_dim},)")
-    if not np.isfinite(state).all():
-        raise ValueError(f"proprio is not finite: {state.tolist()}")
-    return state
+    """Robot state fp64 [proprio_dim]. Errors: TypeError, ValueError."""
+    return check_state(proprio, config.proprio_dim)
+
+
+def check_noise(noise: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what is no noise to start from. Errors: TypeError, ValueError."""
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(f"noise must be a floating-point tensor, got {type(noise).__name__}")
+    if noise.shape != shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
+    # Elsewhere this would wait for the device; the actions are looked at anyway.
+    if noise.device.type == "cpu" and not bool(torch.isfinite(noise).all()):
+        raise ValueError("noise is not finite")
 
 
 # ---------------------------------------------------------------------- scaling
@@ -199,7 +206,9 @@ def scale(config: Pi0Config, what: str) -> Scale:
     if kind == "identity":
         return Scale(np.zeros(size), np.ones(size))
     names = {"quantiles": ("q01", "q99"), "mean-std": ("mean", "std"), "min-max": ("min", "max")}
-    entry = config.norm_stats.get(what, {})
+    entry = config.norm_stats.get(what) or {}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the {what} statistics must be numbers by name, got {entry!r:.80}")
     absent = [name for name in names[kind] if name not in entry]
     if absent:
         raise ValueError(
@@ -207,13 +216,23 @@ def scale(config: Pi0Config, what: str) -> Scale:
             f"needs; give `norm_stats={{{what!r}: {{...}}, ...}}` to from_pretrained (base models "
             f'are published without), or `{what}_scaling="identity"`'
         )
-    first, second = (np.asarray(entry[name], dtype=np.float64) for name in names[kind])
+    first, second = (
+        numbers(f"{name} of the {what} statistics", entry[name]) for name in names[kind]
+    )
     if first.shape != (size,) or second.shape != (size,):
         raise ValueError(
             f"the {what} statistics have {first.shape} and {second.shape} entries; this policy has "
             f"{size} dimensions"
         )
+    if not (np.abs([first, second]) < _FARTHEST).all():
+        raise ValueError(f"the {what} statistics must lie below {_FARTHEST:g}")
     if kind == "mean-std":
+        if (second + config.epsilon <= 0).any():
+            raise ValueError(f"std of the {what} statistics must be above 0: {second.tolist()}")
         return Scale(first, second + config.epsilon)
+    if (second - first + config.epsilon <= 0).any():
+        low, high = names[kind]
+        where = np.flatnonzero(second - first + config.epsilon <= 0).tolist()
+        raise ValueError(f"{low} of the {what} statistics is not below {high} in {where}")
     half = (second - first + config.epsilon) / 2
     return Scale(first + half, half)

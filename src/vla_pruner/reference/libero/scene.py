@@ -20,12 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "1")
-
 import numpy as np
 from PIL import Image
 
+from ...scenes import rendering
 from ...scenes.pick_place_task import ACTION_DIM, CAMERAS, IMAGE_SIZE
 from .suites import SETTLE_STEPS, check_task
 
@@ -372,6 +370,7 @@ def _import_libero() -> tuple[Any, Any, Any]:
             f"LIBERO has no config.yaml in {folder}; `make libero` writes one, or point "
             "LIBERO_CONFIG_PATH at a folder that has it."
         )
+    rendering.settle()
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -381,6 +380,9 @@ def _import_libero() -> tuple[Any, Any, Any]:
         raise ImportError(
             f"LIBERO could not be imported ({error}). `docs/libero.md` names what to install."
         ) from error
+    except (AttributeError, AssertionError, RuntimeError) as error:  # drawing cannot be set up
+        raise RuntimeError(rendering.explain(error)) from error
     finally:
         logging.disable(logging.NOTSET)
+    rendering.check_device()
     return benchmark, get_libero_path, ControlEnv

@@ -1,0 +1,221 @@
+"""What a session remembers of each episode, and what it makes of it when a step starts."""
+
+from __future__ import annotations
+
+import math
+import threading
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vla_pruner.core.plan import Plan
+from vla_pruner.core.tokens import Prefill
+from vla_pruner.methods.base import Method, StepContext
+
+MOST_EPISODES = 1024
+"""Episodes that are remembered at once; the one that acted longest ago is forgotten first."""
+
+_MOST_MOTION = 256
+
+
+@dataclass(eq=False)
+class Step:
+    """One policy step of a batch: a prefill and all decoder passes that follow it.
+
+    It counts once it is over, unless a pass of it was interrupted: then it never was.
+    """
+
+    ids: tuple[Hashable, ...]
+    numbers: tuple[int, ...]
+    full: tuple[bool, ...]
+    """Rows that run on all tokens."""
+    prefill: Prefill
+    action_layers: int
+    total: Tensor | None = None
+    """[B, M] sum over watched layers and action rows."""
+    rows: int = 0
+    whole: bool = False
+    """Whether no pass was interrupted."""
+    failed: bool = False
+    """Whether the call that it belongs to raised an exception."""
+    left_alone: str | None = None
+    """Why nothing was pruned although there may have been an image."""
+    ms: float | None = None
+    """Wall-clock time of the call."""
+
+    def add(self, observed: Tensor, rows: int) -> None:
+        """Count a pass in: `observed` [B, M] is a mean over `rows` action rows."""
+        part = observed * rows
+        self.total = part if self.total is None else self.total + part
+        self.rows += rows
+
+    def action(self) -> Tensor | None:
+        """Action score [B, M] of the passes so far (Eq. 3-4); None if no action row ran."""
+        if self.total is None:
+            return None
+        return self.total / (self.rows * self.action_layers)
+
+    def kept(self, row: int, cuts: int) -> Tensor | None:
+        """[M] bool, tokens of a row left after `cuts` cuts; None: it never came so far."""
+        prefill = self.prefill
+        everything = torch.ones_like(prefill.layout.visual[0], dtype=torch.bool)
+        if cuts == 0 or prefill.mode == "full" or self.full[row]:
+            return everything
+        tokens = prefill.sets[cuts].tokens
+        return None if tokens is None else ~everything.scatter(0, tokens[row], False)
+
+
+@dataclass(eq=False)
+class Episode:
+    """What is remembered of one episode."""
+
+    memory: Tensor | None = None
+    """[slots, M] action scores, newest first."""
+    observations: int = 0
+    steps: int = 0
+    """Steps that are over."""
+    since_full: int = 0
+    """Pruned steps since the last full one."""
+    step: Step | None = None
+    """The step in progress, whose action score is not complete yet."""
+    motion: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_MOTION))
+    """What the caller reported."""
+
+
+class Episodes:
+    """All episodes of one session, by name. Any thread may call `reset` and `motion`."""
+
+    def __init__(self, method: Method, plan: Plan) -> None:
+        self.method = method
+        self.plan = plan
+        self._known: OrderedDict[Hashable, Episode] = OrderedDict()
+        self._lock = threading.RLock()
+        self._spec = method.history
+
+    def reset(self, names: Iterable[Hashable] | None = None) -> None:
+        """Forget these episodes, or all."""
+        with self._lock:
+            for name in list(self._known) if names is None else list(names):
+                self._known.pop(name, None)
+
+    def motion(self, value: float, name: Hashable) -> None:
+        """Note how far the robot of an episode moved."""
+        if not math.isfinite(value):
+            raise ValueError(f"`motion={value}` must be a finite number.")
+        with self._lock:
+            self._episode(name).motion.append(float(value))
+
+    def start(
+        self, ids: tuple[Hashable, ...], prefill: Prefill, *, visual: int, device: torch.device
+    ) -> Step:
+        """The last step of these episodes is over, and the next begins with `prefill`.
+
+        Fills in the prefill's forecast and seeds.
+
+        Raises:
+            ValueError: a method that needs motion gets none; or the cameras changed.
+        """
+        with self._lock:
+            self._refuse_still(ids)
+            full: dict[Hashable, bool] = {}
+            for name in dict.fromkeys(ids):
+                full[name] = self._next(name, visual)
+            episodes = [self._known[name] for name in ids]
+            prefill.forecast = self._forecast(episodes, visual, device)
+            numbers = tuple(episode.steps for episode in episodes)
+            rows = tuple(full[name] for name in ids)
+            step = Step(ids, numbers, rows, prefill, len(self.plan.action_layers))
+            for name in full:
+                self._known[name].step = step
+        return step
+
+    def seeds(self, step: Step, device: torch.device) -> Tensor:
+        """[B] a number for each row's step, the same in every process."""
+        made = [
+            zlib.crc32(f"{name!r}/{number}".encode())
+            for name, number in zip(step.ids, step.numbers, strict=True)
+        ]
+        return torch.tensor(made, dtype=torch.int64, device=device)
+
+    def _episode(self, name: Hashable) -> Episode:
+        """The episode of that name, now the one that acted last."""
+        episode = self._known.setdefault(name, Episode())
+        self._known.move_to_end(name)
+        while len(self._known) > MOST_EPISODES:
+            self._known.popitem(last=False)
+        return episode
+
+    def _next(self, name: Hashable, visual: int) -> bool:
+        """Remember an episode's last step; whether its next one runs on all tokens."""
+        episode = self._episode(name)
+        self._finish(episode)
+        memory = episode.memory
+        if memory is not None and memory.shape[1] != visual:
+            raise ValueError(
+                f"episode {name!r} had {memory.shape[1]} visual tokens and now has {visual}; "
+                "call `session.reset()` when the cameras change."
+            )
+        context = StepContext(
+            step=episode.steps, since_full=episode.since_full, motion=tuple(episode.motion)
+        )
+        return bool(self.method.full_step(context))
+
+    def _forecast(
+        self, episodes: Sequence[Episode], visual: int, device: torch.device
+    ) -> Tensor | None:
+        """[B, M] action score that each row's episode predicts."""
+        if self._spec is None:
+            return None
+        blank = torch.zeros(self._spec.slots, visual, dtype=torch.float32, device=device)
+        memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
+        counts = [episode.observations for episode in episodes]
+        count = torch.tensor(counts, dtype=torch.int64, device=device)
+        return self._spec.forecast(torch.stack(memory), count)
+
+    def _refuse_still(self, ids: Sequence[Hashable]) -> None:
+        if "motion" not in self.method.needs:
+            return
+        for name in ids:
+            episode = self._known.get(name)
+            step = None if episode is None else episode.step
+            begun = episode is not None and (
+                episode.steps or (step is not None and step.whole and not step.failed)
+            )
+            if episode is not None and begun and not episode.motion:
+                raise ValueError(
+                    f"method {self.method.name!r} decides by the robot's motion, and none was "
+                    f"reported for episode {name!r}; call `session.motion(distance)` after each "
+                    "step, or use another method."
+                )
+
+    def _finish(self, episode: Episode) -> None:
+        """Remember what the episode's step in progress showed, which is over now."""
+        step, episode.step = episode.step, None
+        if step is None or not step.whole or step.failed:
+            return
+        rows = [row for row, name in enumerate(step.ids) if self._known.get(name) is episode]
+        episode.since_full = 0 if step.full[rows[0]] else episode.since_full + 1
+        episode.steps += 1
+        action, spec = step.action(), self._spec
+        if action is None or spec is None:
+            return
+        first = slice(rows[0], rows[0] + 1)
+        observed = action[first] if len(rows) == 1 else action[rows].mean(dim=0, keepdim=True)
+        if episode.memory is None:
+            episode.memory = observed.new_zeros(spec.slots, observed.shape[1])
+        # A broken frame (NaN, infinity) is remembered as the last good one was.
+        good = observed.isfinite().all()
+        observed = torch.where(good, observed, episode.memory[:1])
+        seen = step.kept(rows[0], self.plan.action_cuts)
+        memory, _ = spec.update(
+            episode.memory[None],
+            torch.tensor([episode.observations], dtype=torch.int64, device=observed.device),
+            observed,
+            kept=None if seen is None else seen[None],
+        )
+        episode.memory = memory[0]
+        episode.observations += 1

@@ -1,1 +1,0 @@
-"""Cut: take visual tokens out of a running decoder, and put everything back afterwards."""
