@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vla_pruner.methods import Method
+from vla_pruner.methods import Evidence, OneCut
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstTokens(Method):
+class FirstTokens(OneCut):
     """Keeps the first tokens.
 
     Args:
@@ -25,7 +25,8 @@ class FirstTokens(Method):
     layer: int = 1
     skip: int = 0
 
-    def choose(self, features: Tensor, semantic: Any, forecast: Any, k: int, **_: Any) -> Tensor:
+    def choose(self, evidence: Evidence, k: int) -> Tensor:
         """k tokens behind the first `skip`."""
-        start = min(self.skip, features.shape[1] - k)
-        return torch.arange(start, start + k).expand(features.shape[0], k)
+        batch, size = evidence.features.shape[:2]
+        start = min(self.skip, size - k)
+        return torch.arange(start, start + k).expand(batch, k)

@@ -19,10 +19,24 @@ OWN = "own_method:FirstTokens"
 
 
 @pytest.mark.parametrize(
-    "text", ["none", "fastv@64", "vla-pruner@0.25:window=1", f"{OWN}@0.5", f"{OWN}@0.5:skip=3"]
+    "text",
+    [
+        "none",
+        "fastv@64",
+        "vla-pruner@0.25:window=1",
+        "vla-pruner@0.25:first=nearest",
+        "vla-pruner@0.25:action_layers=(4,5)",
+        "vla-pruner@0.25:action_layers=(5,)",
+        f"{OWN}@0.5",
+        f"{OWN}@0.5:skip=3",
+    ],
 )
 def test_a_condition_is_read_as_it_is_written(text: str) -> None:
-    assert Condition.parse(text).name == text
+    condition = Condition.parse(text)
+    assert condition.name == text
+    stored = json.loads(json.dumps(dict(condition.options)))
+    assert Condition(condition.method, condition.keep, tuple(stored.items())) == condition
+    assert len({condition, Condition.parse(text)}) == 1
 
 
 def test_a_method_of_ones_own_is_made_with_its_options() -> None:
@@ -52,7 +66,7 @@ def test_it_prunes() -> None:
         (f"{OWN}@1.5", r"not in \(0, 1\]"),
         (f"{OWN}", "write 'none', or a method with what it keeps"),
         (":@0.5", "method ':'"),
-        ("fastv@", "write 'none'"),
+        ("fastv@", "after '@' comes a fraction"),
         ("x" * 10_000 + "@0.5", "unknown method"),
     ],
 )
@@ -84,6 +98,11 @@ def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("given", ["a,b c", ["a", "b", "c"], ["a,b", "c"], ["a,", "b", ",c"]])
 def test_lists_are_apart_by_spaces_or_commas(given: str | list[str]) -> None:
     assert words_of("--methods", given) == ["a", "b", "c"]
+
+
+def test_a_list_in_an_option_stays_whole() -> None:
+    text = "vla-pruner@0.25:action_layers=(4,5):window=1"
+    assert words_of("--conditions", f"none,{text},fastv@8") == ["none", text, "fastv@8"]
 
 
 def test_an_empty_list_or_a_word_that_is_there_twice_is_refused() -> None:

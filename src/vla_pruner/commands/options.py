@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -125,6 +126,10 @@ def add_resume(parser: Parser) -> None:
     )
 
 
+_COMMA = r",(?![^()\[\]]*[)\]])"
+"""Outside of brackets: an option may be a list, such as `:action_layers=(15,16)`."""
+
+
 # -- reading them --------------------------------------------------------------------------------
 
 
@@ -135,7 +140,7 @@ def words_of(option: str, given: str | Sequence[str]) -> list[str]:
         ValueError: there is none, or one is there twice.
     """
     parts = given.split() if isinstance(given, str) else given
-    words = [word for part in parts for word in part.split(",") if word]
+    words = [word for part in parts for word in re.split(_COMMA, part) if word]
     if not words:
         raise ValueError(f"{option} is empty; name at least one")
     if len(set(words)) < len(words):
