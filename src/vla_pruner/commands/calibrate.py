@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.calibration.search import METHODS, calibrate
+from vla_pruner.calibration.search import METHODS, calibrate, check_request
 from vla_pruner.commands.options import (
     add_device,
     add_out,
@@ -95,6 +95,8 @@ def calibrate_command(
             "with vla_pruner.calibration.search.calibrate and inputs of its own."
         )
     key = statistics_of(policy, args.unnorm_key, folder=Path(locate(args.policy)))
+    request = {"keep": args.keep, "layer": args.layer, "eta": args.eta}
+    check_request(args.method, policy, **request)
     if args.episodes is not None:
         _record(args, policy, folder, open_suite(), console)
     seen = read_observations(folder, held_out=_held_out(open_suite))

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 
+from vla_pruner._short import short
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.models.loading import shipped
@@ -190,7 +191,7 @@ def pick(name: str, known: dict[str, Any], kind: str) -> Any:
         ValueError: there is none; the message lists what there is.
     """
     if name not in known:
-        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(known)}")
+        raise ValueError(f"no {kind} is called {short(name)}; there are: {', '.join(known)}")
     return known[name]
 
 
