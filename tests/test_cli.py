@@ -218,11 +218,11 @@ def test_methods_shows_the_options_of_one(capsys: pytest.CaptureFixture[str]) ->
         assert default in shown
 
 
-@pytest.mark.parametrize("name", list(vla_pruner.methods()))
+@pytest.mark.parametrize("name", list(vla_pruner.list_methods()))
 def test_every_option_of_a_method_is_explained(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = vla_pruner.methods()[name]
+    method = vla_pruner.list_methods()[name]
     explained = explain(method)
     options = [field.name for field in fields(method) if field.init]
     assert {

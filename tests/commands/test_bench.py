@@ -1,6 +1,7 @@
 """`vla-pruner bench`: what it compares, what it reports, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,18 @@ def test_a_method_with_several_cuts_and_keys_of_the_last_step(openvla_folder: Pa
     assert row.name == "vla-cache 0.5" and row.visual < job.visual
     least = pruned_prefill_flops(job.tokens, job.visual, row.visual, cut_layer=1, **SIZES)
     assert least < row.flops < prefill_flops(job.tokens, **SIZES)
+
+
+def test_a_variant_that_does_not_fit_is_named_before_anything_is_measured(
+    oft_folder: Path,
+) -> None:
+    job = replace(workload(oft_folder), step=lambda *_: pytest.fail("a step was made"))
+    for method, message in (
+        (build("fastv", keep=9999), r"fastv 9999: `keep=9999` asks for more than the"),
+        (build("fastv", layer=77), r"fastv 0.25: .*decoder has 6"),
+        (build("fitprune", keep=0.5), r"fitprune 0.5: .*needs a calibration recipe"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(job, [build("fastv"), build("random"), method][1:], repeats=1)
+    with pytest.raises(ValueError, match=r"two variants are called 'random 0\.25'"):
+        compare(job, [build("random"), build("random", seed=1)], repeats=1)

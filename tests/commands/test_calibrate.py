@@ -77,3 +77,19 @@ def test_the_command_refuses_impossible_arguments(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run("efficientvla", "--out", tmp_path / "recipe.json", *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fitprune",), "give `keep`"),
+        (("fitprune", "--keep", 1.5), r"share in \(0, 1\]"),
+        (("vtw", "--keep", 0.5, "--layer", 9), "the decoder has 4"),
+        (("vtw", "--keep", 0.5, "--eta", 1.0), "instead of `keep`"),
+        (("efficientvla", "--keep", 0.5), "leave `keep` out"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_recorded(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(*words, "--episodes", 2, "--first-seed", 10, "--out", tmp_path / "recipe.json")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.observations import read_episode
 from vla_pruner.reports.compare import read_runs
 from vla_pruner.reports.document import to_markdown
+from vla_pruner.reports.latency import cells as latency_cells
 from vla_pruner.reports.report import blocks_of, rows_of
 from vla_pruner.reports.timings import timings
 from vla_pruner.runs import replay
@@ -135,6 +136,12 @@ def test_without_a_baseline_or_memory_there_is_no_speedup_and_no_peak():
         [dataclasses.replace(one, peak_mb=None) for one in made() if one.condition != "none"]
     ).values()
     assert cut.pruned.speedup is None and cut.pruned.peak_mb is None
+
+
+def test_one_round_has_no_interval():
+    (_, cut) = timings([one for one in made() if one.round == 0]).values()
+    assert cut.pruned.speedup == pytest.approx(3) and cut.pruned.interval is None
+    assert latency_cells("half", cut)[2:6:3] == ["1.67x", "3.00x"]
 
 
 def test_conditions_that_replayed_something_else_do_not_compare():

@@ -9,7 +9,7 @@ from rich.console import Console
 from toy_task import save_policy, tiny_policy, toy_task
 from vla_pruner.cli import main
 from vla_pruner.commands import eval as eval_command
-from vla_pruner.commands.progress import RunProgress
+from vla_pruner.commands.progress import Lines, RunProgress, progress_bar
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.store import Store
@@ -87,6 +87,18 @@ def test_a_long_run_says_how_far_it_is():
     lines = text.getvalue().splitlines()
     assert lines[1].startswith("1 of 3 episodes, about ") and lines[1].endswith(" left")
     assert lines[3] == "3 of 3 episodes, about 0 s left"
+
+
+def test_other_commands_tell_in_lines_what_a_bar_would_show():
+    text = StringIO()
+    with progress_bar(Console(file=text)) as bar:
+        assert isinstance(bar, Lines)
+        line = bar.add_task("recording", total=None)
+        bar.update(line, total=2)
+        bar.advance(line)
+        bar.advance(line)
+    assert text.getvalue().splitlines() == ["recording: 0 of 2", "recording: 2 of 2"]
+    assert not isinstance(progress_bar(Console(file=text, force_terminal=True)), Lines)
 
 
 def test_a_condition_can_be_left_out_of_the_report_or_dropped(policy, tmp_path, capsys):

@@ -195,7 +195,8 @@ def test_options_reach_the_method():
         ("fastv@0.5:window=1", "no option 'window'"),
         ("vla-pruner@0.5:window", "name=value"),
         ("vla-pruner@0.5:window=two", "window"),
-        ("none@:window=1", "unknown|no option"),
+        ("none@:window=1", "after '@' comes a fraction"),
+        ("none:window=1", "no option 'window'|write 'none'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(text, message):

@@ -126,3 +126,7 @@ def test_speedup_of_is_repeatable_and_widens_with_disagreement():
     assert 1.0 <= interval.low < interval.high == 2.0
     with pytest.raises(ValueError, match="same episodes"):
         speedup_of(baseline, treatment[:2])
+
+
+def test_a_single_episode_has_a_speedup_and_no_interval():
+    assert speedup_of([[10.0, 10.0]], [[5.0, 5.0]]) == (2.0, None)

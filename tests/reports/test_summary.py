@@ -117,3 +117,16 @@ def test_json_holds_rows_and_episodes_without_nan():
 
 def test_percent_keeps_a_digit_where_it_matters():
     assert [percent(x) for x in (0, 0.004, 0.3049, 1)] == ["0 %", "0.4 %", "30 %", "100 %"]
+
+
+def test_one_scene_has_no_interval_of_its_speedup():
+    """Not even one of no width: nothing was repeated."""
+    one = made([episode(NONE, 1, True, 10, 10), episode(HALF, 1, True, 10, 5, 5)])
+    half = one.rows[1]
+    assert half.pruned_calls.speedup == pytest.approx(2.0)
+    assert half.pruned_calls.interval is None and half.all_calls.interval is None
+    assert cells(half)[-1] == "2.00x"
+    (_, row) = csv.DictReader(io.StringIO(rows_csv(one)))
+    assert float(row["pruned_calls.speedup"]) == pytest.approx(2.0)
+    assert row["pruned_calls.interval"] == ""
+    assert json.loads(json.dumps(one.as_dict()))["rows"][1]["pruned_calls"]["interval"] is None

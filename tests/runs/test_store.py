@@ -1,9 +1,12 @@
 """The store: what was written comes back, once, whatever happened in between."""
 
 import dataclasses
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -205,3 +208,71 @@ def test_files_that_are_no_store_are_refused_and_left_alone(tmp_path):
     base.close()
     with pytest.raises(ValueError, match="has format 99"):
         Store(tmp_path)
+
+
+READ_ONLY = """
+import os, sys
+sys.path[:0] = {path!r}
+import vla_pruner.commands.report  # before root becomes nobody, who may not read this checkout
+from vla_pruner.cli import main
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    open({folder!r} + "/mine", "w")
+except OSError:
+    sys.exit(main(["report", {folder!r}, *{words!r}]))
+sys.exit("the folder can be written to")
+"""
+
+
+@pytest.fixture
+def read_only():
+    """A finished run that this user, or nobody in place of root, can read and not write to."""
+    folder = Path(tempfile.mkdtemp(prefix="read-only-"))
+    run = folder / "run"
+    with Store(run, write=True) as store:
+        plans = [planned(NONE), planned(HALF)]
+        store.begin(plans, STAMP)
+        for plan in plans:
+            add(store, plan, 100)
+    folder.chmod(0o755)
+    yield run
+    run.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def report_as_reader(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    run.chmod(0o555)
+    script = READ_ONLY.format(path=[p for p in sys.path if p], folder=str(run), words=list(words))
+    words_of_python = [sys.executable, "-c", script]
+    return subprocess.run(words_of_python, capture_output=True, text=True, check=False, cwd="/")
+
+
+def test_a_read_only_folder_is_read(read_only, tmp_path):
+    out = Path(tempfile.mkdtemp(prefix="report-"))
+    out.chmod(0o777)
+    try:
+        result = report_as_reader(read_only, "--out", str(out))
+        assert result.returncode == 0, result.stderr
+        assert "1 of 1" in (out / "report.md").read_text("utf-8")
+    finally:
+        shutil.rmtree(out)
+    assert sorted(path.name for path in read_only.iterdir()) == [FILE, FILE + ".lock"]
+
+
+def test_newer_episodes_in_a_read_only_folder_are_not_lost_silently(read_only, monkeypatch):
+    """What SQLite has not merged yet lies in another file, which only a writer can merge."""
+    (read_only / (FILE + "-wal")).write_bytes(b"newer")
+    monkeypatch.setattr("vla_pruner.runs.store._read_only", lambda folder: True)
+    with pytest.raises(RuntimeError, match=r"read-only, and the newest episodes are in .*-wal"):
+        Store(read_only)
+    (read_only / (FILE + "-wal")).write_bytes(b"")
+    with Store(read_only) as store:
+        assert len(store.episodes(SETUP, [NONE, HALF])) == 2
+
+
+def test_the_report_of_a_read_only_folder_says_where_to_put_it(read_only):
+    result = report_as_reader(read_only)
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr and "--out" in result.stderr

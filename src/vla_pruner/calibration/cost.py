@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vla_pruner._short import short
 from vla_pruner.pruning.budget import Budget
 from vla_pruner.pruning.flops import layer_macs
 
@@ -33,7 +34,7 @@ def one_cut_share(
         ValueError: `keep` or `layer` out of range.
     """
     if isinstance(keep, bool) or not isinstance(keep, float) or not 0.0 < keep <= 1.0:
-        raise ValueError(f"`keep={keep!r}` must be a share in (0, 1].")
+        raise ValueError(f"`keep={short(keep)}` must be a share in (0, 1].")
     if not 0 <= layer < depth:
         raise ValueError(f"`layer={layer}` must lie in 0..{depth - 1}; the decoder has {depth}.")
     if layer == 0:

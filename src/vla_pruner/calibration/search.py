@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vla_pruner._short import short
 from vla_pruner.calibration import efficientvla, fitprune, vtw
 from vla_pruner.calibration.calls import Call, Tick
 from vla_pruner.calibration.cost import one_cut_share
@@ -54,16 +55,7 @@ def calibrate(
         ValueError: an unknown method, options that it does not take, or a budget out of reach.
         TypeError: no family knows the model.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} has no calibration; choose from {', '.join(METHODS)}.")
-    if eta is not None and (method != "vtw" or keep is not None):
-        raise ValueError("`eta` is for vtw alone, and instead of `keep`: give one of them.")
-    if method == "fitprune" and keep is None:
-        raise ValueError("fitprune is calibrated for one budget: give `keep`, such as 0.25.")
-    if method == "efficientvla" and keep is not None:
-        raise ValueError("efficientvla ranks layers once for every budget: leave `keep` out.")
-    adapter = adapter or find_adapter(model)
-    adapter.bind(model)
+    adapter = check_request(method, model, keep=keep, layer=layer, eta=eta, adapter=adapter)
     depth, count = len(adapter.layers), len(observations.items)
     turns = 1 + depth - max(1, adapter.earliest_cut) if method == "vtw" else 1
     on_start(count * turns)
@@ -89,6 +81,36 @@ def calibrate(
     )
 
 
+def check_request(
+    method: str,
+    model: nn.Module,
+    *,
+    keep: float | None,
+    layer: int,
+    eta: float | None,
+    adapter: Adapter | None = None,
+) -> Adapter:
+    """Refuse what cannot be calibrated, before anything is run; returns the model's adapter.
+
+    Args and errors are those of `calibrate`.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"method {short(method)} has no calibration; choose from {', '.join(METHODS)}."
+        )
+    if eta is not None and (method != "vtw" or keep is not None):
+        raise ValueError("`eta` is for vtw alone, and instead of `keep`: give one of them.")
+    if method == "fitprune" and keep is None:
+        raise ValueError("fitprune is calibrated for one budget: give `keep`, such as 0.25.")
+    if method == "efficientvla" and keep is not None:
+        raise ValueError("efficientvla ranks layers once for every budget: leave `keep` out.")
+    adapter = adapter or find_adapter(model)
+    adapter.bind(model)
+    if keep is not None:
+        one_cut_share(1, keep, layer=layer, depth=len(adapter.layers), **_sizes(adapter))
+    return adapter
+
+
 def _fitprune(
     model: nn.Module,
     adapter: Adapter,
@@ -98,7 +120,6 @@ def _fitprune(
     shown: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     sizes = _sizes(adapter)
-    one_cut_share(1, keep, layer=layer, depth=len(adapter.layers), **sizes)  # Refuses nonsense.
     cross, own = fitprune.received_attention(model, adapter, seen.items, **shown)
     budget = one_cut_share(cross.shape[2], keep, layer=layer, depth=len(adapter.layers), **sizes)
     plan = fitprune.plan(cross, own, budget, **sizes)
@@ -116,8 +137,6 @@ def _vtw(
     shown: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     depth = len(adapter.layers)
-    if keep is not None:
-        one_cut_share(1, keep, layer=layer, depth=depth, **_sizes(adapter))  # Refuses nonsense.
     found = vtw.withdrawal_divergences(model, adapter, seen.items, **shown)
     settings: dict[str, Any] = {"measure": found.measure}
     if keep is not None:

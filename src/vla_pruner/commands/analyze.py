@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from torch import nn
 
 from vla_pruner.analysis.oracle import Oracle
 from vla_pruner.analysis.page import write_page
@@ -33,8 +34,10 @@ from vla_pruner.commands.options import (
 from vla_pruner.commands.output_folder import prepare_folder
 from vla_pruner.commands.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
+from vla_pruner.measure.doctor import check_budget
 from vla_pruner.measure.environment import stamp
 from vla_pruner.models.loading import load
+from vla_pruner.models.prune import prune
 from vla_pruner.pruning.history import Censored
 from vla_pruner.reports.files import to_csv, write_text
 from vla_pruner.runs.job import Setup
@@ -97,12 +100,15 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
     named = ways(methods, keeps, layer=args.layer, oracle_stride=stride)
     budgets = [keep_of(word) for word in keeps]
     seeds = suite.held_out(args.episodes, args.seed)
+    with console.status(f"loading {args.policy}"):
+        policy = load(args.policy, device=args.device)
+    setup = Setup.of(args.policy, policy, suite, unnorm_key=args.unnorm_key)
+    _check(named, policy)
     prepare_folder(args.out, SETUP, "analysis", resume=args.resume)
-    with console.status(f"loading {args.policy} and the simulator"):
-        policy, scene = load(args.policy, device=args.device), suite.open_scene()
+    with console.status("opening the simulator"):
+        scene = suite.open_scene()
     interrupted = False
     try:
-        setup = Setup.of(args.policy, policy, suite, unnorm_key=args.unnorm_key)
         about = {
             **setup.as_dict(),
             "layer": args.layer,
@@ -138,6 +144,18 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
     page = (args.out / "index.html").resolve().as_uri()
     console.print(f"Analysis: {page}", highlight=False, soft_wrap=True)
     return INTERRUPTED if interrupted else 0
+
+
+def _check(named: Mapping[str, Way], policy: nn.Module) -> None:
+    """Refuse what cannot prune the policy, by name, before anything is run (ValueError)."""
+    for name, way in named.items():
+        if isinstance(way, Oracle):
+            way = make_method("random", keep=way.keep, layer=way.layer)
+        try:
+            with prune(policy, way) as session:
+                check_budget(session)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def ways(

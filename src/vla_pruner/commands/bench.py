@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +24,7 @@ from vla_pruner.commands.options import (
     keep_of,
     words_of,
 )
+from vla_pruner.commands.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.comparison import Comparison, VariantRow, compare, steps_to_prepare
 from vla_pruner.measure.timing import keep_freed_memory
@@ -107,16 +107,8 @@ def run(args: argparse.Namespace) -> int:
         )
     steps = sum(steps_to_prepare(method, args.compile) for method in [None, *methods])
     steps += repeats * (1 + len(methods))
-    bar = Progress(
-        TextColumn("measuring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("steps", total=steps)
+    with progress_bar(console) as bar:
+        task = bar.add_task("measuring", total=steps)
         result = compare(
             workload,
             methods,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.calibration.search import METHODS, calibrate
+from vla_pruner.calibration.search import METHODS, calibrate, check_request
 from vla_pruner.commands.options import (
     add_device,
     add_out,
@@ -73,7 +73,7 @@ def calibrate_command(
     args: argparse.Namespace,
     *,
     console: Console | None = None,
-    open_suite: Callable[[], Suite] = pick_place,
+    open_suite: Callable[[], Suite] | None = None,
     open_policy: Callable[[str], Any] | None = None,
 ) -> int:
     """`run` on any suite.
@@ -81,7 +81,7 @@ def calibrate_command(
     Raises:
         ValueError: impossible arguments; FileNotFoundError: no observations.
     """
-    console = console or Console()
+    console, open_suite = console or Console(), open_suite or pick_place
     if args.observations is None and args.episodes is None:
         raise ValueError(
             "nothing to calibrate on: give --observations FOLDER, or --episodes 16 to record some."
@@ -95,6 +95,8 @@ def calibrate_command(
             "with vla_pruner.calibration.search.calibrate and inputs of its own."
         )
     key = statistics_of(policy, args.unnorm_key, folder=Path(locate(args.policy)))
+    request = {"keep": args.keep, "layer": args.layer, "eta": args.eta}
+    check_request(args.method, policy, **request)
     if args.episodes is not None:
         _record(args, policy, folder, open_suite(), console)
     seen = read_observations(folder, held_out=_held_out(open_suite))

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from vla_pruner._short import short
 from vla_pruner.commands.options import add_device, device_of
 from vla_pruner.commands.progress import progress_bar
 from vla_pruner.measure.environment import stamp
@@ -88,7 +89,7 @@ def _recorded(
     if args.observations is not None:
         paths = sorted(args.observations.glob("*.npz"))
         if not paths:
-            raise FileNotFoundError(f"no observations (*.npz) in {str(args.observations)!r}")
+            raise FileNotFoundError(f"no observations (*.npz) in {short(str(args.observations))}")
         return read_recorded(paths, args.calls)
     suite = open_suite(setup.suite)
     seeds = suite.held_out(args.scenes, items[0].first)

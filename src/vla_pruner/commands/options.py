@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from vla_pruner._short import short
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.models.loading import shipped
@@ -125,6 +127,10 @@ def add_resume(parser: Parser) -> None:
     )
 
 
+_COMMA = r",(?![^()\[\]]*[)\]])"
+"""Outside of brackets: an option may be a list, such as `:action_layers=(15,16)`."""
+
+
 # -- reading them --------------------------------------------------------------------------------
 
 
@@ -135,7 +141,7 @@ def words_of(option: str, given: str | Sequence[str]) -> list[str]:
         ValueError: there is none, or one is there twice.
     """
     parts = given.split() if isinstance(given, str) else given
-    words = [word for part in parts for word in part.split(",") if word]
+    words = [word for part in parts for word in re.split(_COMMA, part) if word]
     if not words:
         raise ValueError(f"{option} is empty; name at least one")
     if len(set(words)) < len(words):
@@ -185,7 +191,7 @@ def pick(name: str, known: dict[str, Any], kind: str) -> Any:
         ValueError: there is none; the message lists what there is.
     """
     if name not in known:
-        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(known)}")
+        raise ValueError(f"no {kind} is called {short(name)}; there are: {', '.join(known)}")
     return known[name]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vla_pruner._short import short
+from vla_pruner._short import cut, short
 from vla_pruner.core.session import Session
-from vla_pruner.methods import Method, build
+from vla_pruner.methods import Method, build, parse
 from vla_pruner.models.prune import prune
 
 ALL_TOKENS = "none"
@@ -33,6 +32,8 @@ class Condition:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        options = tuple((name, _hashable(value)) for name, value in self.options)
+        object.__setattr__(self, "options", options)
         if (self.method == ALL_TOKENS) != (self.keep is None):
             raise ValueError(
                 f"condition {short(self.name)}: write 'none', or a method with what it keeps, such "
@@ -48,29 +49,21 @@ class Condition:
         Raises:
             ValueError: anything else, an unknown method or option, or an impossible budget.
         """
-        method, _, rest = text.strip().partition("@")
-        keep, *options = rest.split(":") if rest else [""]
+        method, at, rest = text.strip().partition("@")
         try:
-            value = None if not keep else int(keep) if keep.isdecimal() else float(keep)
-        except ValueError:
-            raise ValueError(
-                f"condition {short(text)}: after '@' comes a fraction such as 0.25 or a number of "
-                "visual tokens such as 64"
-            ) from None
-        pairs = [option.partition("=") for option in options]
-        if not all(name and sign and said for name, sign, said in pairs):
-            raise ValueError(
-                f"condition {short(text)}: options come after a colon as name=value, such as "
-                "':window=1'"
-            )
-        condition = cls(method, value, tuple((name, _read(said)) for name, _, said in pairs))
+            # What stands before '@' may hold a colon: MODULE:CLASS.
+            _, options = parse(f"{method.partition(':')[0]}{at}{rest}")
+        except ValueError as error:
+            raise ValueError(f"condition {cut(str(error), 300)}") from None
+        keep = options.pop("keep", None)
+        condition = cls(method, keep, tuple(options.items()))
         condition.build()  # Raises: no such method or option.
         return condition
 
     @property
     def name(self) -> str:
         """The condition as `parse` reads it."""
-        options = "".join(f":{name}={value}" for name, value in self.options)
+        options = "".join(f":{name}={_written(value)}" for name, value in self.options)
         return self.method if self.keep is None else f"{self.method}@{self.keep}{options}"
 
     @property
@@ -79,7 +72,7 @@ class Condition:
         if self.keep is None:
             return "all tokens"
         amount = f"{100 * self.keep:g} %" if isinstance(self.keep, float) else f"{self.keep} tokens"
-        options = "".join(f", {name} {value}" for name, value in self.options)
+        options = "".join(f", {name} {_written(value)}" for name, value in self.options)
         return f"{self.method}, {amount}{options}"
 
     def attach(self, policy: nn.Module) -> Session | None:
@@ -126,9 +119,12 @@ def make_method(method: str | Method, **options: Any) -> Method:
         raise ValueError(f"method {short(method)}: {error}") from error
 
 
-def _read(text: str) -> Any:
-    """A number, true or false where the text is one, the text otherwise."""
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        return text
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _written(value: Any) -> str:
+    """A value as a condition spells it: one word, without spaces."""
+    if isinstance(value, tuple):
+        return "(" + ",".join(map(str, value)) + ("," if len(value) == 1 else "") + ")"
+    return str(value)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vla_pruner._short import cut
+from vla_pruner._short import cut, short
 from vla_pruner.models.openvla.processing import resolve_key
 
 Gripper = Literal["robosuite", "rlds"]
@@ -45,7 +45,7 @@ class Control:
             )
         if self.gripper not in get_args(Gripper):
             raise ValueError(
-                f"gripper={self.gripper!r} is unknown; use {' or '.join(get_args(Gripper))}"
+                f"gripper={short(self.gripper)} is unknown; use {' or '.join(get_args(Gripper))}"
             )
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_pruner._short import short
 from vla_pruner.episodes.condition import ALL_TOKENS
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.policy_runner import Answer, Call, PolicyRunner
@@ -151,7 +152,7 @@ def run_episode(
         if not np.isfinite(chosen).all():
             raise ValueError(
                 f"call {len(calls)} of scene {seed} gave an action that is not finite: "
-                f"{chosen.tolist()}; look for NaN in the policy's weights or statistics"
+                f"{short(chosen.tolist())}; look for NaN in the policy's weights or statistics"
             )
         for number, action in enumerate(chosen):
             if number > 0 and watchers:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_pruner._short import short
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.episode import Moment, Subscriber, run_episode
 from vla_pruner.episodes.policy_runner import LocalPolicyRunner
@@ -96,7 +97,7 @@ def read_observations(folder: str | Path, *, held_out: Sequence[int] = ()) -> Ob
     paths = sorted(folder.glob("*.npz"))
     if not paths:
         raise FileNotFoundError(
-            f"no observations (*.npz) in {str(folder)!r}; record some with --episodes."
+            f"no observations (*.npz) in {short(str(folder))}; record some with --episodes."
         )
     items: list[Observation] = []
     seeds: set[int] = set()

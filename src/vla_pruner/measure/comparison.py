@@ -12,6 +12,7 @@ import torch
 import vla_pruner
 from vla_pruner.core.session import Session
 from vla_pruner.measure import timing
+from vla_pruner.measure.doctor import check_budget
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.parts import SCORING, SELECTION, measure_parts
 from vla_pruner.measure.timing import PassClock, Spread
@@ -87,12 +88,22 @@ class _Variant:
     prefill_ms: list[float] = field(default_factory=list)
     decode_ms: list[float] = field(default_factory=list)
 
-    def prepare(self, *, compile_decoder: bool, tick: Callable[[], None]) -> None:
-        """Attach, walk through the method's own warm-up, measure the parts, warm up the caches."""
+    def attach(self) -> None:
+        """Raises ValueError: the method does not fit this policy."""
         self.policy = self.workload.copy()
+        if self.method is None:
+            return
+        try:
+            self.session = vla_pruner.prune(self.policy, self.method)
+            check_budget(self.session)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def prepare(self, *, compile_decoder: bool, tick: Callable[[], None]) -> None:
+        """Walk through the method's own warm-up, measure the parts, warm up the caches."""
         decoder = self.workload.decoder(self.policy)
         if self.method is not None:
-            self.session = vla_pruner.prune(self.policy, self.method)
+            assert self.session is not None
             for _ in range(self.method.warmup):
                 self.step()
                 tick()
@@ -171,6 +182,10 @@ def compare(
         repeats: rounds; each times every variant once.
         compile_decoder: compile the decoder of every variant, the full one included.
         tick: called after every step, for a progress bar.
+
+    Raises:
+        ValueError: two variants of one name, or one that does not fit the policy; nothing has been
+            measured then.
     """
     started, device = time.perf_counter(), workload.policy.device
     if compile_decoder:  # all variants compile the same function, each with its own modules
@@ -180,6 +195,8 @@ def compare(
         if name in variants:
             raise ValueError(f"two variants are called {name!r}; give them different `names`")
         variants[name] = _Variant(name, workload, method, device)
+    for variant in variants.values():
+        variant.attach()
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)
     for name in timing.in_turn(list(variants), repeats):

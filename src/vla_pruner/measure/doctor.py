@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.scores import implementation
+from vla_pruner.core.session import Session
 from vla_pruner.methods import build
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import locate
@@ -127,6 +128,17 @@ def act_of(model: nn.Module, name: str, instruction: str) -> Act:
         return model(**inputs.to(model.device, model.dtype))
 
     return act
+
+
+def check_budget(session: Session) -> None:
+    """Refuse a budget that does not fit, of a policy that knows how many visual tokens it has.
+
+    Raises:
+        ValueError: it keeps more than there are, or shares them among other cameras.
+    """
+    views = getattr(getattr(session.model, "config", None), "views", None)
+    if isinstance(views, tuple) and views:
+        session.method.schedule(views, len(session.adapter.layers))
 
 
 # -- the checks ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vla_pruner._short import short
 from vla_pruner.models.loading import load
 from vla_pruner.models.openvla import OpenVLA, OpenVLAOFT, OpenVLAOFTConfig, TowerConfig
 from vla_pruner.models.openvla.config import PUBLISHED as OPENVLA
@@ -98,7 +99,7 @@ def build_workload(
         if layers is not None:
             raise ValueError(
                 f"--layers changes the size of published models ({', '.join(PUBLISHED)}); "
-                f"{name!r} comes with its own size, leave --layers out."
+                f"{short(name)} comes with its own size, leave --layers out."
             )
         policy, vision = load(name, device=device, dtype=dtype), True
     prompt = PROMPTS.get(name, 24)
@@ -108,7 +109,7 @@ def build_workload(
         step, tokens = _step(policy, prompt)
     else:
         raise ValueError(
-            f"the bench knows OpenVLA, OpenVLA-OFT and pi0 policies; {name!r} is a "
+            f"the bench knows OpenVLA, OpenVLA-OFT and pi0 policies; {short(name)} is a "
             f"{type(policy).__name__}. Time your own step with vla_pruner.measure.timing."
         )
     return Workload(name, policy, step, tokens, vision)

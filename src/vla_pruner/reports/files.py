@@ -33,8 +33,17 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader, or an interruption, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file at once: a reader, or an interruption, never sees half of it.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); choose another folder with --out"
+        ) from error

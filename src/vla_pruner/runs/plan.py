@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from vla_pruner._short import cut
-from vla_pruner.core.session import Session
 from vla_pruner.episodes.condition import Condition
+from vla_pruner.measure.doctor import check_budget
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.matrix import Cell
@@ -89,7 +89,7 @@ def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any]
         return {}, None
     method = session.method
     try:
-        _check_budget(session, policy)
+        check_budget(session)
     finally:
         session.remove()
     settings = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
@@ -99,13 +99,6 @@ def settings_of(condition: Condition, policy: nn.Module) -> tuple[dict[str, Any]
         said = repr((recipe.method, recipe.keep, recipe.model, sorted(recipe.values.items())))
         digest = sha256(said.encode()).hexdigest()[:12]
     return settings, digest
-
-
-def _check_budget(session: Session, policy: nn.Module) -> None:
-    """Raise ValueError where a policy that knows its visual tokens has too few of them."""
-    views = getattr(getattr(policy, "config", None), "views", None)
-    if isinstance(views, tuple) and views:
-        session.method.schedule(views, len(session.adapter.layers))
 
 
 def missing_jobs(planned: Mapping[Planned, Suite], store: Store, *, record: int = 0) -> list[Job]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from vla_pruner._short import short
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job
@@ -83,7 +84,7 @@ class RayActors:
                 ray.init(address=self.address, log_to_driver=False)
             except OSError as error:
                 raise RuntimeError(
-                    f"no Ray cluster answers at {self.address!r} ({error}); start one with "
+                    f"no Ray cluster answers at {short(self.address)} ({error}); start one with "
                     "`ray start --head`, or give the address of its head"
                 ) from error
         try:

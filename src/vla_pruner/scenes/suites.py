@@ -32,25 +32,18 @@ def pick_place() -> Suite:
     )
 
 
-def _in_harness(kind: str, name: str) -> Suite:
+def _libero(name: str) -> Suite:
     """A suite of vla-eval, which is imported when it is asked for."""
-    return getattr(importlib.import_module("vla_pruner.scenes.vla_eval"), kind)(name)
+    from vla_pruner.scenes.vla_eval import libero
 
+    return libero(name)
 
-_HARNESS = {
-    "libero": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
-    "simpler": (
-        "simpler_pick_coke_can",
-        "simpler_move_near",
-        "simpler_open_drawer",
-        "simpler_close_drawer",
-    ),
-}
 
 SUITES: dict[str, Callable[[], Suite]] = {
     PICK_PLACE: pick_place,
     **{
-        name: partial(_in_harness, kind, name) for kind, names in _HARNESS.items() for name in names
+        name: partial(_libero, name)
+        for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     },
 }
 """What `--suite` understands, besides `MODULE:FUNCTION` of a function that gives a `Suite`."""
@@ -66,6 +59,12 @@ def open_suite(name: str) -> Suite:
     if name in SUITES:
         return SUITES[name]()
     module, _, attribute = name.partition(":")
+    if name.startswith("simpler"):
+        raise ValueError(
+            f"{short(name)} does not run in this process: SIMPLER draws with SAPIEN, which needs a "
+            "Vulkan device and an environment of its own. Serve the policy with `vla-pruner serve "
+            "--benchmark simpler-google` and let `vla-eval run` evaluate it (docs/serving.md)"
+        )
     if not attribute:
         raise ValueError(
             f"no suite is called {short(name)}; there are {', '.join(SUITES)}, or give your own as "

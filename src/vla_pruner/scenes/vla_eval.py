@@ -186,19 +186,3 @@ def _find_libero() -> Path:
             f"{states}, outside the installed package {package}; {_PREPARE}"
         )
     return package
-
-
-# -- SIMPLER -------------------------------------------------------------------------------------
-
-
-def simpler(name: str) -> Suite:
-    """Not in this process: SIMPLER needs a Vulkan device and packages of its own.
-
-    Raises:
-        RuntimeError: always; it says how to run the suite.
-    """
-    raise RuntimeError(
-        f"{name} does not run in this process: SIMPLER draws with SAPIEN, which needs a Vulkan "
-        "device and an environment of its own. Serve the policy with `vla-pruner serve "
-        "--benchmark simpler-google` and let `vla-eval run` evaluate it (docs/serving.md)"
-    )

@@ -121,7 +121,7 @@ class Translator:
         shown, name = self.convention.cameras, self.convention.name
         if self.gripper not in get_args(Gripper):
             raise ValueError(
-                f"gripper={self.gripper!r} is unknown; use {' or '.join(get_args(Gripper))}"
+                f"gripper={short(self.gripper)} is unknown; use {' or '.join(get_args(Gripper))}"
             )
         if not 1 <= self.cameras <= len(shown):
             raise ValueError(
@@ -207,14 +207,14 @@ class Translator:
         name = str(self.convention.state)
         if name not in message:
             raise ValueError(
-                f"this policy reads a robot state and the message has no {name!r}"
+                f"this policy reads a robot state and the message has no {short(name)}"
                 + self._advice(self.convention.state_params)
             )
         state = np.asarray(message[name], dtype=np.float64)
         if state.shape != (self.state_dim,):
-            raise ValueError(f"{name!r} has shape {state.shape}; expected ({self.state_dim},)")
+            raise ValueError(f"{short(name)} has shape {state.shape}; expected ({self.state_dim},)")
         if not np.isfinite(state).all():
-            raise ValueError(f"{name!r} is not finite: {short(state.tolist())}")
+            raise ValueError(f"{short(name)} is not finite: {short(state.tolist())}")
         return state
 
     def _advice(self, params: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from vla_eval.specs import (
 )
 from vla_eval.types import Action, EpisodeResult, Observation, Task
 
+from vla_pruner._short import short
 from vla_pruner.scenes.pick_place_task import (
     ACTION_DIM,
     CAMERAS,
@@ -78,7 +79,7 @@ class PickPlaceBenchmark(StepBenchmark):
         number = len(OBJECT_NAMES) * int(task.get("episode_idx", 0)) + task["target"]
         if number not in range(len(EVALUATION_SEEDS)):
             raise ValueError(
-                f"episode {task.get('episode_idx')} of {task['name']!r}: there are "
+                f"episode {task.get('episode_idx')} of {short(task['name'])}: there are "
                 f"{len(EVALUATION_SEEDS) // len(OBJECT_NAMES)} held-out episodes of each object"
             )
         if self._scene is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
 from vla_pruner.models.prune import prune
 
@@ -63,8 +64,8 @@ class ServedPolicy:
         chosen = make_method(method, **options)
         if "motion" in chosen.needs:
             raise ValueError(
-                f"method {method!r} decides by the robot's motion, which clients do not report; "
-                "use another method, or an option that does without (vla-adp: gate=none)"
+                f"method {short(method)} decides by the robot's motion, which clients do not "
+                "report; use another method, or an option that does without (vla-adp: gate=none)"
             )
         self.policy: Any = policy
         self.session = prune(policy, chosen)

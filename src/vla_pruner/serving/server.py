@@ -23,6 +23,7 @@ from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import DimSpec
 from vla_eval.types import Action, Observation
 
+from vla_pruner._short import short
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import load, locate
 from vla_pruner.serving.conventions import CONVENTIONS, Gripper, Translator
@@ -79,7 +80,7 @@ class PolicyServer(PredictModelServer):
         """
         if benchmark not in CONVENTIONS:
             raise ValueError(
-                f"no benchmark is called {benchmark!r}; there are {', '.join(CONVENTIONS)}"
+                f"no benchmark is called {short(benchmark)}; there are {', '.join(CONVENTIONS)}"
             )
         if max_batch_size < 1 or (chunk_size is not None and chunk_size < 1):
             raise ValueError("chunk_size and max_batch_size are at least 1")
@@ -177,7 +178,7 @@ def _load(name: str, device: str, dtype: str | None) -> Any:
     import torch
 
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={short(dtype)} is unknown; use one of {', '.join(DTYPES)}")
     return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
 
 
