@@ -5,11 +5,14 @@ tokenizer files, `preprocessor_config.json`, `dataset_statistics.json` for fine-
 for OpenVLA-OFT, the two heads: `action_head--<step>_checkpoint.pt` and
 `proprio_projector--<step>_checkpoint.pt` as published, or `action_head.safetensors` and
 `proprio_projector.safetensors` as written here. Of `.pt` files nothing but tensors is unpickled.
+
+A folder whose config.json names a `base` holds, instead of the language model, low-rank changes of
+it: `language_model.<matrix>.a` and `.b` (see `base`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..port import CheckpointError, fill, listed, local_folder, read_json, shards, write_json
+from .base import merged_file
 from .config import (
     PUBLISHED_TOWERS,
     OpenVLAConfig,
@@ -39,6 +43,9 @@ FOREIGN_HEADS = {
 }
 OWN = "vla_pruner"
 """Entry of config.json that holds what the published layout has no place for."""
+_LANGUAGE_MODEL = "language_model."
+_EMBEDDINGS = "language_model.model.embed_tokens.weight"
+_LM_HEAD = "language_model.lm_head.weight"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -197,14 +204,31 @@ def load_tensors(model: OpenVLA, folder: Path) -> None:
 
 
 def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[tuple[str, Tensor]]:
-    for file in shards(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
+    lora: dict[str, Tensor] = {}
+    for name, tensor in _read(shards(folder)):
+        if model.config.base is not None and name.startswith(_LANGUAGE_MODEL):
+            lora[name.removeprefix(_LANGUAGE_MODEL)] = tensor
+            continue
+        yield name, tensor
+        if name == _EMBEDDINGS and model.config.tied:
+            yield _LM_HEAD, tensor
+    if model.config.base is not None:
+        layers = int(model.config.text["num_hidden_layers"])
+        for name, tensor in _read([merged_file(model.config.base, layers, lora)]):
+            yield _LANGUAGE_MODEL + name, tensor
+            if _LANGUAGE_MODEL + name == _EMBEDDINGS and model.config.tied:
+                yield _LM_HEAD, tensor
     if isinstance(model, OpenVLAOFT):
         for head in HEADS:
             for name, tensor in _head_tensors(folder, head):
                 yield f"{head}.{name}", tensor
+
+
+def _read(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
 
 
 def _head_file(folder: Path, head: str) -> Path | None:
@@ -255,26 +279,39 @@ def save_pretrained(
     """Write a model in the published layout, heads as safetensors.
 
     `dtype` casts the tensors (None: as they are), `max_shard_bytes` splits them over files. The
-    published tensors that nothing reads are not written.
+    published tensors that nothing reads are not written, nor is a tied matrix twice.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
     state = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
+        if not (model.config.tied and name == _LM_HEAD)
     }
+    write(folder, state, replace(model.config, base=None), dtype, model.tokenizer, max_shard_bytes)
+
+
+def write(
+    folder: str | Path,
+    state: dict[str, Tensor],
+    config: OpenVLAConfig,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write tensors, in their final dtype, and configuration as a policy folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for head in HEADS:
         prefix = f"{head}."
         own = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
         if own:
             save_file(own, folder / f"{head}.safetensors", metadata={"format": "pt"})
     _save_shards(state, folder, max_shard_bytes)
-    write_json(folder / "config.json", _published_config(model.config, dtype))
-    write_json(folder / "preprocessor_config.json", _preprocessor_config(model.config))
-    write_json(folder / "dataset_statistics.json", model.config.norm_stats)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(str(folder))
+    write_json(folder / "config.json", _published_config(config, dtype))
+    write_json(folder / "preprocessor_config.json", _preprocessor_config(config))
+    write_json(folder / "dataset_statistics.json", config.norm_stats)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _save_shards(state: dict[str, Tensor], folder: Path, max_bytes: int) -> None:
