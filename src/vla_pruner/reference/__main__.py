@@ -9,7 +9,7 @@ from pathlib import Path
 from .libero.suites import FRAME_STRIDE, SUITES, TASKS
 
 WEIGHTS = Path(__file__).parent / "weights"
-POLICIES = ("mini-openvla", "mini-oft", "mini-pi0", "mini-oft-libero")
+POLICIES = ("mini-openvla", "mini-oft", "mini-pi0", "mini-oft-libero", "smol-oft")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,14 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     expert.set_defaults(run=_expert)
 
     train = commands.add_parser("train", help="train one stage; run again to continue")
-    train.add_argument("stage", choices=("vision", *POLICIES))
+    train.add_argument("stage", choices=("vision", "smol-vision", *POLICIES))
     train.add_argument("--data", type=Path, required=True, help="folder with demonstrations")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
     train.add_argument("--minutes", type=float, default=60.0, help="length of the stage")
     train.add_argument("--steps", type=int, help="length in optimiser steps instead")
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--learning-rate", type=float, default=2e-3, help="its largest value")
-    train.add_argument("--grid", type=int, default=10, help="patches along one side of an image")
+    train.add_argument("--grid", type=int, help="patches along one side of an image (10; smol 16)")
+    train.add_argument("--pool", type=int, help="smol-oft: average so many x so many visual tokens")
+    train.add_argument(
+        "--lora-rate", type=float, help="smol-oft: LoRA's learning rate over the rest's"
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--start", type=Path, help="checkpoint or policy folder to begin from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -113,21 +117,37 @@ def _train(options: argparse.Namespace) -> None:
     from .dataset import Demonstrations
     from .flow import FlowTrainer
     from .libero.dataset import LiberoDemonstrations
+    from .smol import STAGES as SMOL_STAGES
+    from .smol import SmolSettings, SmolTrainer
     from .training import Settings, Trainer
 
-    names = ("stage", "minutes", "steps", "batch", "learning_rate", "grid", "seed", "device")
-    settings = Settings(**{name: getattr(options, name) for name in names})
+    names: tuple[str, ...] = (
+        "stage",
+        "minutes",
+        "steps",
+        "batch",
+        "learning_rate",
+        "grid",
+        "seed",
+        "device",
+    )
+    smol = options.stage in SMOL_STAGES
+    names += ("pool", "lora_rate") if smol else ()
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = SmolSettings(**given) if smol else Settings(**given)
     source = LiberoDemonstrations if settings.stage == "mini-oft-libero" else Demonstrations
-    data = source(options.data, pixels=14 * settings.grid)
+    data = source(options.data, pixels=(10 if smol else 14) * settings.grid)
     print(f"reading the demonstrations in {options.data} ...", flush=True)
     print(f"{data.refresh()} episodes, {len(data)} steps", flush=True)
-    trainer = FlowTrainer if settings.stage == "mini-pi0" else Trainer
-    trainer(settings, data, options.out, options.start).run()
+    trainer = {"mini-pi0": FlowTrainer, **dict.fromkeys(SMOL_STAGES, SmolTrainer)}
+    trainer.get(settings.stage, Trainer)(settings, data, options.out, options.start).run()
 
 
 def _export(options: argparse.Namespace) -> None:
     if options.stage == "mini-pi0":
         from .flow import export
+    elif options.stage == "smol-oft":
+        from .smol import export
     else:
         from .training import export
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ..models.openvla.base import SMOLLM2, find
 from ..models.openvla.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -40,6 +42,7 @@ CONTROL: dict[str, dict[str, Any]] = {
     "mini-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
     "mini-oft-libero": {"cameras": ["agentview", "wrist"], "execute": 8},
     "mini-pi0": {"cameras": ["agentview", "wrist"], "execute": 2},
+    "smol-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
 }
 """How each policy is driven; `evaluation.episode.Control` says what the entries mean."""
 
@@ -47,6 +50,7 @@ STATISTICS = {
     "mini-openvla": "pick_place",
     "mini-oft": "pick_place",
     "mini-oft-libero": "libero",
+    "smol-oft": "pick_place",
 }
 """What the statistics that normalise actions and state are called in each policy."""
 
@@ -100,6 +104,27 @@ def config(name: str, grid: int = 10) -> OpenVLAConfig:
     if name in ("mini-oft", "mini-oft-libero"):
         return OpenVLAOFTConfig(**shared, num_images=2, chunk=8, head_blocks=1)
     raise ValueError(f"There is no reference policy `{name}`; choose from {', '.join(CONTROL)}.")
+
+
+SMOL_LAYERS = 16
+"""Of the 30 layers of SmolLM2; the first ones are kept."""
+
+
+def smol_config(layers: int = SMOL_LAYERS) -> OpenVLAOFTConfig:
+    """Configuration of "smol-oft": mini-oft's towers on 16 x 16 patches of 10 px, then SmolLM2."""
+    small = [replace(tower, image_size=160, patch=10) for tower in towers()]
+    return OpenVLAOFTConfig(
+        towers=(small[0], small[1]),
+        text={**SMOLLM2.text, "num_hidden_layers": layers},
+        empty_token_id=216,  # a lone space
+        stop_token_id=2,
+        pad_token_id=2,
+        crop_first=True,
+        base="SmolLM2-135M-Instruct",
+        num_images=2,
+        chunk=8,
+        head_blocks=1,
+    )
 
 
 def flow_config(grid: int = 10) -> Pi0Config:
@@ -166,6 +191,21 @@ def tokenizer(policy: str = "mini-oft") -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<pad>",
         padding_side="left",
+    )
+
+
+def smol_tokenizer() -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer, with BOS in front and padding on the left."""
+    path = find(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    core = tokenizer.backend_tokenizer
+    bos = core.id_to_token(SMOLLM2.text["bos_token_id"])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, SMOLLM2.text["bos_token_id"])]
+    )
+    end = core.id_to_token(SMOLLM2.text["eos_token_id"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=end, pad_token=end, padding_side="left"
     )
 
 

@@ -146,6 +146,7 @@ class Trainer:
     """One stage: model, helpers, optimiser and averaged weights; saved and resumed as one file."""
 
     stages: ClassVar[tuple[str, ...]] = STAGES
+    report_every: ClassVar[int] = 50
 
     def __init__(
         self,
@@ -168,8 +169,7 @@ class Trainer:
         self.settings, self.data, self.folder = settings, data, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(settings.device)
-        stage = settings.stage
-        self.tokenizer = policies.tokenizer("mini-openvla" if stage == "vision" else stage)
+        self.tokenizer = self._tokenizer()
         self._visual: list[Tensor] = []
         self._middle: list[Tensor] = []
         hidden = self._build()
@@ -178,21 +178,33 @@ class Trainer:
         self.action_bounds = _wide_enough(*data.action_quantiles())
         self.proprio_bounds = data.proprio_quantiles()
         self._begin(start)
-        self.parameters = [*self.model.parameters(), *self.helpers.parameters()]
-        matrices = [p for name, p in self.model.named_parameters() if _is_matrix(name, p)]
-        taken = {id(parameter) for parameter in matrices}
-        others = [p for p in self.parameters if id(p) not in taken]
-        rates: dict[str, Any] = {
-            "lr": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-        }
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates),
-            torch.optim.AdamW(others, betas=(0.9, 0.98), **rates),
-        )
+        self.parameters = [*self._weights().values(), *self.helpers.parameters()]
+        self.optimizers = self._optimizers()
         self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]
         self.step, self.elapsed_s = 0, 0.0
         self.rng = np.random.default_rng(settings.seed)
+
+    def _tokenizer(self) -> Any:
+        stage = self.settings.stage
+        return policies.tokenizer("mini-openvla" if stage == "vision" else stage)
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """What is trained of the model, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """Muon for the matrices inside transformer blocks, AdamW for the rest."""
+        matrices = [p for name, p in self._weights().items() if _is_matrix(name, p)]
+        taken = {id(parameter) for parameter in matrices}
+        others = [p for p in self.parameters if id(p) not in taken]
+        rates: dict[str, Any] = {
+            "lr": self.settings.learning_rate,
+            "weight_decay": self.settings.weight_decay,
+        }
+        return (
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), **rates),
+        )
 
     def _build(self) -> int:
         """Make configuration and model, listen to what the helpers read; its hidden size."""
@@ -362,11 +374,16 @@ class Trainer:
         light = 0.1 * (2 * torch.rand(batch, 1, 3, 1, 1, dtype=single, device=device) - 1)
         return ((x - 0.5) * contrast + 0.5 + light).clamp(0, 1)
 
-    def prompts(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left."""
+    def prompts(self, instructions: list[str], policy: Any = None) -> tuple[Tensor, Tensor]:
+        """Token ids `[B, P]`, closed by the empty token, and their mask; padded on the left.
+
+        As this stage's policy reads them, or another one.
+        """
         texts = [PROMPT.format(instruction=text.lower()) for text in instructions]
-        encoded = self.tokenizer(texts, padding=True, return_tensors="pt")
-        closing = torch.full((len(texts), 1), self.config.empty_token_id, dtype=torch.int64)
+        tokenizer = self.tokenizer if policy is None else policy.tokenizer
+        encoded = tokenizer(texts, padding=True, return_tensors="pt")
+        config = self.config if policy is None else policy.config
+        closing = torch.full((len(texts), 1), config.empty_token_id, dtype=torch.int64)
         ids = torch.cat([encoded["input_ids"], closing], dim=1)
         mask = torch.cat([encoded["attention_mask"], torch.ones_like(closing)], dim=1)
         return ids.to(self.device), mask.to(self.device)
@@ -391,7 +408,7 @@ class Trainer:
                 for key, value in self._update(progress).items():
                     parts.setdefault(key, []).append(value)
                 self.elapsed_s = before + time.monotonic() - started
-                if self.step % 50 == 0:
+                if self.step % self.report_every == 0:
                     self._report(parts)
                 if time.monotonic() - saved > checkpoint_every_s:
                     self.save(self.checkpoint)
@@ -406,7 +423,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(self.step, progress)
+                rate = settings.learning_rate * group.get("share", 1.0)
+                group["lr"] = rate * _schedule(self.step, progress)
         batch = self.data.sample(
             self.rng,
             settings.batch,
@@ -447,7 +465,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that resuming needs; the old file stays until the new one is whole."""
         state = {
-            "model": self.model.state_dict(),
+            "model": {name: value.detach() for name, value in self._weights().items()},
             "helpers": self.helpers.state_dict(),
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -463,7 +481,10 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continue the run whose checkpoint is at `path`."""
         state = torch.load(path, weights_only=True, map_location=self.device)
-        self.model.load_state_dict(state["model"])
+        weights = self._weights()
+        if set(weights) != set(state["model"]):
+            raise ValueError(f"{path} does not hold the weights of stage `{self.settings.stage}`.")
+        self.model.load_state_dict(state["model"], strict=False)
         self.helpers.load_state_dict(state["helpers"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -5,11 +5,14 @@ tokenizer files, `preprocessor_config.json`, `dataset_statistics.json` for fine-
 for OpenVLA-OFT, the two heads: `action_head--<step>_checkpoint.pt` and
 `proprio_projector--<step>_checkpoint.pt` as published, or `action_head.safetensors` and
 `proprio_projector.safetensors` as written here. Of `.pt` files nothing but tensors is unpickled.
+
+A folder whose config.json names a `base` holds, instead of the language model, low-rank changes of
+it: `language_model.<matrix>.a` and `.b` (see `base`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from ..folder import (
     write_json,
 )
 from ..port import check_attention
+from .base import merged_file
 from .config import (
     PUBLISHED_TOWERS,
     OpenVLAConfig,
@@ -57,6 +61,9 @@ FOREIGN_HEADS = {
 }
 OWN = "vla_pruner"
 """Entry of config.json that holds what the published layout has no place for."""
+_LANGUAGE_MODEL = "language_model."
+_EMBEDDINGS = "language_model.model.embed_tokens.weight"
+_LM_HEAD = "language_model.lm_head.weight"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -255,13 +262,31 @@ def load_tensors(model: OpenVLA, folder: Path) -> None:
 
 
 def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[Stored]:
-    for file in shards(folder):
-        for tensor in stored_tensors(file):
-            yield tensor._replace(name=plain_name(tensor.name))
+    base, lora = model.config.base, {}
+    for stored in _plain(shards(folder)):
+        if base is not None and stored.name.startswith(_LANGUAGE_MODEL):
+            lora[stored.name.removeprefix(_LANGUAGE_MODEL)] = stored.tensor
+            continue
+        yield stored
+        if stored.name == _EMBEDDINGS and model.config.tied:
+            yield stored._replace(name=_LM_HEAD)
+    if base is not None:
+        layers = int(model.config.text["num_hidden_layers"])
+        for stored in _plain([merged_file(base, layers, lora)]):
+            name = _LANGUAGE_MODEL + stored.name
+            yield stored._replace(name=name)
+            if name == _EMBEDDINGS and model.config.tied:
+                yield stored._replace(name=_LM_HEAD)
     if isinstance(model, OpenVLAOFT):
         for head in HEADS:
             for tensor in _head_tensors(folder, head):
                 yield tensor._replace(name=f"{head}.{tensor.name}")
+
+
+def _plain(files: Iterable[Path]) -> Iterator[Stored]:
+    for file in files:
+        for stored in stored_tensors(file):
+            yield stored._replace(name=plain_name(stored.name))
 
 
 def _head_file(folder: Path, head: str) -> Path | None:
@@ -301,26 +326,39 @@ def save_pretrained(
     """Write a model in the published layout, heads as safetensors.
 
     `dtype` casts the tensors (None: as they are), `max_shard_bytes` splits them over files. The
-    published tensors that nothing reads are not written.
+    published tensors that nothing reads are not written, nor is a tied matrix twice.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
     state = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
+        if not (model.config.tied and name == _LM_HEAD)
     }
+    write(folder, state, replace(model.config, base=None), dtype, model.tokenizer, max_shard_bytes)
+
+
+def write(
+    folder: str | Path,
+    state: dict[str, Tensor],
+    config: OpenVLAConfig,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write tensors, in their final dtype, and configuration as a policy folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for head in HEADS:
         prefix = f"{head}."
         own = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
         if own:
             save_file(own, folder / f"{head}.safetensors", metadata={"format": "pt"})
     _save_shards(state, folder, max_shard_bytes)
-    write_json(folder / "config.json", _published_config(model.config, dtype))
-    write_json(folder / "preprocessor_config.json", _preprocessor_config(model.config))
-    write_json(folder / "dataset_statistics.json", model.config.norm_stats)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(str(folder))
+    write_json(folder / "config.json", _published_config(config, dtype))
+    write_json(folder / "preprocessor_config.json", _preprocessor_config(config))
+    write_json(folder / "dataset_statistics.json", config.norm_stats)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _save_shards(state: dict[str, Tensor], folder: Path, max_bytes: int) -> None:

@@ -92,7 +92,8 @@ class OpenVLAConfig:
     the per-dataset statistics as published: `{key: {"action": {"q01": [...], "q99": ..., ...}}}`.
     `center_crop` says whether images are cropped to 90 % of their area before acting (policies
     fine-tuned on random crops), `crop_first` whether that happens before any resize; see
-    `processing`.
+    `processing`. `base` names the language model whose weights a policy folder does not hold: it
+    holds low-rank changes of them (see `base`).
     """
 
     towers: tuple[TowerConfig, TowerConfig] = (DINOV2_LARGE, SIGLIP_SO400M)
@@ -107,6 +108,7 @@ class OpenVLAConfig:
     center_crop: bool = True
     crop_first: bool = False
     norm_stats: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     def __post_init__(self) -> None:
         check_text(self.text)
@@ -143,6 +145,11 @@ class OpenVLAConfig:
     def views(self) -> tuple[int, ...]:
         """Visual tokens per camera."""
         return (self.towers[0].patches,) * self.num_images
+
+    @property
+    def tied(self) -> bool:
+        """Whether the language model reads and writes words with the same matrix."""
+        return bool(self.text.get("tie_word_embeddings", False))
 
     @property
     def action_vocab_end(self) -> int:

@@ -72,7 +72,7 @@ class OpenVLA(Port):
         initialise(self, std=self.language_model.config.initializer_range)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast; the rotary frequencies are computed afresh and always stay fp32.
+        """Move or cast; rotary frequencies are computed afresh and stay fp32, ties are made again.
 
         They are no parameters: `to_empty` would leave them undefined, `.to(bfloat16)` would round
         them and shift every position.
@@ -83,6 +83,7 @@ class OpenVLA(Port):
             fresh = LlamaRotaryEmbedding(self.language_model.config)
         for name, buffer in fresh.named_buffers():
             setattr(rotary, name, buffer.to(rotary.inv_freq.device))
+        self.language_model.tie_weights()
         return self
 
     # ------------------------------------------------------------------ sequence
