@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,22 +34,23 @@ class Strategy(Protocol):
         """Arguments of these layers in a pass that continues the cache."""
 
 
+@dataclass(frozen=True, eq=False)
 class Call:
-    """A layer's call: hidden states, everything else by name, and what the decoder implies."""
+    """A layer's call: hidden states, everything else by name, and what the decoder implies.
 
-    def __init__(
-        self, kwargs: Mapping[str, Any], hidden: Tensor, implied: Any, *, static: bool, rotary: Any
-    ) -> None:
-        """
-        Args:
-            kwargs: the layer's arguments by name, without the hidden states.
-            hidden: `[B, Q, D]`.
-            implied: makes the mask `[1, 1, Q, N]` that stands for None, if it is called.
-            static: whether the cache is a static one.
-            rotary: the decoder's rotary embedding where tokens are renumbered; None: they are not.
-        """
-        self.kwargs, self.hidden, self.implied = kwargs, hidden, implied
-        self.static, self.rotary = static, rotary
+    Args:
+        kwargs: the layer's arguments by name, without the hidden states.
+        hidden: `[B, Q, D]`.
+        implied: makes the mask `[1, 1, Q, N]` that stands for None, if it is called.
+        static: whether the cache is a static one.
+        rotary: the decoder's rotary embedding where tokens are renumbered; None: they are not.
+    """
+
+    kwargs: Mapping[str, Any]
+    hidden: Tensor
+    implied: Callable[[], Tensor]
+    static: bool
+    rotary: Any
 
     @property
     def mask(self) -> Tensor | None:

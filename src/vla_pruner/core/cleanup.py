@@ -32,21 +32,12 @@ class Attached:
         self.remove()
 
 
-class Hook:
+class Hook(functools.partial[Any]):
     """A function that a session put on a model.
 
     A copy of the model would still call the session of the original, so that copying (`deepcopy`)
     and pickling (`torch.save(model)`) are refused with a RuntimeError.
     """
-
-    def __init__(self, function: Callable[..., Any], stands_for: Any = None) -> None:
-        """`stands_for`: the function in whose place it is, for those who ask for its signature."""
-        self.function = function
-        if stands_for is not None:
-            functools.update_wrapper(self, stands_for, updated=())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise RuntimeError(_COPY)
@@ -79,7 +70,9 @@ def replace(owner: Any, name: str, value: Callable[..., Any], undo: ExitStack) -
         undo.callback(own.__setitem__, name, own[name])
     else:
         undo.callback(own.pop, name, None)
-    own[name] = Hook(value, original)
+    own[name] = Hook(value)
+    if original is not None:  # For those who ask for its signature.
+        functools.update_wrapper(own[name], original, updated=())
 
 
 _COPY = (

@@ -48,6 +48,8 @@ class Cut:
         self.static_cache = False
         self.eager = False
         self.tuples = False  # Whether layers return tuples.
+        self.projected = {r.spec.layer for r in self.plan.readings if r.spec.kind == "logits"}
+        self.turning = {*self.plan.cuts, *self.projected}
         compact = method.positions == "compact"
         self.rotary = adapter.decoder.rotary_emb if compact and self.plan.cuts else None
 
@@ -55,7 +57,7 @@ class Cut:
         """Install the hooks; `undo` takes them away."""
         plan = self.plan
         watched = {r.spec.layer for r in plan.readings if r.spec.kind == "attention"}
-        projected = {r.spec.layer for r in plan.readings if r.spec.kind == "logits"}
+        projected = self.projected
         kernel = getattr(getattr(self._attention(0), "config", None), "_attn_implementation", None)
         self.eager = kernel == "eager"
         if kernel == "flex_attention" and plan.cuts:
@@ -65,10 +67,10 @@ class Cut:
             )
         acting = set(plan.action_layers)
         for index in sorted(watched if self.readers else watched | acting):
-            scores.watch(self._attention(index), partial(self._observe, index), undo)
+            scores.watch(self._attention(index), partial(scores.observe, self, index), undo)
         for index in sorted(acting) if self.readers else ():
             attention = self.adapter.attention(self.readers[index])
-            scores.watch(attention, partial(self._observe, index), undo)
+            scores.watch(attention, partial(scores.observe, self, index), undo)
         # Layer by layer, a reader follows what is done to the decoder.
         followers = [] if self.adapter.reads_output else self.readers
         for index in sorted(plan.skipped):
@@ -163,9 +165,10 @@ class Cut:
         weighted = any(r.spec.rows == "weighted" for r in self.plan.readings)
         if prefill.mode == "full" and not weighted:
             return
-        hidden, index = self.signatures[layer].bind(args, kwargs)[0], prefill.index
+        hidden = args[0] if args else self.signatures[layer].bind(args, kwargs)[0]
+        index = prefill.index
         prefill.features = take(hidden, prefill.layout.visual, dim=1)
-        if index.text_rows is not None:
+        if index.text_rows is not None and self.plan.needs_text:
             prefill.text = take(hidden, index.text_rows, dim=1)
         if weighted:
             assert prefill.text is not None and index.text_valid is not None
@@ -176,32 +179,48 @@ class Cut:
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: cut if it is time to, and give it the arguments of what is left."""
-        prefill = self.prefill
+        prefill, number = self.prefill, self.plan.number[index]
         if prefill is None:
             return None
-        number, cuts_here = self.plan.number[index], index in self.plan.cuts
-        signature, phase = self.signatures[layer], self.phase
-        hidden, kwargs = signature.bind(args, kwargs)
+        arguments = prefill.sets[number].arguments
+        if index in self.turning or len(args) > 1:
+            return self._turn(index, prefill, layer, args, kwargs)
+        if number == 0 or prefill.mode == "full" or not arguments:
+            return None
+        return args, {**kwargs, **arguments}
+
+    def _turn(
+        self,
+        index: int,
+        prefill: Prefill,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Before a layer in which something happens: scores from its input, or a cut."""
+        number, signature, phase = self.plan.number[index], self.signatures[layer], self.phase
+        cuts_here = index in self.plan.cuts
+        hidden = args[0] if len(args) == 1 else None
+        if hidden is None or hidden.ndim != 3:
+            hidden, kwargs = signature.bind(args, kwargs)
         if phase == "prefill":
-            if cuts_here:
-                self._project(index, number - 1, prefill, hidden)
-                if prefill.mode != "full":
-                    hidden = self._cut(number, prefill, hidden, kwargs)
-            self._project(index, number, prefill, hidden)
+            if index in self.projected and cuts_here:
+                scores.project(self, index, number - 1, prefill, hidden)
+            if cuts_here and prefill.mode != "full":
+                hidden = self._cut(number, prefill, hidden, kwargs)
+            if index in self.projected:
+                scores.project(self, index, number, prefill, hidden)
         if number == 0 or prefill.mode == "full":
             return None
         left = prefill.sets[number]
         if cuts_here:
-            call = self._call(number, hidden, kwargs)
-            strategy = STRATEGIES[prefill.mode]
+            call, strategy = self._call(number, hidden, kwargs), STRATEGIES[prefill.mode]
             make = strategy.in_prefill if phase == "prefill" else strategy.later
             left.arguments = make(call, prefill, left)
         arguments = left.arguments
         if index == 0 and phase == "later" and self._has_dead_slots(prefill):
             call = self._call(1, hidden, kwargs)
             arguments = Drop().first_layer_later(call, prefill, left)
-        if not arguments and not cuts_here:
-            return None
         return signature.back(args, hidden, {**kwargs, **arguments})
 
     def _call(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Call:
@@ -210,8 +229,8 @@ class Cut:
             kwargs,
             hidden,
             partial(self._implied_mask, number, hidden, kwargs),
-            static=self.static_cache,
-            rotary=self.rotary,
+            self.static_cache,
+            self.rotary,
         )
 
     def _has_dead_slots(self, prefill: Prefill) -> bool:
@@ -341,7 +360,7 @@ class Cut:
             valid=None if layout.visual_valid is None else of_left(layout.visual_valid),
             seeds=prefill.seeds,
             scores=found,
-            hidden=scores.visual_tokens(left, hidden),
+            hidden=take(hidden, _columns(left, hidden), dim=1),
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
@@ -428,7 +447,7 @@ class Cut:
         """Hidden states of the tokens that stay, `[B, k, D]`, where the choice changes them."""
         if left.merge is None:
             return None
-        every = scores.visual_tokens(earlier, hidden)
+        every = take(hidden, _columns(earlier, hidden), dim=1)
         with torch.autocast(hidden.device.type, enabled=False):
             return (left.merge.float() @ every.float()).to(hidden.dtype)
 
@@ -448,7 +467,7 @@ class Cut:
             held = _capacity(cache) if self.static_cache else cache.get_seq_length(index)
             keys = held if self.static_cache else queries + held
         mask = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device)
-        if self._is_causal(self._attention(index), None, queries, kwargs):
+        if scores.hides_future(self, self._attention(index), None, queries, kwargs):
             mask = mask.tril(0 if self.static_cache else keys - queries)
         elif self.static_cache:
             mask[:, queries:] = False
@@ -456,78 +475,6 @@ class Cut:
             additive = torch.zeros_like(mask, dtype=hidden.dtype)
             mask = additive.masked_fill(~mask, torch.finfo(hidden.dtype).min)
         return mask[None, None]
-
-    # ------------------------------------------------------------------ scores
-    def _project(self, index: int, number: int, prefill: Prefill, hidden: Tensor) -> None:
-        """Before a layer: scores from its queries and keys, after `number` cuts."""
-        for reading in self.plan.readings:
-            spec = reading.spec
-            if spec.kind != "logits" or spec.layer != index or reading.cuts != number:
-                continue
-            if reading.number not in prefill.scores:
-                left = prefill.sets[0 if prefill.mode == "full" else number]
-                prefill.scores[reading.number] = scores.logits(
-                    spec, self.adapter, self.layers[index], hidden, prefill, left
-                )
-
-    def _observe(
-        self,
-        index: int,
-        attention: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        """After a watched layer's attention: the scores that are read there."""
-        prefill = self.prefill
-        if prefill is None:
-            return
-        queries, in_prefill = query.shape[2], self.phase == "prefill"
-        number = self.plan.number[index] if index < self.plan.depth else 0
-        if self.adapter.reads_output and not in_prefill:
-            number = self.plan.action_cuts
-        left = prefill.sets[0 if prefill.mode == "full" else number]
-        keys = left.offset + queries if in_prefill else None
-        causal = self._is_causal(attention, mask, queries, kwargs)
-        seen = scores.Seen.of(attention, query, key, mask, kwargs, keys=keys, causal=causal)
-        columns = self._keys(left.columns, left, query)
-        for reading in self.plan.read_in(index, "attention") if in_prefill else ():
-            if reading.number not in prefill.scores:
-                rows, weight = scores.votes(reading.spec, prefill, left, query)
-                prefill.scores[reading.number] = seen.received(
-                    columns, rows, weight, reading.spec.heads
-                )
-        if index not in self.plan.action_layers or (in_prefill and self.readers):
-            return
-        rows = slice(None) if queries > 1 else None
-        if in_prefill:
-            rows = scores.action_rows(prefill, left)
-        elif self.readers:
-            rows = self.adapter.reader_rows(queries)
-            if rows is None:
-                return
-        if left.rows is None:
-            received = seen.received(self._keys(prefill.layout.visual, left, query), rows)
-        else:
-            received = scores.spread(prefill, left, seen.received(columns, rows))
-        prefill.observed = received if prefill.observed is None else prefill.observed + received
-        prefill.watched += 1
-
-    def _keys(self, columns: Tensor | None, left: TokenSet, like: Tensor) -> Tensor:
-        """`[B, m]` where a set's rows `columns` `[1|B, m]` are among the keys of its layers."""
-        assert columns is not None
-        moved = columns + left.offset if left.offset else columns
-        return moved.expand(like.shape[0], -1)
-
-    def _is_causal(
-        self, attention: nn.Module, mask: Tensor | None, queries: int, kwargs: Mapping[str, Any]
-    ) -> bool:
-        """Whether the attention function itself hides the future: not if a 4-D mask says it all."""
-        if queries == 1 or self.eager or (mask is not None and mask.ndim == 4):
-            return False
-        causal = kwargs.get("is_causal")
-        return bool(getattr(attention, "is_causal", True) if causal is None else causal)
 
 
 def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:
@@ -551,6 +498,11 @@ def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
     alone = merge.new_zeros(batch, read.shape[1], size).scatter(2, read[..., None], 1.0)
     both = torch.cat([whole, alone], dim=1)
     return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))
+
+
+def _columns(left: TokenSet, like: Tensor) -> Tensor:
+    assert left.columns is not None
+    return left.columns.expand(like.shape[0], -1)
 
 
 def _capacity(cache: Any) -> int:

@@ -95,6 +95,7 @@ class Episodes:
         self._known: OrderedDict[Hashable, Episode] = OrderedDict()
         self._lock = threading.RLock()
         self._spec = method.history
+        self._slots = 0 if self._spec is None else self._spec.slots
 
     def reset(self, names: Iterable[Hashable] | None = None) -> None:
         """Forget these episodes, or all."""
@@ -170,7 +171,7 @@ class Episodes:
         """[B, M] action score that each row's episode predicts."""
         if self._spec is None:
             return None
-        blank = torch.zeros(self._spec.slots, visual, dtype=torch.float32, device=device)
+        blank = torch.zeros(self._slots, visual, dtype=torch.float32, device=device)
         memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
         counts = [episode.observations for episode in episodes]
         count = torch.tensor(counts, dtype=torch.int64, device=device)
@@ -206,7 +207,7 @@ class Episodes:
         first = slice(rows[0], rows[0] + 1)
         observed = action[first] if len(rows) == 1 else action[rows].mean(dim=0, keepdim=True)
         if episode.memory is None:
-            episode.memory = observed.new_zeros(spec.slots, observed.shape[1])
+            episode.memory = observed.new_zeros(self._slots, observed.shape[1])
         # A broken frame (NaN, infinity) is remembered as the last good one was.
         good = observed.isfinite().all()
         observed = torch.where(good, observed, episode.memory[:1])

@@ -64,10 +64,6 @@ class Plan:
     window: int | None = None
     one_mask: bool = True
 
-    def read_in(self, layer: int, kind: str) -> list[Reading]:
-        """Readings of one kind in one layer."""
-        return [r for r in self.readings if r.spec.layer == layer and r.spec.kind == kind]
-
 
 def make_plan(method: Method, adapter: Adapter) -> Plan:
     """The plan of `method` for the decoder of `adapter`.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from vla_pruner.core.tokens import Prefill, TokenSet
 from vla_pruner.methods.base import ScoreSpec
 from vla_pruner.pruning.received import attention_column_max, logit_column_mean
 from vla_pruner.pruning.scores import attention_column_mean, attention_rows
+
+if TYPE_CHECKING:
+    from vla_pruner.core.cut import Cut
 
 Voting = slice | Tensor | None
 """Query rows: a slice, `[B, R]`, or None for the last one."""
@@ -125,6 +128,88 @@ class Seen:
         )
 
 
+def observe(
+    cut: Cut,
+    index: int,
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """After a watched layer's attention: the scores that are read there, into the prefill."""
+    prefill, plan = cut.prefill, cut.plan
+    if prefill is None:
+        return
+    queries, in_prefill = query.shape[2], cut.phase == "prefill"
+    number = plan.number[index] if index < plan.depth else 0
+    if cut.adapter.reads_output and not in_prefill:
+        number = plan.action_cuts
+    left = prefill.sets[0 if prefill.mode == "full" else number]
+    seen = Seen.of(
+        attention,
+        query,
+        key,
+        mask,
+        kwargs,
+        keys=left.offset + queries if in_prefill else None,
+        causal=hides_future(cut, attention, mask, queries, kwargs),
+    )
+    for reading in plan.readings if in_prefill else ():
+        spec = reading.spec
+        read_here = spec.layer == index and spec.kind == "attention"
+        if read_here and reading.number not in prefill.scores:
+            rows, weight = votes(spec, prefill, left, query)
+            keys = _keys(left.columns, left, query)
+            prefill.scores[reading.number] = seen.received(keys, rows, weight, spec.heads)
+    if index not in plan.action_layers or (in_prefill and cut.readers):
+        return
+    rows = slice(None) if queries > 1 else None
+    if in_prefill:
+        rows = action_rows(prefill, left)
+    elif cut.readers:
+        rows = cut.adapter.reader_rows(queries)
+        if rows is None:
+            return
+    if left.rows is None:
+        received = seen.received(_keys(prefill.layout.visual, left, query), rows)
+    else:
+        received = seen.received(_keys(left.columns, left, query), rows)
+        received = spread(prefill, left, received)
+    prefill.observed = received if prefill.observed is None else prefill.observed + received
+    prefill.watched += 1
+
+
+def _keys(columns: Tensor | None, left: TokenSet, like: Tensor) -> Tensor:
+    """`[B, m]` where a set's rows `columns` `[1|B, m]` are among the keys of its layers."""
+    assert columns is not None
+    moved = columns + left.offset if left.offset else columns
+    return moved.expand(like.shape[0], -1)
+
+
+def hides_future(
+    cut: Cut, attention: nn.Module, mask: Tensor | None, queries: int, kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the attention function itself hides the future: not if a 4-D mask says it all."""
+    if queries == 1 or cut.eager or (mask is not None and mask.ndim == 4):
+        return False
+    causal = kwargs.get("is_causal")
+    return bool(getattr(attention, "is_causal", True) if causal is None else causal)
+
+
+def project(cut: Cut, index: int, number: int, prefill: Prefill, hidden: Tensor) -> None:
+    """Before a layer: scores from its queries and keys, after `number` cuts."""
+    for reading in cut.plan.readings:
+        spec = reading.spec
+        if spec.kind != "logits" or spec.layer != index or reading.cuts != number:
+            continue
+        if reading.number not in prefill.scores:
+            left = prefill.sets[0 if prefill.mode == "full" else number]
+            prefill.scores[reading.number] = logits(
+                spec, cut.adapter, cut.layers[index], hidden, prefill, left
+            )
+
+
 def logits(
     spec: ScoreSpec,
     adapter: Adapter,
@@ -207,11 +292,6 @@ def action_rows(prefill: Prefill, left: TokenSet) -> Voting:
     if stop is not None and stop >= 0:
         stop = stop - length if stop < length else None
     return slice(start, stop)
-
-
-def visual_tokens(left: TokenSet, hidden: Tensor) -> Tensor:
-    """`[B, m, D]` of a set's visual tokens."""
-    return take(hidden, _columns(left, hidden.shape[0]), dim=1)
 
 
 def _columns(left: TokenSet, batch: int) -> Tensor:

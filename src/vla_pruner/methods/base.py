@@ -71,8 +71,8 @@ class Evidence:
         scores: each score that `Method.scores(layer)` asks for, `[B, m]` fp32.
         hidden: `[B, m, D]`, the visual tokens as they reach this cut.
         tokens: `[B, m]` int64, their indices in 0..M-1, ascending.
-        text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, where the layout says
-            which rows they are.
+        text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
+            it (`Method.needs`).
         text_valid: `[B, T]` bool, False where `text` holds padding.
         number: number of this cut, from 0.
         keep_count: tokens to leave: `Method.schedule(...)[number]`; None: `Method.kept(views)`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -77,7 +78,7 @@ class VLAPruner(OneCut):
                     f"`score_layer={self.score_layer}` runs after tokens are cut before layer "
                     f"{self.layer}; use at most {self.layer - 1}."
                 )
-        _ = self._memory()
+        _ = self._memory
         if self.refresh is not None:
             require_int("refresh", self.refresh, 2)
         if self.fusion is not None and not 0.0 <= self.fusion <= 1.0:
@@ -101,8 +102,9 @@ class VLAPruner(OneCut):
     @property
     def history(self) -> HistorySpec | None:
         """The decaying window, or the moving average."""
-        return None if self.levels == "prefill" else self._memory()
+        return None if self.levels == "prefill" else self._memory
 
+    @cached_property
     def _memory(self) -> HistorySpec:
         return HistorySpec(
             kind=self.smoothing,

@@ -188,7 +188,7 @@ class ReuseHooks(Cut):
                 f"which method {self.method.name!r} relies on; use another method."
             )
         left = prefill.sets[self.plan.number[index]]
-        causal = self._is_causal(attention, mask, query.shape[2], kwargs)
+        causal = scores.hides_future(self, attention, mask, query.shape[2], kwargs)
         keys = prefill.length
         seen = scores.Seen.of(attention, query, key, mask, kwargs, keys=keys, causal=causal)
         if seen.sinks is not None:
