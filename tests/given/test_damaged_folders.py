@@ -652,6 +652,17 @@ def test_links_inside_the_folder_and_in_the_hubs_cache_are_followed(originals, t
     assert np.isfinite(act(vp.models.load(link))).all()
 
 
+def test_the_package_itself_may_be_installed_as_links(originals, tmp_path, monkeypatch):
+    policy = tmp_path / "site-packages" / "policy"
+    policy.mkdir(parents=True)
+    for file in originals["openvla"].iterdir():
+        (policy / file.name).symlink_to(file)
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        vp.models.load(policy)
+    monkeypatch.setattr("vla_pruner.models.folder._PACKAGE", tmp_path / "site-packages")
+    assert np.isfinite(act(vp.models.load(policy))).all()
+
+
 def test_a_normalizer_is_read_from_the_folder_alone(folder):
     copy = folder("pi0")
     (file,) = copy.glob("policy_preprocessor*.safetensors")

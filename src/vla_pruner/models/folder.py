@@ -22,6 +22,7 @@ from torch import Tensor
 from .checks import listed, shown, whole
 
 LARGEST_JSON = 64 << 20
+_PACKAGE = Path(__file__).parents[1]
 # Modules that compiling and distributed training put around others, and names of nested states.
 _AROUND = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"}
 _AROUND |= {"_checkpoint_wrapped_module"}
@@ -91,8 +92,10 @@ def own_file(path: Path, folder: Path) -> Path:
     root, there = folder.resolve(), path.resolve()
     homes = [root]
     if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    if not any(there.is_relative_to(home) for home in homes):
+        homes.append((root.parent.parent / "blobs").resolve())
+    # Some installers link the files of a package, and so those of the policies that ship with it.
+    ours = folder.absolute().is_relative_to(_PACKAGE)
+    if not ours and not any(there.is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path} leads out of the folder, to {there}; copy the file there")
     if not there.is_file():
         raise CheckpointError(f"{path} is no file")

@@ -181,7 +181,7 @@ def test_a_batch_is_its_observations_one_by_one() -> None:
         seen[1]["unnorm_key"] = "libero_spatial"
         together = model.predict_actions(seen)
         alone = np.concatenate([model.predict_actions([one]) for one in seen])
-        near(together, alone)
+        near(together, alone, rel=5e-5)  # other kernels for a single row
         assert np.abs(together[0] - together[1]).max() > 0
 
 

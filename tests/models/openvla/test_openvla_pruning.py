@@ -122,7 +122,7 @@ def test_rows_of_a_padded_batch_keep_what_they_keep_alone(family: str) -> None:
         for row, one in enumerate(both):
             alone = model.predict_actions([one])
             assert torch.equal(session.last.kept_indices[0], kept[row])
-            near(alone[0], together[row])
+            near(alone[0], together[row], rel=5e-5)  # other kernels for a single row
 
 
 @FAMILIES
