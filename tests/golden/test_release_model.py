@@ -100,7 +100,7 @@ def test_raters_are_some_of_the_words():
         embeds = tensor(f"c{case['id']}/embeds")[None]
         visual, text = embeds[:, slice(*case["span"])], embeds[:, case["span"][1] :]
         everything = torch.ones(text.shape[:2], dtype=torch.bool)
-        votes = SparseVLMRelease().voters(visual, text, everything)[0]
+        votes = SparseVLMRelease().query_weights(visual, text, everything)[0]
         inner = text[:, 1:-1]
         similarity = torch.softmax(visual @ inner.transpose(1, 2), dim=-1).mean(dim=1)[0]
         assert torch.equal(votes[1:-1].bool(), similarity >= similarity.mean())

@@ -132,20 +132,20 @@ class Passes:
     @contextmanager
     def step(self) -> Iterator[None]:
         """All prefills inside belong to one policy step; an exception undoes the step."""
-        if self._in_step:
-            yield
-            return
-        self.turn.enter(self)
-        self._in_step, self._open, self._call = True, None, None
-        self._began = time.perf_counter()
-        failed = True
+        inside = object()
+        self.turn.enter(inside)  # Refuses other threads before anything is touched.
+        outer, failed = self._in_step, True
+        if not outer:
+            self._in_step, self._open, self._call = True, None, None
+            self._began = time.perf_counter()
         try:
             yield
             failed = False
         finally:
-            self._in_step, self._open = False, None
-            self._close_call(failed)
-            self.turn.leave(self)
+            if not outer:
+                self._in_step, self._open = False, None
+                self._close_call(failed)
+            self.turn.leave(inside)
 
     def _call_begins(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self.turn.enter(model) and not self._in_step:
@@ -182,13 +182,13 @@ class Passes:
                     "pruned as a whole; generate without it (what pruning leaves needs less "
                     "memory, too)."
                 )
-            copies = self._copies
-            self._copies = max(option(n) or 1 for n in ("num_beams", "num_return_sequences"))
-            try:
-                with self.step():
+            with self.step():
+                copies = self._copies
+                self._copies = max(option(n) or 1 for n in ("num_beams", "num_return_sequences"))
+                try:
                     return generate(*args, **kwargs)
-            finally:
-                self._copies = copies
+                finally:
+                    self._copies = copies
 
         return generating
 
