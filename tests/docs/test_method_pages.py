@@ -18,9 +18,9 @@ def page(name: str) -> str:
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", list(vp.methods()))
+@pytest.mark.parametrize("name", list(vp.list_methods()))
 def test_a_page_names_every_option_of_its_method(name):
-    text, method = page(name), vp.methods()[name]
+    text, method = page(name), vp.list_methods()[name]
     assert text.startswith(f"# {name}\n")
     own = {field.name for field in fields(method)} - COMMON
     assert {option for option in own if not re.search(rf"\b{option}\b", text)} == set()
@@ -28,10 +28,10 @@ def test_a_page_names_every_option_of_its_method(name):
         assert method.paper in text
 
 
-@pytest.mark.parametrize("name", list(vp.methods()))
+@pytest.mark.parametrize("name", list(vp.list_methods()))
 def test_defaults_on_a_page_are_those_of_the_code(name):
     """Rows such as: | `window`, `gamma` | 3, 0.8 | what they do |."""
-    defaults = {field.name: field.default for field in fields(vp.methods()[name])}
+    defaults = {field.name: field.default for field in fields(vp.list_methods()[name])}
     table = page(name).partition("| option | default |")[2]
     for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", table, flags=re.MULTILINE):
         options = re.findall(r"`(\w+)`", cells[0])
@@ -42,21 +42,21 @@ def test_defaults_on_a_page_are_those_of_the_code(name):
 
 def test_the_overview_lists_every_method():
     rows = re.findall(r"^\| \[([\w-]+)\]\(\1\.md\) \|", page("README"), flags=re.MULTILINE)
-    assert rows == list(vp.methods())
+    assert rows == list(vp.list_methods())
 
 
 def test_every_page_is_about_something_and_its_links_lead_somewhere():
-    known = {*vp.methods(), "oracle"}
+    known = {*vp.list_methods(), "oracle"}
     for file in PAGES.glob("*.md"):
         assert file.stem in known or file.stem == "README"
         for link in re.findall(r"\]\(([^)#\s]+)\)", file.read_text(encoding="utf-8")):
             assert "://" in link or (PAGES / link).exists(), f"{file.name} links to {link}"
 
 
-@pytest.mark.parametrize("name", list(vp.methods()))
+@pytest.mark.parametrize("name", list(vp.list_methods()))
 def test_examples_on_a_page_are_calls_that_exist(name):
     """Each `vp.prune` line names the method and options that it has."""
-    known = {field.name for field in fields(vp.methods()[name])}
+    known = {field.name for field in fields(vp.list_methods()[name])}
     calls = re.findall(r"vp\.prune\(model, \"([\w-]+)\"(.*?)\)", page(name))
     assert calls
     for method, options in calls:

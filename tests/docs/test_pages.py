@@ -1,5 +1,6 @@
 """The code of the documentation runs, and its entry points work."""
 
+import dataclasses
 import re
 import sys
 import tomllib
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.methods import Evidence, OneCut
 
 DOCS = Path(__file__).parents[2] / "docs"
+NOT_ON_THE_PAGE = {"layer", "number", "keep_count"}
+"""Parts of `Evidence` that a method which cuts once does not need."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -58,17 +62,33 @@ def test_the_snippet_of_the_readme_runs_as_it_is() -> None:
 
 def test_adding_a_method(follow) -> None:
     page = follow("adding-a-method.md", "vla_pruner.methods")
-    assert vp.methods()["prompt-top"] is page.PromptTop
-    with vp.prune(page.model, "prompt-top", keep=8, novelty=1.0, adapter=page.where) as session:
-        page.model(inputs_embeds=page.embeds)
-        assert session.last.visual_kept == 8
+    assert vp.list_methods()["prompt-top"] is page.PromptTop
+    for method in ("prompt-top@8:layer=2", "prompt-top@0.125:layer=2"):
+        with vp.prune(page.model, method, adapter=page.where) as session:
+            page.model(inputs_embeds=page.embeds)
+            assert session.last.visual_kept == 8
+            assert [stage.layer for stage in session.last.stages] == [2]
     with pytest.raises(ValueError, match="novelty"):
-        vp.prune(page.model, "prompt-top", novelty=-1.0, adapter=page.where)
+        page.UnusualTop(novelty=-1.0)
+
+
+def test_what_a_method_may_override_is_there_and_in_the_file_that_is_named() -> None:
+    text = (DOCS / "adding-a-method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `(\w+)` \| `([\w/]+\.py)` \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 12
+    for name, file in rows:
+        assert hasattr(OneCut, name), name
+        example = (DOCS.parent / "src" / "vla_pruner" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^    (def )?{name}\b", example, flags=re.MULTILINE), f"{file}: {name}"
+    table = text.partition("| in `evidence` |")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`.*?`) \|", table, flags=re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"\w+", cell)}
+    assert named == {field.name for field in dataclasses.fields(Evidence)} - NOT_ON_THE_PAGE
 
 
 def test_adding_a_model(follow) -> None:
     page = follow("adding-a-model.md", "vla_pruner.models.base")
-    assert "reach" in vp.models()
+    assert "reach" in vp.list_models()
     with vp.prune(page.policy, "vla-pruner", keep=0.25) as session, torch.no_grad():
         for _ in range(4):
             page.policy(page.images, page.words)
