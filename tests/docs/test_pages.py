@@ -112,3 +112,18 @@ def test_files_that_the_map_names_exist() -> None:
     assert len(rooms) >= 6
     for room, file in rooms:
         assert (source / room / file).exists(), f"docs/map.md names {room}/{file}"
+
+
+def test_the_reading_list_of_the_map_is_as_long_as_it_says() -> None:
+    source = DOCS.parent / "src" / "vla_pruner"
+    text = (DOCS / "map.md").read_text(encoding="utf-8")
+    part = text.partition("## One pruned step")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| (\d+) \| (.*) \|$", part, flags=re.MULTILINE)
+    (total,) = re.findall(r"^\| \| sum \| (\d+) \|", part, flags=re.MULTILINE)
+    assert 5 < len(rows) <= 10 and sum(int(count) for _, count, _ in rows) == int(total)
+    for file, count, look_for in rows:
+        found = (source / file).read_text(encoding="utf-8")
+        lines = len(found.splitlines())
+        assert abs(lines - int(count)) <= max(5, lines // 20), f"{file} has {lines} lines"
+        for name in re.findall(r"`(\w+)`", look_for):
+            assert re.search(rf"(def|class) {name}\b", found), f"{file} has no {name}"
