@@ -128,3 +128,18 @@ def test_the_reading_list_of_the_map_is_as_long_as_it_says() -> None:
         assert abs(lines - int(count)) <= max(5, lines // 20), f"{file} has {lines} lines"
         for name in re.findall(r"`(\w+)`", look_for):
             assert re.search(rf"(def|class) {name}\b", found), f"{file} has no {name}"
+
+
+def test_the_contract_of_a_decoder_names_what_checks_it() -> None:
+    text = (DOCS / "adding-a-model.md").read_text(encoding="utf-8")
+    part = text.partition("## What a decoder has to do")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .* \| (`.*`) \| .* \|$", part, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for row in rows:
+        for file, name in re.findall(r"`(\w+\.py)`(?:, `(?:[A-Z]\w*\.)?(\w+)`)?", row):
+            found = (DOCS.parent / "src" / "vla_pruner" / "core" / file).read_text(encoding="utf-8")
+            assert not name or re.search(rf"(def|class) {name}\b", found), f"{file}: {name}"
+    kinds = re.findall(r"PaliGemma, .*? and Qwen3-VL", text, flags=re.DOTALL)
+    tests = (DOCS.parent / "tests" / "models" / "test_hf_vlm.py").read_text(encoding="utf-8")
+    built = re.findall(r'^    "([\w.-]+)": ', tests.partition("BUILD = {")[2], flags=re.MULTILINE)
+    assert {kind.lower() for kind in re.split(r", | and ", kinds[0])} == set(built)
