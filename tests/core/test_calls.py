@@ -377,10 +377,36 @@ def test_a_session_that_nobody_kept_can_be_removed(model, inputs):
         vp.remove("llava")
 
 
-def test_wrappers_are_opened_or_explained(model, inputs):
-    compiled = torch.compile(model, backend="eager")
-    with prune(compiled) as session:
+class Tuner(torch.nn.Module):
+    """Built like peft's wrapper: it calls `forward` of the model inside, past its hooks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.peft_config = model, {}
+
+    def get_base_model(self):
+        return self.base_model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Tuner, lambda m: torch.compile(m, backend="eager")])
+def test_wrapped_models_are_pruned_inside(model, inputs, wrap):
+    wrapped, expected = wrap(model), model(**inputs).logits
+    same(wrapped(**inputs).logits, expected)
+    with prune(model):
+        pruned = model(**inputs).logits
+    with prune(wrapped) as session:
         assert session.model is model
+        for _ in range(2):
+            same(wrapped(**inputs).logits, pruned)
+            assert session.last.visual_kept == KEEP
+    same(wrapped(**inputs).logits, expected)
+    assert "forward" not in vars(model)
+
+
+def test_copies_in_threads_are_explained(model):
     with pytest.raises(TypeError, match=r"prune `model\.module`"):
         prune(torch.nn.DataParallel(model))
 

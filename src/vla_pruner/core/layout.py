@@ -64,7 +64,7 @@ class Adapter(ABC):
     reads_output: bool = False
     """Whether `reader` attends to the decoder's output instead, as a diffusion head with
     cross-attention does, in as many layers as it has. The adapter then hands it what is left
-    (`Session.left`) and shows its attention (`probe.Shown`)."""
+    (`Session.left`) and shows its attention (`core.scores.Shown`)."""
 
     skips_layers: bool = True
     """Whether layers can be left out, for methods that skip some."""

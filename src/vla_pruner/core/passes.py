@@ -30,6 +30,7 @@ from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
 
 _MARK = "_vla_pruner_mark"
+_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 _GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -147,12 +148,14 @@ class Passes:
                 self._close_call(failed)
             self.turn.leave(inside)
 
+    @torch.compiler.disable
     def _call_begins(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self.turn.enter(model) and not self._in_step:
             if self._call is not None:  # An earlier call never came back.
                 self._call.failed = True
             self._call, self._began = None, time.perf_counter()
 
+    @torch.compiler.disable
     def _call_ends(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._in_step:
             self._close_call(output is None)
@@ -202,8 +205,13 @@ class Passes:
         self._running, cut.prefill = None, None
         if args:
             kwargs = _by_name(stack.forward, args, kwargs)
-        names = ("inputs_embeds", "input_ids", "hidden_states")
-        inputs = next(kwargs[name] for name in names if kwargs.get(name) is not None)
+        given = [kwargs[name] for name in _INPUTS if kwargs.get(name) is not None]
+        if not given:
+            raise NotImplementedError(
+                f"{type(stack).__name__} was called without any of {', '.join(_INPUTS)}; pruning "
+                "has to see what goes into the decoder. See docs/adding-a-model.md."
+            )
+        inputs = given[0]
         batch, length = inputs.shape[:2]
         cache = cache_in(kwargs)
         cut.static_cache = bool(getattr(cache, "is_compileable", False))

@@ -29,7 +29,7 @@ class PrunedConfig(PreTrainedConfig):
     """Options `--policy.NAME=...` of the policy type "pruned"; `pretrained_path` is required.
 
     Args:
-        method: a name, see `vp.methods()`.
+        method: a name, see `vp.list_methods()`.
         keep: fraction of the visual tokens in (0, 1], or their number above 1.
         layer: layers that still see every token; None: the method's default.
         overrides: options of the policy that is pruned, as in `{n_action_steps: 10}`.

@@ -1,4 +1,4 @@
-"""Model families. `vp.models()` lists them; the adapters for models no family knows are here."""
+"""Model families (`vp.list_models()`), and the adapters for models that no family knows."""
 
 from vla_pruner._callable import listing_package
 from vla_pruner.models.base import Adapter, Family, Layout, find_adapter, list_models, models

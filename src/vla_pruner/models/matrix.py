@@ -30,7 +30,7 @@ class Row:
     """What the tests showed of one class.
 
     Args:
-        family: a name of `vp.models()`, or "decoder" for `vp.models.Decoder`.
+        family: a name of `vp.list_models()`, or "decoder" for `vp.models.Decoder`.
         model: the class.
         double: whether it is one of our own that stands for a class that cannot be installed.
         tests: for each check that passed, the tests that showed it.

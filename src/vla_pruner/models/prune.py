@@ -10,6 +10,7 @@ from torch import nn
 from vla_pruner.core.session import Session, session_of
 from vla_pruner.methods import build
 from vla_pruner.methods.base import Method
+from vla_pruner.models.adapters.patching import run_hooks_on_forward
 from vla_pruner.models.base import Adapter, find_adapter, unwrapped
 from vla_pruner.models.recipes import settle
 
@@ -66,7 +67,10 @@ def prune(
     adapter = adapter or find_adapter(inner)
     if replace:
         remove(inner)
-    return Session(inner, settle(chosen, inner, adapter), adapter, mode=mode)
+    session = Session(inner, settle(chosen, inner, adapter), adapter, mode=mode)
+    if inner is not model:  # peft calls `forward` of the model inside, past its hooks.
+        run_hooks_on_forward(inner, session._undo)
+    return session
 
 
 def remove(model: nn.Module) -> bool:

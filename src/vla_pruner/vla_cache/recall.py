@@ -14,7 +14,7 @@ class Recall:
     M visual tokens, a decoder of T layers.
 
     Args:
-        similarity: `[B, M]` fp32, cosine of each visual token's patch of the camera image with the
+        similarity: `[B, M]` fp64, cosine of each visual token's patch of the camera image with the
             same patch in the last step (`pruning.frames`).
         relevance: `[B, M]` fp32, attention that the token got from the instruction in the last
             step: mean over heads and rows of text in layer `VLACache.recalled_layer`.
