@@ -56,7 +56,7 @@ class SmolSettings(Settings):
 
     grid: int = 16
     pool: int = 1
-    lora_rate: float = 4.0
+    lora_rate: float = 1.0
     layers: int = policies.SMOL_LAYERS
 
 
@@ -96,6 +96,7 @@ class SmolTrainer(Trainer):
 
     stages = STAGES
     report_every = 20
+    warm_up = 40
     settings: SmolSettings
 
     def _build(self) -> int:
@@ -237,7 +238,7 @@ class SmolTrainer(Trainer):
         named = helpers.named_loss(middle, None, place, side)
         closing = self._middle[0][:, -self.config.slots - 2].float()
         asked = helpers.named_loss(middle, closing, place, side)
-        loss = 3.0 * chunk + 0.3 * relation + 0.3 * named + 0.2 * asked + 0.5 * copied
+        loss = 3.0 * chunk + 1.5 * relation + 0.3 * named + 0.2 * asked + 0.5 * copied
         first = error[:, 0]
         return loss, {
             "l1_chunk": chunk,
