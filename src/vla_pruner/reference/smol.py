@@ -104,12 +104,14 @@ class SmolTrainer(Trainer):
         settings = self.settings
         self.config = policies.smol_config(settings.layers)
         acting = settings.stage == "smol-oft"
-        layers = settings.layers if acting else 0
+        layers = settings.layers if acting else 1
         self.model: Any = OpenVLAOFT.build(self.config.with_text(num_hidden_layers=layers))
         decoder = self.model.language_model.to(torch.bfloat16)
         decoder.load_state_dict(base.read(base.SMOLLM2, layers), strict=False)
         decoder.tie_weights()
-        add_lora(decoder, RANK)
+        decoder.requires_grad_(False)
+        if acting:
+            add_lora(decoder, RANK)
         self.model.to(self.device)
         for module in (self.model.projector, self.model.proprio_projector):
             module.register_forward_hook(_enlarge)
