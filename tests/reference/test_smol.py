@@ -9,6 +9,7 @@ from test_training import write_episode
 
 import vla_pruner as vp
 from vla_pruner.models import load
+from vla_pruner.models.loading import shipped
 from vla_pruner.models.openvla import base
 from vla_pruner.reference import policies, smol
 from vla_pruner.reference.dataset import Demonstrations
@@ -171,3 +172,18 @@ def test_the_exported_folder_is_the_averaged_policy(seen, data):
             actions = policy.predict_action(*OBSERVATION)
             assert session.last.visual_kept == kept
     assert actions.shape == (8, 7) and np.isfinite(actions).all()
+
+
+def test_training_continues_from_an_exported_folder(seen, data):
+    trainer = SmolTrainer(settings(), data, seen)
+    trainer.run()
+    export(seen / "smol-oft.pt", seen / "policy")
+    again = SmolTrainer(settings(), data, seen / "again", start=seen / "policy")
+    for (name, value), wanted in zip(again._weights().items(), trainer.average, strict=False):
+        size = float(wanted.abs().max())
+        torch.testing.assert_close(value, wanted, rtol=0.01, atol=1e-3 * size, msg=name)
+
+
+def test_another_policy_is_refused_as_a_start(seen, data):
+    with pytest.raises(ValueError, match="holds no policy that stage `smol-oft` trains"):
+        SmolTrainer(settings(), data, seen, start=shipped()["mini-oft"])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..models.loading import load
 from ..models.openvla import base
-from ..models.openvla.checkpoint import write
+from ..models.openvla.checkpoint import own_tensors, write
 from ..models.openvla.lora import add_lora, change_scale
 from ..models.openvla.modeling import insert_after_bos, left_padding, widen_mask
 from ..models.openvla.oft import OpenVLAOFT
@@ -44,6 +44,7 @@ GAIN = 24.0
 Its first layers add vectors forty times as long as a word's embedding: what is only as long as a
 word is hardly there in the middle. A factor while training, folded into the weights on export.
 """
+_ENLARGED = ("projector.fc3.", "proprio_projector.fc2.")
 TOWER_RATE = 0.3
 """Learning rate of towers and projector over the rest's, once they have learnt to point."""
 _WORD_SHARPNESS = 12.0
@@ -56,7 +57,7 @@ class SmolSettings(Settings):
 
     grid: int = 16
     pool: int = 1
-    lora_rate: float = 4.0
+    lora_rate: float = 1.0
     layers: int = policies.SMOL_LAYERS
 
 
@@ -96,18 +97,21 @@ class SmolTrainer(Trainer):
 
     stages = STAGES
     report_every = 20
+    warm_up = 40
     settings: SmolSettings
 
     def _build(self) -> int:
         settings = self.settings
         self.config = policies.smol_config(settings.layers)
         acting = settings.stage == "smol-oft"
-        layers = settings.layers if acting else 0
+        layers = settings.layers if acting else 1
         self.model: Any = OpenVLAOFT.build(self.config.with_text(num_hidden_layers=layers))
         decoder = self.model.language_model.to(torch.bfloat16)
         decoder.load_state_dict(base.read(base.SMOLLM2, layers), strict=False)
         decoder.tie_weights()
-        add_lora(decoder, RANK)
+        decoder.requires_grad_(False)
+        if acting:
+            add_lora(decoder, RANK)
         self.model.to(self.device)
         for module in (self.model.projector, self.model.proprio_projector):
             module.register_forward_hook(_enlarge)
@@ -148,8 +152,32 @@ class SmolTrainer(Trainer):
             take_towers(self.model, self.teacher)
             with torch.no_grad():  # so that visual tokens begin at their size
                 self.model.projector.fc3.weight.mul_(self.size / GAIN / 1.15)
+        elif start is not None and Path(start).is_dir():
+            self.load_policy(start)
         else:
             self.load_weights(start or self.folder / "smol-vision.pt")
+
+    def load_policy(self, folder: Path) -> None:
+        """Start from an exported smol-oft; helpers are new."""
+        found = own_tensors(folder)
+        weights = self._weights()
+        wrong = {n: list(v.shape) for n, v in found.items()} != {
+            n: list(v.shape) for n, v in weights.items()
+        }
+        if wrong:
+            raise ValueError(
+                f"{folder} holds no policy that stage `{self.settings.stage}` trains; start from a "
+                "checkpoint, or from a smol-oft of as many layers."
+            )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(found[name].float() / self._factor(name))
+
+    def _factor(self, name: str) -> float:
+        """By how much an exported tensor is larger than the trained one."""
+        if name.endswith(".b"):
+            return self.model.get_submodule(name.removesuffix(".b")).scale
+        return GAIN if name.startswith(_ENLARGED) else 1.0
 
     def _tokenizer(self) -> Any:
         return policies.smol_tokenizer()
@@ -237,7 +265,7 @@ class SmolTrainer(Trainer):
         named = helpers.named_loss(middle, None, place, side)
         closing = self._middle[0][:, -self.config.slots - 2].float()
         asked = helpers.named_loss(middle, closing, place, side)
-        loss = 3.0 * chunk + 0.3 * relation + 0.3 * named + 0.2 * asked + 0.5 * copied
+        loss = 3.0 * chunk + 1.5 * relation + 0.3 * named + 0.2 * asked + 0.5 * copied
         first = error[:, 0]
         return loss, {
             "l1_chunk": chunk,
@@ -372,7 +400,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         if name.endswith(".b"):
             matrix = name.removeprefix("language_model.").removesuffix(".b")
             value = value * change_scale(frozen[f"{matrix}.weight"])
-        if name.startswith(("projector.fc3", "proprio_projector.fc2")):
+        elif name.startswith(_ENLARGED):
             value = GAIN * value
         tensors[name] = value.to(torch.bfloat16).contiguous()
     write(folder, tensors, config, torch.bfloat16, policies.smol_tokenizer())

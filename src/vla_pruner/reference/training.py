@@ -147,6 +147,7 @@ class Trainer:
 
     stages: ClassVar[tuple[str, ...]] = STAGES
     report_every: ClassVar[int] = 50
+    warm_up: ClassVar[int] = 100
 
     def __init__(
         self,
@@ -424,7 +425,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 rate = settings.learning_rate * group.get("share", 1.0)
-                group["lr"] = rate * _schedule(self.step, progress)
+                group["lr"] = rate * _schedule(self.step, progress, self.warm_up)
         batch = self.data.sample(
             self.rng,
             settings.batch,
@@ -666,9 +667,9 @@ def _bounds(state: dict[str, Any]) -> tuple[Bounds, Bounds]:
     return (low, high), (proprio_low, proprio_high)
 
 
-def _schedule(step: int, progress: float) -> float:
-    """Warm-up over 100 steps, then a cosine to zero."""
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + float(np.cos(np.pi * min(progress, 1.0))))
+def _schedule(step: int, progress: float, warm_up: int) -> float:
+    """Warm-up over so many steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + float(np.cos(np.pi * min(progress, 1.0))))
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

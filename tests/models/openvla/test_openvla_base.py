@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf", reason="the extra `smol` is not installed")
 LAYERS, RANK = 2, 3
 TEXT = {
     "model_type": "llama",
-    "vocab_size": 128,
+    "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -54,7 +54,7 @@ def base(tmp_path, monkeypatch):
     file = site / "tiny_base" / "tiny.gguf"
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(file, "llama")
-    shapes = {"token_embd.weight": (128, 32), "output_norm.weight": (32,)}
+    shapes = {"token_embd.weight": (512, 32), "output_norm.weight": (32,)}
     for layer in range(3):
         shapes |= {f"blk.{layer}.{kind}.weight": shape for kind, shape in KINDS.items()}
     for name, shape in shapes.items():

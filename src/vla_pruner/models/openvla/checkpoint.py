@@ -283,6 +283,12 @@ def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[Stored]:
                 yield tensor._replace(name=f"{head}.{tensor.name}")
 
 
+def own_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors that a policy folder itself holds, heads included. Errors: CheckpointError."""
+    heads = {f"{head}.{t.name}": t.tensor for head in HEADS for t in _head_tensors(folder, head)}
+    return {stored.name: stored.tensor for stored in _plain(shards(folder))} | heads
+
+
 def _plain(files: Iterable[Path]) -> Iterator[Stored]:
     for file in files:
         for stored in stored_tensors(file):
