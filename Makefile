@@ -41,7 +41,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lerobot test-openpi models lint format bench libero gpu clean
+.PHONY: help demo test test-all test-lerobot test-openpi models lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -50,6 +50,9 @@ demo: $(SIM)  ## a small policy picks by language, with all and with a quarter o
 	$(PY) -m vla_pruner demo $(ARGS)
 
 test: lint  ## lint, types and tests on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not slow" $(ARGS)
+
+test-all: lint  ## the same, with the tests that compile or try a great many inputs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment

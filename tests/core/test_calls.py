@@ -548,7 +548,9 @@ def test_compiling_a_removed_session_touches_nothing(make):
     assert "forward" not in vars(model.model)
 
 
-@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("fastv"), pytest.param("vla-pruner", marks=pytest.mark.slow)]
+)
 def test_a_few_graphs_serve_every_length_of_prompt(make, method):
     from torch._dynamo.utils import counters
 

@@ -52,6 +52,7 @@ def test_whole_graphs_that_are_used_again(make, embeds, attention, cached, prove
     proves("decoder", type(model), "compile", "static" if cached else "no cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [(1, 2), (0, 2)])
 def test_everything_at_once_in_one_graph(make, embeds, at):
     """Several cuts, merging, renumbering, a skipped layer, weighted voters, a static cache."""

@@ -26,6 +26,8 @@ from vla_pruner.models import openvla, pi0
 from vla_pruner.models.folder import CheckpointError, plain_name
 
 KINDS = ("openvla", "oft", "pi0", "pi05", "openpi")
+ONE_AT_ONCE = [pytest.param(k, marks=[] if k == "oft" else pytest.mark.slow) for k in KINDS]
+"""Every kind of folder in `make test-all`, one of them in `make test`."""
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ CONTENTS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", CONTENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_AT_ONCE)
 def test_a_file_that_is_not_what_it_should_be(folder, kind, damage):
     tensors = ["model.safetensors", "tokenizer.json"]
     tensors += ["action_head.safetensors", "proprio_projector.safetensors"] * (kind == "oft")
@@ -172,7 +174,7 @@ def changed(values: Any, path: tuple[Any, ...], wrong: Any) -> Any:
     return copy
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_AT_ONCE)
 def test_any_entry_of_another_kind_is_refused_or_does_no_harm(folder, kind):
     """Only CheckpointError with the file's name; what loads acts on finite numbers or says so."""
     chosen, copy = random.Random(kind), folder(kind)
