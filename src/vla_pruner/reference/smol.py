@@ -120,7 +120,11 @@ class SmolTrainer(Trainer):
             layer = decoder.model.layers[MIDDLE_LAYER - 1]
             layer.register_forward_hook(self._keep_middle)
         self.colours = [
-            torch.tensor([getattr(tower, name) for tower in self.config.towers], device=self.device)
+            torch.tensor(
+                [getattr(tower, name) for tower in self.config.towers],
+                dtype=torch.float32,
+                device=self.device,
+            )
             for name in ("mean", "std")
         ]
         self.teacher: Any = load("mini-oft", device=self.device, dtype=torch.float32)
@@ -225,7 +229,7 @@ class SmolTrainer(Trainer):
         grid, count = self.settings.grid, self.config.num_images
         points = self._tensor(batch.points)
         parts: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         visual = self.model.visual_embeds(self.pixels(batch.images))
         if self.settings.stage == "smol-oft":
             total, parts = self._acting_loss(batch, visual)
@@ -253,8 +257,9 @@ class SmolTrainer(Trainer):
         rows = hidden[:, self.config.action_rows]
         said = self.model.action_head(rows.reshape(len(ids), self.config.chunk, -1)).float()
         error = (said - actions).abs()
-        near_first = torch.linspace(1.5, 0.5, actions.shape[1], device=self.device)[:, None]
-        weight = near_first * torch.where(valid, 1.0, 0.5)
+        single: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        near_first = torch.linspace(1.5, 0.5, actions.shape[1], **single)[:, None]
+        weight = near_first * (0.5 + 0.5 * valid.float())
         chunk = (error * weight).sum() / (weight.sum() * error.shape[-1])
         copied = F.smooth_l1_loss(helpers.copied(rows.float()), teaching)
         relation = helpers.relation_loss(rows[:, 0], self._tensor(batch.relation))
@@ -357,7 +362,7 @@ def positions(cameras: int, grid: int, pool: int, length: int) -> Tensor:
     visual = 1 + pooled(each.reshape(1, -1, 1), cameras, grid, pool).flatten()
     end = 1 + cameras * grid * grid
     rest = torch.arange(end, end + length - 1 - len(visual), dtype=torch.float32)
-    return torch.cat([torch.zeros(1), visual, rest])
+    return torch.cat([torch.zeros(1, dtype=torch.float32), visual, rest])
 
 
 @torch.no_grad()

@@ -272,7 +272,11 @@ def _all_tensors(folder: Path, model: OpenVLA) -> Iterator[Stored]:
             yield stored._replace(name=_LM_HEAD)
     if base is not None:
         layers = int(model.config.text["num_hidden_layers"])
-        for stored in _plain([merged_file(base, layers, lora)]):
+        try:
+            merged = merged_file(base, layers, lora)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        for stored in _plain([merged]):
             name = _LANGUAGE_MODEL + stored.name
             yield stored._replace(name=name)
             if name == _EMBEDDINGS and model.config.tied:
