@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_hf_vlm import IMAGE, KEEP, M, inputs_for, llava, qwen
-from transformers import DynamicCache, GenerationConfig, LlavaForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 
 import vla_pruner as vp
 from checks import fingerprint, randomise
@@ -103,6 +108,24 @@ def test_several_rows_before_labels_take_their_places_of_the_budget(make):
         same(got.loss[None], model(input_ids=ids, labels=labels).loss[None])
 
 
+@pytest.mark.parametrize("method", ["fastv", "vla-adp"])
+def test_read_tokens_of_several_views_under_a_budget_per_view(model, inputs, method):
+    ids = torch.tensor([[1, *[IMAGE] * M, 5, *[IMAGE] * M]])
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    call["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"] + 1])
+    options = {"gate": "none", "positions": "keep"} if method == "vla-adp" else {}
+    with vp.prune(model, method, keep=0.5, budget="view", layer=CUT, **options) as session:
+        got, report = model(**call).logits, session.last
+    assert report.views == (M, M) and report.visual_kept == M
+    assert bool(report.kept_mask[0, M - 1]) and bool(report.kept_mask[0, -1])
+    if method == "fastv":
+        assert [len(view) for view in report.kept[0]] == [M // 2, M // 2]
+    with hidden_behind(model.model.language_model, CUT, dropped(report, ids == IMAGE)):
+        plain = model(**call).logits
+    for row in (M, M + 1, -1):
+        same(got[:, row], plain[:, row])
+
+
 # ---------------------------------------------------------------------- generate
 @pytest.mark.parametrize("how", ["keyword", "config", "position", "model"])
 @pytest.mark.parametrize(
@@ -141,6 +164,25 @@ def test_beams_are_one_episode_however_they_are_asked_for(model, inputs, how):
 
 
 # ---------------------------------------------------------------------- caches
+def test_a_prefix_in_a_static_cache(model, inputs):
+    head, ids = inputs["input_ids"][:, :2], inputs["input_ids"]
+    rest = {"input_ids": ids[:, 2:], "pixel_values": inputs["pixel_values"]}
+    runs = []
+    for static in (True, False):
+        config = model.config.get_text_config()
+        cache = StaticCache(config=config, max_cache_len=40) if static else DynamicCache()
+        with prune(model) as session:
+            model(input_ids=head, past_key_values=cache, use_cache=True)
+            mask = torch.ones_like(ids)
+            first = model(**rest, attention_mask=mask, past_key_values=cache, use_cache=True)
+            mask = torch.cat([mask, mask[:, :1]], dim=1)
+            token = {"input_ids": torch.tensor([[21]]), "attention_mask": mask}
+            then = model(**token, past_key_values=cache, use_cache=True)
+            assert session.last.visual_kept == KEEP
+        runs.append(torch.cat([first.logits[:, -1], then.logits[:, -1]]))
+    same(*runs)
+
+
 @pytest.mark.parametrize("method", ["fastv", "vla-pruner", "divprune"])
 def test_an_image_may_continue_a_copied_prefix(model, inputs, method):
     """The recipe of transformers: a system prompt is cached once, and copies of it continued."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -316,7 +317,7 @@ class Cut:
         evidence = self._evidence(number, prefill, tokens, hidden)
         read, wanted = self._always(number, prefill, tokens)
         if read is not None:
-            evidence = self._of_others(evidence, read, wanted)
+            evidence = self._of_others(evidence, read, wanted, prefill.layout.read)
         if read is not None and evidence.keep_count == 0:
             chosen: Tensor | Choice = tokens.new_zeros(tokens.shape[0], 0)
         else:
@@ -392,7 +393,9 @@ class Cut:
         rest = stays.int().sort(dim=1, stable=True).indices[:, : tokens.shape[1] - read.shape[1]]
         return place, rest
 
-    def _of_others(self, evidence: Evidence, read: Tensor, rest: Tensor | None) -> Evidence:
+    def _of_others(
+        self, evidence: Evidence, read: Tensor, rest: Tensor | None, always: tuple[int, ...]
+    ) -> Evidence:
         """The evidence without tokens that stay anyway; they take their places of the budget."""
         assert rest is not None and evidence.keep_count is not None
         taken = read.shape[1]
@@ -402,14 +405,19 @@ class Cut:
 
         features = part(evidence.features)
         assert features is not None
-        views = evidence.views
-        if len(views) == 1 or self.method.budget == "global":
-            views = (rest.shape[1],)
-        else:
-            raise NotImplementedError(
-                f'method {self.method.name!r} has a budget per view (budget="view"), and a visual '
-                "token that the caller reads stays beside it, so that the shares do not come out; "
-                'use budget="global" for prompts that end with the image or have labels behind it.'
+        views: tuple[int, ...] = (rest.shape[1],)
+        if len(evidence.views) > 1 and self.method.budget == "view":
+            if len(self.plan.cuts) > 1:
+                raise NotImplementedError(
+                    f"method {self.method.name!r} cuts several times with a budget per view, and a "
+                    "visual token that the caller reads stays beside it, so that the shares do not "
+                    'come out; use budget="global" for prompts that end with the image or have '
+                    "labels behind it."
+                )
+            ends = list(accumulate(evidence.views))
+            views = tuple(
+                size - sum(end - size <= token < end for token in always)
+                for size, end in zip(evidence.views, ends, strict=True)
             )
         return Evidence(
             features=features,
