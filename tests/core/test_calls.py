@@ -279,16 +279,13 @@ def test_a_cropped_cache_is_refused(model, inputs):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-def test_an_image_that_is_split_over_calls_is_refused(model, inputs, make):
-    ids, half = inputs["input_ids"], 2 + M // 2
-    pixels = {"pixel_values": inputs["pixel_values"]}
+def test_an_image_that_is_split_over_calls_is_refused(make):
     plain = make()
     adapter = vp.models.Decoder("model.layers", visual=slice(4, 20))
     with vp.prune(plain, "fastv", tokens=4, layer=CUT, adapter=adapter):
         cache = plain(input_ids=torch.arange(10, 14)[None], use_cache=True).past_key_values
         with pytest.raises(NotImplementedError, match="split over several passes"):
             plain(input_ids=torch.arange(14, 24)[None], past_key_values=cache)
-    del ids, half, pixels
 
 
 # ---------------------------------------------------------------------- embeddings, videos

@@ -255,7 +255,7 @@ class Layer(nn.Module):
         super().__init__()
         self.mix = nn.Linear(32, 32)
 
-    def forward(self, hidden_states, bias=None, attention_mask=None, extra=None):
+    def forward(self, hidden_states, bias=None, attention_mask=None, extra=None, *rest):
         return hidden_states + self.mix(hidden_states)
 
 
@@ -287,11 +287,10 @@ def test_arguments_that_nobody_shortens_are_named(hand, message):
     model = nn.Sequential()
     model.add_module("model", Stack(hand))
     with (
-        vp.prune(model, "random", tokens=6, layer=2, adapter=at()) as session,
-        pytest.raises((NotImplementedError, TypeError), match=message),
+        vp.prune(model, "random", tokens=6, layer=2, adapter=at()),
+        pytest.raises(NotImplementedError, match=message),
     ):
-        model.model(embeds())
-    del session
+        model.model(inputs_embeds=embeds())
 
 
 def test_a_layer_that_was_replaced_since(decoders):
