@@ -41,14 +41,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vla-cache": dict(keep=0.4, layers=(1, 2), threshold=-1.0),
     "vla-adp": dict(keep=0.3, gate="none"),
     "pact": dict(layer=2, window=1),
+    "cdpruner": dict(keep=0.25),
+    "scope": dict(keep=0.25, layer=2),
+    "dart": dict(keep=0.25, pivots=2),
     "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
     "fitprune": dict(),
     "vtw": dict(),
     "fixed": dict(indices=(1, 4, 7)),
 }
 
-COMPACT = ("sparsevlm", "divprune", "holov", "vla-adp")
-"""Methods that renumber positions unless told not to."""
+COMPACT = ("sparsevlm", "divprune", "holov", "vla-adp", "cdpruner", "scope", "dart")
+"""Methods that can renumber positions."""
 
 
 @dataclass(eq=False)
