@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cdpruner": dict(keep=0.25),
     "scope": dict(keep=0.25, layer=2),
     "dart": dict(keep=0.25, pivots=2),
+    "safe-pruner": dict(keep=0.25, layer=2, gamma=-1.0),
     "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
     "fitprune": dict(),
     "vtw": dict(),

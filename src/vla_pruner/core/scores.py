@@ -245,6 +245,8 @@ def votes(
         return place(left, index.last_row), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
+    if spec.rows == "action":
+        return action_rows(prefill, left), None
     if spec.rows == "visual":
         rows, valid = _columns(left, batch), layout.visual_valid
         if valid is None:

@@ -84,7 +84,10 @@ _BUILT_IN: tuple[type[Method], ...] = (
     VTW,
     Fixed,
 )
-_IN_ROOMS_OF_THEIR_OWN = {"vla-cache": "vla_pruner.vla_cache.method:VLACache"}
+_IN_ROOMS_OF_THEIR_OWN = {
+    "safe-pruner": "vla_pruner.temporal.safe_pruner:SAFEPruner",
+    "vla-cache": "vla_pruner.vla_cache.method:VLACache",
+}
 
 
 def list_methods() -> dict[str, type[Method]]:
