@@ -99,7 +99,7 @@ def test_cdpruner_weighs_the_determinant_by_what_the_words_are_like():
 
 def test_cdpruner_without_relevance_is_the_determinant_of_the_cosines():
     shown, expected = evidence(), most_determinant(evidence().features, 6)
-    plain = build("cdpruner", keep=6, relevance="none")
+    plain = build("cdpruner", keep=6, relevance="nothing")
     assert plain.needs == () and plain.scores(0) == {}
     assert torch.equal(plain.select(dataclasses.replace(shown, text=None)), expected)
     assert torch.equal(build("cdpruner", keep=6, weight=0.0).select(shown), expected)
@@ -188,7 +188,7 @@ def test_dart_keeps_pivots_and_what_repeats_them_least(pivots, text_pivots, k):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cdpruner", {"relevance": "clip"}, "'text', 'logits', 'none'"),
+        ("cdpruner", {"relevance": "clip"}, "'text', 'logits', 'nothing'"),
         ("cdpruner", {"pool": "sum"}, "'mean', 'max'"),
         ("cdpruner", {"weight": 1.0}, "weight=1.0"),
         ("cdpruner", {"weight": float("nan")}, "weight=nan"),

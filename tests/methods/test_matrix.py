@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scope": dict(keep=0.25, layer=2),
     "dart": dict(keep=0.25, pivots=2),
     "safe-pruner": dict(keep=0.25, layer=2, gamma=-1.0),
+    "prefix-reuse": dict(threshold=255.0),
     "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
     "fitprune": dict(),
     "vtw": dict(),
@@ -75,7 +76,10 @@ class Family:
         return len(self.adapter().layers)
 
     def can_run(self, name: str) -> bool:
-        return self.adapter().gives_frames or "frame" not in self.method(name).needs
+        adapter = self.adapter()
+        if name == "prefix-reuse":
+            return hasattr(adapter, "hold_prefix")
+        return adapter.gives_frames or "frame" not in self.method(name).needs
 
     def method(self, name: str, **changes: Any) -> Method:
         """A method by its name, with a recipe for this model where it follows one."""
@@ -205,7 +209,8 @@ def steps(family: Family, session: Any, scenes: Sequence[int]) -> list[Tensor]:
     """What the scenes give once the method has warmed up."""
     session.reset()
     session.episodes(list(scenes))
-    if session.method.history is not None or recalls(session.method, family):
+    method = session.method
+    if method.history is not None or recalls(method, family) or method.name == "prefix-reuse":
         one_step(family, session, scenes, 0)
     return one_step(family, session, scenes, 1)
 
@@ -283,7 +288,7 @@ def test_the_matrix_knows_every_method():
 def test_method_on_family(families, name, on):
     family = families[on]
     if not family.can_run(name):
-        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
+        pytest.skip("refused, see test_what_a_family_does_not_have_is_refused")
     method, untouched = family.method(name), family.untouched
     shared = method.adaptive and not recalls(method, family)
     with pruned(family, method) as session:
@@ -315,7 +320,7 @@ def test_the_default_dtype_changes_nothing(families, name, on, dtype):
     """Scripts that load big models set it, and leave it set."""
     family = families[on]
     if not family.can_run(name):
-        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
+        pytest.skip("refused, see test_what_a_family_does_not_have_is_refused")
     with pruned(family, family.method(name)) as session:
         expected, kept = steps(family, session, (0, 1)), masks(session)
     with default_dtype(dtype), pruned(family, family.method(name)) as session:
@@ -323,10 +328,13 @@ def test_the_default_dtype_changes_nothing(families, name, on, dtype):
         assert equal(found, expected) and equal(masks(session), kept)
 
 
-def test_a_family_whose_images_cannot_be_compared_refuses_to(families):
+def test_what_a_family_does_not_have_is_refused(families):
     family = families["pi0"]
     with pytest.raises(ValueError, match="compares the images of two steps"):
         vp.prune(family.model, family.method("vla-cache"))
+    family = families["oft"]
+    with pytest.raises(ValueError, match="holds the prefix of a flow policy"):
+        vp.prune(family.model, family.method("prefix-reuse"))
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("fitprune", "vtw", "fixed")])
@@ -334,8 +342,12 @@ def test_a_family_whose_images_cannot_be_compared_refuses_to(families):
 def test_keeping_everything_is_exact(families, name, on):
     family = families[on]
     if not family.can_run(name):
-        pytest.skip("refused, see test_a_family_whose_images_cannot_be_compared_refuses_to")
-    changes = {"efficientvla": {"skip": 0}, "pact": {"levels": ()}}.get(name, {})
+        pytest.skip("refused, see test_what_a_family_does_not_have_is_refused")
+    changes = {
+        "efficientvla": {"skip": 0},
+        "pact": {"levels": ()},
+        "prefix-reuse": {"calls": 1},
+    }.get(name, {})
     with pruned(family, family.method(name, keep=1.0, **changes)) as session:
         assert equal(steps(family, session, (0, 1)), family.untouched)
 

@@ -34,7 +34,7 @@ class CDPruner(OneCut):
     Args:
         relevance: what q is: "text", the cosine with the instruction's words as both enter layer 0;
             "logits", the products of the words' queries with the token's key in layer `layer`,
-            before rotary positions; "none", r = 1.
+            before rotary positions; "nothing", r = 1.
         pool: "mean" of the cosines over the words, or "max"; for `relevance="text"`.
         negate: take -q, as the public code does with CLIP's cosines.
         weight: in [0, 0.98], see above; None: r itself, as the public code does.
@@ -59,7 +59,7 @@ class CDPruner(OneCut):
     layer: int = 0
     budget: Literal["global", "view"] = "view"
 
-    relevance: Literal["text", "logits", "none"] = "text"
+    relevance: Literal["text", "logits", "nothing"] = "text"
     pool: Literal["mean", "max"] = "mean"
     negate: bool = False
     weight: float | None = None
@@ -67,7 +67,7 @@ class CDPruner(OneCut):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("relevance", self.relevance, ("text", "logits", "none"))
+        require_choice("relevance", self.relevance, ("text", "logits", "nothing"))
         require_choice("pool", self.pool, ("mean", "max"))
         if not isinstance(self.negate, bool):
             raise ValueError(f"`negate={self.negate!r}` must be true or false.")
@@ -81,7 +81,7 @@ class CDPruner(OneCut):
     @property
     def needs(self) -> tuple[str, ...]:
         """The instruction, unless nothing is asked of it."""
-        return () if self.relevance == "none" else ("text",)
+        return () if self.relevance == "nothing" else ("text",)
 
     def scores(self, cut: int) -> Mapping[str, ScoreSpec]:
         """Products of queries and keys in the layer about to run, for `relevance="logits"`."""
@@ -96,7 +96,7 @@ class CDPruner(OneCut):
 
     def quality(self, evidence: Evidence) -> Tensor | None:
         """r, or what `weight` makes of it: `[B, n]` fp32; None: 1 for all."""
-        if self.relevance == "none" or self.weight == 0:
+        if self.relevance == "nothing" or self.weight == 0:
             return None
         if self.relevance == "logits":
             score = evidence.scores["relevance"]
