@@ -352,6 +352,7 @@ class Cut:
                 score = scores.spread(prefill, prefill.sets[at], score).gather(1, tokens)
             found[name] = score
         text_valid = prefill.index.text_valid
+        guides = scores.guides(prefill, left, hidden) if self.plan.needs_text else (None, None)
         return Evidence(
             features=of_left(prefill.features),
             semantic=found.get("semantic"),
@@ -365,6 +366,8 @@ class Cut:
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
+            guides=guides[0],
+            guides_valid=guides[1],
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
         )
@@ -432,6 +435,8 @@ class Cut:
             tokens=part(evidence.tokens),
             text=evidence.text,
             text_valid=evidence.text_valid,
+            guides=evidence.guides,
+            guides_valid=evidence.guides_valid,
             number=evidence.number,
             keep_count=min(max(evidence.keep_count - taken, 0), rest.shape[1]),
         )

@@ -27,6 +27,7 @@ from vla_pruner.methods.random import Random
 from vla_pruner.methods.scope import SCOPE
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
+from vla_pruner.methods.team_vla import TEAMVLA
 from vla_pruner.methods.vla_pruner import VLAPruner
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
 from vla_pruner.methods.vtw import VTW
@@ -36,6 +37,7 @@ __all__ = [
     "DART",
     "PACT",
     "SCOPE",
+    "TEAMVLA",
     "VLAADP",
     "VTW",
     "CDPruner",
@@ -77,6 +79,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
     VLAADP,
     PACT,
     CDPruner,
+    TEAMVLA,
     SCOPE,
     DART,
     EfficientVLA,

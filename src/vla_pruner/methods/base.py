@@ -75,6 +75,9 @@ class Evidence:
         text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
             it (`Method.needs`).
         text_valid: `[B, T]` bool, False where `text` holds padding.
+        guides: `[B, G, D]`, hidden states as they reach this cut of the instruction's rows and,
+            where the prefill holds them, of the action queries; for methods that need "text".
+        guides_valid: `[B, G]` bool, False where `guides` holds padding.
         number: number of this cut, from 0.
         keep_count: tokens to leave: `Method.schedule(...)[number]`; None: `Method.kept(views)`.
     """
@@ -91,6 +94,8 @@ class Evidence:
     tokens: Tensor | None = None
     text: Tensor | None = None
     text_valid: Tensor | None = None
+    guides: Tensor | None = None
+    guides_valid: Tensor | None = None
     number: int = 0
     keep_count: int | None = None
 
