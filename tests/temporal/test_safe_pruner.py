@@ -76,7 +76,7 @@ def now(known: bool = True, seed: int = 3, **memory: Tensor) -> Now:
         scores={"shallow": random(2, SIZE, seed=seed + 1)},
         memory={**held, **memory} if known else {},
         known=torch.tensor([known] * 2),
-        patches=None,
+        frames=None,
         views=VIEWS,
         valid=None,
     )
@@ -163,7 +163,7 @@ def test_a_step_between_key_steps_only_makes_the_memory_older():
         scores={"shallow": random(SIZE)},
         expected={},
         action=random(SIZE, seed=1),
-        patches=None,
+        frames=None,
         memory=None,
         views=VIEWS,
     )

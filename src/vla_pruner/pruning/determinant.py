@@ -179,10 +179,12 @@ def text_likeness(
 
 
 @torch.no_grad()
-def stretched(score: Tensor, valid: Tensor | None = None, *, least: float = 0.0) -> Tensor:
+def stretched(
+    score: Tensor, valid: Tensor | None = None, *, least: float = 0.0, alike: float = 1.0
+) -> Tensor:
     """Scores `[B, n]`, min-max scaled among the valid: `(s - min + least) / (max - min)`, fp32.
 
-    1 for all where all are alike; 0 for the invalid.
+    `alike` for all where all are the same; 0 for the invalid.
 
     Raises:
         ValueError: NaN among the scores.
@@ -194,5 +196,5 @@ def stretched(score: Tensor, valid: Tensor | None = None, *, least: float = 0.0)
     high = score.masked_fill(~there, float("-inf")).amax(dim=1, keepdim=True)
     span = high - low
     apart = span > 0
-    scaled = torch.where(apart, (score - low + least) / torch.where(apart, span, 1.0), 1.0)
+    scaled = torch.where(apart, (score - low + least) / torch.where(apart, span, 1.0), alike)
     return torch.where(there, scaled, 0.0)

@@ -58,6 +58,15 @@ def dilate(mask: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
     return count_around(mask, shapes) > 0
 
 
-def erode(mask: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """True where all of the 3 x 3 cells that there are around a token are, bool `[B, M]`."""
-    return ~dilate(~mask, shapes)
+def close_gaps(mask: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Morphological closing by 3 x 3 cells, bool `[B, M]`: gaps fill up, the rim does not spread.
+
+    As on a grid that goes on, empty, beyond each camera's rim.
+    """
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.float32, device=mask.device)
+    found = []
+    for part in on_grids(mask.float(), shapes):
+        with torch.autocast(mask.device.type, enabled=False):
+            grown = F.conv2d(F.pad(part, (1, 1, 1, 1)), ones, padding=1) > 0.5
+            found.append(F.conv2d((~grown).float(), ones) < 0.5)
+    return off_grids(found)

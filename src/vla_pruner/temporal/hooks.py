@@ -16,7 +16,7 @@ from vla_pruner.core.episodes import Step
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Evidence, Method
-from vla_pruner.pruning.frames import patches
+from vla_pruner.pruning.frames import patch_size
 from vla_pruner.temporal.method import Memory, Now, Remembering, Seen
 
 MOST_EPISODES = 64
@@ -28,7 +28,7 @@ class Note:
     """What a prefill was told of the past, and what the next step will be told of it."""
 
     memories: tuple[Memory | None, ...]
-    patches: Tensor | None
+    frames: Tensor | None
     expected: Mapping[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class RememberingCut(Cut):
             given or self.remembering.starts_full(memory)
             for given, memory in zip(full, memories, strict=True)
         ]
-        prefill.note = Note(memories, self._patches(frames, prefill, len(ids)))
+        prefill.note = Note(memories, self._frames(frames, prefill, len(ids)))
         return None
 
     def again(self, prefill: Prefill, first: Prefill) -> None:
@@ -101,7 +101,7 @@ class RememberingCut(Cut):
             scores={key: score[row] for key, score in note.scores.items()},
             expected={key: score[row] for key, score in note.expected.items()},
             action=None if action is None else action[row],
-            patches=None if note.patches is None else note.patches[row],
+            frames=None if note.frames is None else note.frames[row],
             memory=note.memories[row],
             views=step.prefill.layout.views,
         )
@@ -110,8 +110,8 @@ class RememberingCut(Cut):
         while len(self.memories) > MOST_EPISODES:
             self.memories.popitem(last=False)
 
-    def _patches(self, frames: Tensor | None, prefill: Prefill, batch: int) -> Tensor | None:
-        """`[B, M, P]` of the images of a step, where the method compares them."""
+    def _frames(self, frames: Tensor | None, prefill: Prefill, batch: int) -> Tensor | None:
+        """`[B, cameras, 3, H, W]` of a step, where the method compares them."""
         if "frame" not in self.method.needs:
             return None
         if frames is None:
@@ -122,7 +122,8 @@ class RememberingCut(Cut):
         if len(frames) == 0 or batch % len(frames):
             raise ValueError(f"there are frames of {len(frames)} rows for a batch of {batch}.")
         visual = prefill.layout.visual
-        found = patches(frames.detach().to(visual.device), visual.shape[1])
+        found = frames.detach().to(visual.device).float()
+        _ = patch_size(found, visual.shape[1])  # Refuses images that the tokens do not tile.
         return found.repeat_interleave(batch // len(frames), dim=0)
 
     # ------------------------------------------------------------------ hooks on layers
@@ -147,9 +148,11 @@ class RememberingCut(Cut):
                     scores=evidence.scores,
                     memory=memory,
                     known=known,
-                    patches=note.patches,
+                    frames=note.frames,
                     views=evidence.views,
                     valid=evidence.valid,
+                    text=evidence.text,
+                    text_valid=evidence.text_valid,
                 )
             )
             expected = note.expected

@@ -23,18 +23,21 @@ class Now:
         scores: `[B, M]` fp32, what `Method.scores` asks for at the first cut.
         memory: `[B, ...]`, the memory of each row; zeros in rows that remember nothing.
         known: `[B]` bool, rows that remember something.
-        patches: `[B, M, P]` fp32 raw colours of each token's patch, for methods that need "frame".
+        frames: `[B, cameras, 3, H, W]` camera images in raw colours, for methods that need "frame".
         views: visual tokens of each camera; they sum to M.
         valid: `[B, M]` bool, False for the tokens of a missing camera; None: none is missing.
+        text, text_valid: `[B, T, D]` and `[B, T]`, see `Evidence`; for methods that need "text".
     """
 
     features: Tensor
     scores: Mapping[str, Tensor]
     memory: Memory
     known: Tensor
-    patches: Tensor | None
+    frames: Tensor | None
     views: tuple[int, ...]
-    valid: Tensor | None
+    valid: Tensor | None = None
+    text: Tensor | None = None
+    text_valid: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,7 +50,7 @@ class Seen:
         expected: `[M]`, what `RememberingMethod.expect` said; empty if the step ran on all tokens.
         action: `[M]`, mean attention of the action queries over `Method.history`'s layers; None:
             the method has no history.
-        patches: `[M, P]`, see `Now`.
+        frames: `[cameras, 3, H, W]`, see `Now`.
         memory: before the step; None: nothing.
         views: visual tokens of each camera.
     """
@@ -56,7 +59,7 @@ class Seen:
     scores: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
     action: Tensor | None
-    patches: Tensor | None
+    frames: Tensor | None
     memory: Memory | None
     views: tuple[int, ...]
 
