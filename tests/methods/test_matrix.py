@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dart": dict(keep=0.25, pivots=2),
     "safe-pruner": dict(keep=0.25, layer=2, gamma=-1.0),
     "vla-iap": dict(keep=0.25, share=0.2, motion=255.0),
+    "specprune-vla": dict(keep=0.25),
     "prefix-reuse": dict(threshold=255.0),
     "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
     "fitprune": dict(),
@@ -221,7 +222,8 @@ def steps(family: Family, session: Any, scenes: Sequence[int]) -> list[Tensor]:
     session.reset()
     session.episodes(list(scenes))
     method = session.method
-    if method.history is not None or recalls(method, family) or method.name == "prefix-reuse":
+    begins = ("prefix-reuse", "specprune-vla")  # with all tokens
+    if method.history is not None or recalls(method, family) or method.name in begins:
         one_step(family, session, scenes, 0)
     return one_step(family, session, scenes, 1)
 

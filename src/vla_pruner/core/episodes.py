@@ -115,7 +115,7 @@ class Episodes:
     ) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and seeds.
+        Fills in the prefill's forecast and motion.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.
@@ -127,6 +127,7 @@ class Episodes:
                 full[name] = self._next(name, visual)
             episodes = [self._known[name] for name in ids]
             prefill.forecast = self._forecast(episodes, visual, device)
+            prefill.motion = tuple(tuple(episode.motion) for episode in episodes)
             numbers = tuple(episode.steps for episode in episodes)
             rows = tuple(full[name] for name in ids)
             step = Step(ids, numbers, rows, prefill, len(self.plan.action_layers))

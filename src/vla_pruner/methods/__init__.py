@@ -90,6 +90,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
 _IN_ROOMS_OF_THEIR_OWN = {
     "safe-pruner": "vla_pruner.temporal.safe_pruner:SAFEPruner",
     "vla-iap": "vla_pruner.temporal.vla_iap:VLAIAP",
+    "specprune-vla": "vla_pruner.temporal.specprune:SpecPrune",
     "prefix-reuse": "vla_pruner.temporal.prefix_reuse:PrefixReuse",
     "vla-cache": "vla_pruner.vla_cache.method:VLACache",
 }

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core import scores
 from vla_pruner.core.arguments import take
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill
-from vla_pruner.methods.base import Evidence, Method
+from vla_pruner.methods.base import Evidence, Method, ScoreSpec
 from vla_pruner.pruning.frames import patch_size
 from vla_pruner.temporal.method import Memory, Now, Remembering, Seen
 
@@ -32,6 +35,7 @@ class Note:
     expected: Mapping[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    late: Tensor | None = None
 
 
 class RememberingCut(Cut):
@@ -43,6 +47,13 @@ class RememberingCut(Cut):
         self.remembering: Remembering = method
         self.memories: OrderedDict[Hashable, Memory] = OrderedDict()
         self._pending: dict[Hashable, tuple[Step, Note, int]] = {}
+
+    def attach(self, undo: ExitStack) -> None:
+        """Install the hooks; `undo` takes them away."""
+        super().attach(undo)
+        late = self.remembering.late_layer(self.plan.depth)
+        if late is not None:
+            scores.watch(self._attention(late), partial(self._see_late, late), undo)
 
     # ------------------------------------------------------------------ steps
     def begin(
@@ -104,6 +115,7 @@ class RememberingCut(Cut):
             frames=None if note.frames is None else note.frames[row],
             memory=note.memories[row],
             views=step.prefill.layout.views,
+            late=None if note.late is None else note.late[row],
         )
         self.memories[name] = self.remembering.remember(seen)
         self.memories.move_to_end(name)
@@ -136,6 +148,30 @@ class RememberingCut(Cut):
         hidden = args[0] if args else self.signatures[layer].bind(args, kwargs)[0]
         prefill.features = take(hidden, prefill.layout.visual, dim=1)
 
+    def _see_late(
+        self,
+        index: int,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """After a late layer's attention in a step's first prefill: `Seen.late`."""
+        prefill = self.prefill
+        if prefill is None or self.phase != "prefill" or prefill.note.late is not None:
+            return
+        left = prefill.sets[0 if prefill.mode == "full" else self.plan.number[index]]
+        assert left.columns is not None
+        queries = query.shape[2]
+        causal = scores.hides_future(self, attention, mask, queries, kwargs)
+        keys = left.offset + queries
+        seen = scores.Seen.of(attention, query, key, mask, kwargs, keys=keys, causal=causal)
+        rows, weight = scores.votes(ScoreSpec(layer=index, rows="text"), prefill, left, query)
+        columns = (left.columns + left.offset).expand(query.shape[0], -1)
+        received = seen.received(columns, rows, weight)
+        prefill.note.late = scores.spread(prefill, left, received)
+
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
         """With what the method expects from its memory among the scores."""
         evidence = super()._evidence(number, prefill, tokens, hidden)
@@ -153,6 +189,7 @@ class RememberingCut(Cut):
                     valid=evidence.valid,
                     text=evidence.text,
                     text_valid=evidence.text_valid,
+                    motion=prefill.motion,
                 )
             )
             expected = note.expected

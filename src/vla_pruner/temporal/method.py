@@ -27,6 +27,7 @@ class Now:
         views: visual tokens of each camera; they sum to M.
         valid: `[B, M]` bool, False for the tokens of a missing camera; None: none is missing.
         text, text_valid: `[B, T, D]` and `[B, T]`, see `Evidence`; for methods that need "text".
+        motion: what the caller reported of each row's episode, oldest first.
     """
 
     features: Tensor
@@ -38,6 +39,7 @@ class Now:
     valid: Tensor | None = None
     text: Tensor | None = None
     text_valid: Tensor | None = None
+    motion: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,6 +55,8 @@ class Seen:
         frames: `[cameras, 3, H, W]`, see `Now`.
         memory: before the step; None: nothing.
         views: visual tokens of each camera.
+        late: `[M]`, the instruction's mean attention in layer `Remembering.late_layer`, 0 at tokens
+            that had left; None: no such layer.
     """
 
     features: Tensor
@@ -62,6 +66,7 @@ class Seen:
     frames: Tensor | None
     memory: Memory | None
     views: tuple[int, ...]
+    late: Tensor | None = None
 
 
 class Remembering:
@@ -80,6 +85,13 @@ class Remembering:
     def starts_full(self, memory: Memory | None) -> bool:
         """Whether a step with this memory (None: nothing yet) runs on all tokens."""
         return memory is None
+
+    def late_layer(self, num_layers: int) -> int | None:
+        """A layer behind the cuts whose attention from the instruction is remembered (`Seen.late`).
+
+        None: no such layer. One that nothing else reads, neither a score nor `Method.history`.
+        """
+        return None
 
     def expect(self, now: Now) -> Mapping[str, Tensor]:
         """Scores `[B, M]` fp32 that follow from the memory, by name; finite in every row."""
