@@ -17,6 +17,7 @@ ORDER = (
     "pruning",
     "methods",
     "core",
+    "temporal",
     "vla_cache",
     "models",
     "lerobot",

@@ -246,6 +246,7 @@ class Cut:
         assert features is not None
         asked = self.plan.asked[number].items()
         found = {name: self._score(number, reading, prefill, tokens) for name, reading in asked}
+        guides = scores.guides(prefill, left, hidden) if self.plan.needs_text else (None, None)
         return Evidence(
             features=features,
             semantic=found.get("semantic"),
@@ -259,6 +260,8 @@ class Cut:
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
+            guides=guides[0],
+            guides_valid=guides[1],
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
         )

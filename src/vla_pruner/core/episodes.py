@@ -125,7 +125,7 @@ class Episodes:
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and seeds.
+        Fills in the prefill's forecast and motion.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.
@@ -137,6 +137,7 @@ class Episodes:
             full = {name: self._next(name, visual.shape[1]) for name in dict.fromkeys(ids)}
             episodes = [self._known[name] for name in ids]
             prefill.forecast = self._forecast(episodes, visual)
+            prefill.motion = tuple(tuple(episode.motion) for episode in episodes)
             numbers = tuple(episode.steps for episode in episodes)
             prefill.seeds = _seeds(ids, numbers, visual.device)
             rows, layers = tuple(full[name] for name in ids), len(self.plan.action_layers)
