@@ -43,7 +43,17 @@ NAMED = rf"{PACKAGE}(\.\w+)+"
 LARGEST = 12
 """Files of a room. Not of rooms with one file per thing that has a name outside: a word of the
 command line, a method; `commands` may have four besides its words."""
-ROOMS = ("scenes", "episodes", "runs", "reports", "measure", "analysis", "calibration", "serving", "doors")
+ROOMS = (
+    "scenes",
+    "episodes",
+    "runs",
+    "reports",
+    "measure",
+    "analysis",
+    "calibration",
+    "serving",
+    "doors",
+)
 
 
 def module_of(path: Path) -> str:
