@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "models" / "openvla"))
+sys.path.append(str(Path(__file__).parents[2] / "clients" / "python" / "src"))
 
 pytest.importorskip("websockets", reason="pip install 'vla-pruner[doors]'")
 pytest.importorskip("zmq", reason="pip install 'vla-pruner[doors]'")

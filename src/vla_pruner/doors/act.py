@@ -62,7 +62,7 @@ class ActDoor:
 
     async def _answer(self, request: Request) -> Response:
         path, headers = request.path, request.headers
-        shown = page(self.engine, path, ready=True) if request.method == "GET" else None
+        shown = page(self.engine, path) if request.method == "GET" else None
         if shown is not None and path != "/metrics":
             return Response(shown[0], shown[1].encode(), TEXT)
         if not self.listen.admits_header(headers.get("authorization")):

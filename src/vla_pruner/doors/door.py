@@ -100,7 +100,7 @@ def told(reply: Reply) -> dict[str, Any]:
         "late": reply.late,
         "age_ms": round(reply.age_s * 1000, 3),
         "valid": reply.valid,
-        "keep": float(reply.keep),
+        "keep": None if reply.keep is None else float(reply.keep),
         "tokens": reply.tokens,
         "warm_up": reply.warm_up,
         "infer_ms": round(reply.infer_ms, 3),
@@ -108,12 +108,12 @@ def told(reply: Reply) -> dict[str, Any]:
     }
 
 
-def page(engine: Any, path: str, ready: bool) -> tuple[int, str] | None:
+def page(engine: Any, path: str) -> tuple[int, str] | None:
     """Status and text of the pages that watchers ask for; None: there is no such page."""
     if path in ("/health", "/healthz"):
         return 200, "OK\n"
     if path == "/ready":
-        return (200, "ready\n") if ready else (503, "warming up\n")
+        return (200, "ready\n") if getattr(engine, "ready", True) else (503, "not ready\n")
     metrics = getattr(engine, "metrics", None)
     if path == "/metrics" and metrics is not None:
         return 200, metrics.text()

@@ -103,7 +103,7 @@ class OpenpiDoor:
     async def _enter(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers pages, and turns away who may not come in."""
         path = request.path.partition("?")[0]
-        shown = page(self.engine, path, ready=True)
+        shown = page(self.engine, path)
         if shown is not None and path != "/metrics":
             return connection.respond(HTTPStatus(shown[0]), shown[1])
         if not self.listen.admits_header(request.headers.get("Authorization")):
