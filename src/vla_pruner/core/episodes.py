@@ -134,6 +134,24 @@ class Episodes:
                 self._known[name].step = step
         return step
 
+    def full_next(self, name: Hashable) -> bool:
+        """Whether the next step of an episode, known or not, runs on all tokens."""
+        with self._lock:
+            episode = self._known.get(name) or Episode()
+            step, steps, since_full = episode.step, episode.steps, episode.since_full
+            if step is not None and step.whole and not step.failed:
+                steps += 1
+                since_full = 0 if step.full[step.ids.index(name)] else since_full + 1
+            context = StepContext(step=steps, since_full=since_full, motion=tuple(episode.motion))
+            return bool(self.method.full_step(context))
+
+    def inherit(self, other: Episodes) -> None:
+        """Go on with the episodes of another session, whose method differs in its budget alone."""
+        with other._lock, self._lock:
+            for episode in other._known.values():
+                other._finish(episode)
+            self._known.update(other._known)
+
     def seeds(self, step: Step, device: torch.device) -> Tensor:
         """[B] a number for each row's step, the same in every process."""
         made = [
