@@ -22,19 +22,21 @@ from vla_pruner.doors.wire import BOUNDS, Bounds, array
 from vla_pruner.serving.engine import Refused
 
 INSTRUCTIONS = 20_000
-_ALLOWED = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 BINSTRING "
-    "SHORT_BINSTRING EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_DICT DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL "
-    "STACK_GLOBAL NEWOBJ REDUCE BUILD BINPERSID".split()
-)
+_ALLOWED = """
+PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 BINFLOAT
+BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 BINSTRING
+SHORT_BINSTRING EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+EMPTY_DICT DICT SETITEM SETITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL
+STACK_GLOBAL NEWOBJ REDUCE BUILD BINPERSID
+"""
 
 
 class _Record:
     """What a name was called with, and what it was given afterwards."""
 
     __slots__ = ("called", "given")
+    called: tuple[Any, ...]
+    given: Any
 
     def __new__(cls, *called: Any) -> _Record:
         made = object.__new__(cls)
@@ -182,12 +184,12 @@ class _StorageReader(_Reader):
 
 def _load(stream: io.BytesIO, reader: type[_Reader]) -> Any:
     """The next pickle of a stream, its instructions looked at before any is followed."""
-    start = stream.tell()
+    start, allowed = stream.tell(), _ALLOWED.split()
     try:
         for number, (code, argument, _) in enumerate(pickletools.genops(stream)):
-            if code.name not in _ALLOWED or number > INSTRUCTIONS:
+            if code.name not in allowed or number > INSTRUCTIONS:
                 raise Refused(f"the pickle is too long, or has the instruction {code.name}")
-            if code.name in ("LONG_BINPUT", "LONG_BINGET") and argument > INSTRUCTIONS:
+            if code.name in ("LONG_BINPUT", "LONG_BINGET") and int(argument or 0) > INSTRUCTIONS:
                 raise Refused("the pickle remembers more than it holds")
         end = stream.tell()
         stream.seek(start)

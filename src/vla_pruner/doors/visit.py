@@ -34,6 +34,7 @@ class Visit:
         self._episode: Any = None
         self._told: tuple[str, Any] | None = None
         self._asking = False
+        self.closed = False
 
     @property
     def asking(self) -> bool:
@@ -85,6 +86,7 @@ class Visit:
 
     async def close(self) -> None:
         """The client is gone."""
+        self.closed = True
         with contextlib.suppress(Exception):  # an engine that is ending has forgotten it already
             await self._end()
 
