@@ -21,6 +21,14 @@ from tiny_openvla import make_oft
 from vla_pruner.serving.policy import ServedPolicy
 
 
+@pytest.fixture(autouse=True)
+def an_empty_log() -> None:
+    """What tests before this one logged does not count."""
+    from vla_pruner.doors import visit
+
+    visit._written.clear()
+
+
 @pytest.fixture(scope="session")
 def oft() -> Any:
     """A policy with two cameras, a state, and chunks of four actions."""

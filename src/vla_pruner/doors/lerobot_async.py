@@ -28,7 +28,7 @@ from vla_pruner.doors.unpickle import (
     pickled_actions,
     unpickle,
 )
-from vla_pruner.doors.visit import Visit, Visits, sentence
+from vla_pruner.doors.visit import Visit, Visits, may_log, sentence
 from vla_pruner.serving.engine import Busy, Engine, Hung, Refused
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class LerobotDoor:
                 elif isinstance(error, Busy | Hung):
                     code = grpc.StatusCode.RESOURCE_EXHAUSTED
                 said = sentence(error, self.name, peer)
-                if isinstance(error, Refused):
+                if isinstance(error, Refused) and may_log():
                     logger.warning("%s: %s", peer, short(said, 300))
                 await context.abort(code, said)
                 raise
@@ -174,6 +174,11 @@ class LerobotDoor:
         if type(per_chunk) is not int or per_chunk < 1:
             raise Refused(f"actions_per_chunk is {short(per_chunk)}; expected at least 1")
         client.per_chunk = per_chunk
+        if may_log():
+            self._note(peer, told, client)
+        return b""
+
+    def _note(self, peer: str, told: Mapping[str, Any], client: _Client) -> None:
         logger.info(
             "%s asks for %s %s; it gets the policy that is served; images: %s; state: %s",
             peer,
@@ -182,7 +187,6 @@ class LerobotDoor:
             ", ".join(client.cameras),
             short(", ".join(client.names), 200),
         )
-        return b""
 
     async def _observation(self, parts: AsyncIterator[bytes], peer: str) -> bytes:
         client = await self._client(peer, told=True)

@@ -15,9 +15,9 @@ from vla_pruner.serving.engine import Busy, Engine, Hung, Refused, Reply
 
 logger = logging.getLogger(__name__)
 
-TRACEBACKS = 20
-"""At most so many in a minute are written to the log; what is more is counted by its number."""
-_written: deque[float] = deque(maxlen=TRACEBACKS)
+A_MINUTE = 20
+"""At most so many entries about bad requests are written to the log in a minute."""
+_written: deque[float] = deque(maxlen=A_MINUTE)
 
 RULE = (
     "a new episode begins on a new connection, a changed instruction, a changed session_id, "
@@ -139,9 +139,16 @@ def sentence(error: BaseException, door: str, client: str) -> str:
     """What a client is told of an error: its own fault in full, ours as a number that is logged."""
     if isinstance(error, Refused | Busy | Hung):
         return str(error)
-    number, now = secrets.token_hex(4), time.monotonic()
-    full = len(_written) == TRACEBACKS and now - _written[0] < 60
-    if not full:
-        _written.append(now)
+    number = secrets.token_hex(4)
+    if may_log():
         logger.error("%s: error %s for %s", door, number, short(client), exc_info=error)
     return f"the server failed at this request (error {number} in its log)"
+
+
+def may_log() -> bool:
+    """Whether the log may have another entry that a client can cause."""
+    now = time.monotonic()
+    if len(_written) == A_MINUTE and now - _written[0] < 60:
+        return False
+    _written.append(now)
+    return True
