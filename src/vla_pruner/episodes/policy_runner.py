@@ -35,6 +35,7 @@ class Call:
         full_macs: the same without pruning (Eq. 11).
         saw, did: digests of the images and the state that the policy was given, and of the actions
             that it answered: two episodes with the same ones are the same. Empty: not kept.
+        delay: steps of the scene that went by until its actions were there.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Call:
     full_macs: int
     saw: str = ""
     did: str = ""
+    delay: int = 0
 
 
 @dataclass
