@@ -246,6 +246,34 @@ def per_task(group: Group) -> dict[str, list[tuple[int, int]]]:
     }
 
 
+def replay_rows(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Every call that `vla-pruner latency` timed, one row each, for CSV."""
+    rows = []
+    for folder in folders:
+        with Store(folder) as store:
+            for setup in dict.fromkeys(item.setup for item in store.planned()):
+                for one in store.replays(setup)[0]:
+                    for call, ms in enumerate(one.latency_ms):
+                        rows.append(
+                            {
+                                "suite": setup.suite,
+                                "policy": setup.policy,
+                                "weights": setup.weights,
+                                "condition": one.condition,
+                                "scene": one.scene,
+                                "round": one.round,
+                                "call": call,
+                                "latency_ms": ms,
+                                "warm_up": one.warm_up[call],
+                                "flops": one.flops[call] if one.flops else None,
+                                "decoder_flops": (
+                                    one.decoder_flops[call] if one.decoder_flops else None
+                                ),
+                            }
+                        )
+    return rows
+
+
 # -- motion, delay, robustness -------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ DEFINITIONS = (
     "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
     "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens. Pruned "
     "calls leave out the first calls of an episode, which run on all tokens; all other figures "
-    "include them. Cost is a mean over suites. "
+    "include them. Cost is a mean over suites. Counted FLOPs: what torch ran, scores included. "
 )
 IN_THE_LOOP = (
     "Speed-up: median latency of a call with all tokens over that of this row. Latency is that of "
@@ -169,6 +169,8 @@ APART_COLUMNS = (
     "pruned calls ms",
     "speed-up of pruned calls",
     "peak memory",
+    "counted FLOPs, call",
+    "counted, decoder",
 )
 
 
@@ -186,7 +188,14 @@ def _cost_apart(line: Line) -> list[str]:
         _milliseconds(pruned),
         _speedup_apart(pruned),
         latency.memory_text(max(known) if len(known) == len(found) else None),
+        _counted(one.counted.call if one.counted else None for one in found),
+        _counted(one.counted.decoder if one.counted else None for one in found),
     ]
+
+
+def _counted(shares: Iterator[float | None]) -> str:
+    mean = mean_of(shares)
+    return "-" if mean is None else latency.share_text(mean)
 
 
 def _milliseconds(speeds: Sequence[Speed | None]) -> str:

@@ -35,7 +35,7 @@ _ADDED = {
 }
 """Columns of `episodes` that older files do not have."""
 
-_REPLAY_COLUMNS = ("latency_ms", "warm_up", "peak_mb")
+_REPLAY_COLUMNS = ("latency_ms", "warm_up", "peak_mb", "flops", "decoder_flops")
 
 _SCHEMA = """
 CREATE TABLE setups (           -- what must be the same for episodes to be comparable
@@ -441,17 +441,11 @@ class Store:
         found = []
         for row in rows:
             calls = json.loads(row["calls"])
-            peak_mb = None if calls["peak_mb"] is None else tuple(calls["peak_mb"])
-            found.append(
-                TimedReplay(
-                    row["condition"],
-                    row["scene"],
-                    row["round"],
-                    tuple(calls["latency_ms"]),
-                    tuple(calls["warm_up"]),
-                    peak_mb,
-                )
-            )
+            columns = {
+                name: None if calls.get(name) is None else tuple(calls[name])
+                for name in _REPLAY_COLUMNS
+            }
+            found.append(TimedReplay(row["condition"], row["scene"], row["round"], **columns))
         return found, json.loads(rows[0]["stamp"]) if rows else {}
 
 
