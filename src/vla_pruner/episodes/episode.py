@@ -16,6 +16,7 @@ from vla_pruner._short import short
 from vla_pruner.episodes.condition import ALL_TOKENS
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.policy_runner import Answer, Call, PolicyRunner
+from vla_pruner.models.pi0.chunking import Guide
 from vla_pruner.scenes.clock import Clock
 from vla_pruner.scenes.scene import Scene, hold
 
@@ -157,7 +158,9 @@ def run_episode(
         images = scene.observe(control.cameras)
         state = scene.proprio() if control.reads_state else None
         views = [images[camera] for camera in control.cameras]
-        answer = policy.act(views, instruction, state, picture=picture)
+        guide = running.guide()
+        guided = {} if guide is None else {"guide": guide}
+        answer = policy.act(views, instruction, state, picture=picture, **guided)
         delay = 0
         if clock is not None:
             call = answer.call
@@ -213,9 +216,16 @@ class Running:
 
     def __init__(self, execute: int, clock: Clock | None) -> None:
         self._execute = execute
-        self._ahead = clock is not None and clock.pace != "wait"
+        self._pace = "wait" if clock is None else clock.pace
+        self._delay = 0
         self._left: np.ndarray | None = None
         """Of the chunk that is being carried out, from the observation of the call on."""
+
+    def guide(self) -> Guide | None:
+        """What the next chunk is to continue; it is expected as late as the last one was."""
+        if not self._pace.startswith("rtc") or self._left is None or not len(self._left):
+            return None
+        return Guide(self._left, self._delay, "full" if self._pace == "rtc-full" else "identity")
 
     def next(self, chunk: np.ndarray, delay: int) -> list[np.ndarray | None]:
         """Actions until the next call; None: nothing is there, the robot holds still.
@@ -224,7 +234,10 @@ class Running:
             chunk: `[chunk, dim]`, answered to an observation that was taken `delay` steps before.
             delay: steps until it is there.
         """
-        if not self._ahead or self._left is None:  # The robot stands, and nothing is under way.
+        self._delay = delay
+        if (
+            self._pace == "wait" or self._left is None
+        ):  # The robot stands, and nothing is under way.
             self._left = chunk[self._execute :]
             return [*[None] * delay, *chunk[: self._execute]]
         taken = max(self._execute, delay)
