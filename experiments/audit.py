@@ -4,268 +4,43 @@
     python experiments/audit.py --write    # put the recomputed figures into the tables
 
 A table that is checked has a line before it that names its rows, `<!-- rows: FILE [key=value] -->`
-with `suite=` (default robosuite_pickplace) and, where the pages say it otherwise, `suites=` to pool
-over. The first cell of a row is a condition in backticks; `column` says what each holds.
-Between two such lines no other figure may stand that none of the tables holds. Statistics are
-computed here with scipy, apart from the package's own.
+with `suites=` (default robosuite_pickplace), pooled over, and `family=`, where more was compared
+than is printed. The first cell of a row is a condition in backticks; `column` says what each holds.
+In an entry no other figure may stand that none of its tables holds. Statistics are computed here
+with scipy, apart from the package's own.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-from scipy import optimize, stats
+from recompute import (
+    BENCH,
+    FULL,
+    LATENCIES,
+    MOTIONS,
+    Counter4,
+    Pairs,
+    Source,
+    bench,
+    extra,
+    flops,
+    holm,
+    latency,
+    mcnemar,
+    motion,
+    pairs_of,
+    points,
+    rate,
+    solved,
+)
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MARK = re.compile(r"<!-- rows: (\S+)((?: \w+=\S+)*) -->")
-FULL = "none"
-
-Row = dict[str, str]
-Cell = dict[int, Row]
-"""Episodes of one condition in one suite, by scene."""
-
-
-# -- rows ------------------------------------------------------------------------------------------
-
-
-@cache
-def read(name: str) -> tuple[Row, ...]:
-    """The rows of a file of experiments/results."""
-    with (RESULTS / name).open(encoding="utf-8") as file:
-        return tuple(csv.DictReader(file))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a table's figures come from: a file, and suites of it."""
-
-    file: str
-    suites: tuple[str, ...] = ("robosuite_pickplace",)
-
-    def cell(self, condition: str, suite: str) -> Cell:
-        """Episodes by scene."""
-        found = {
-            int(row["seed"]): row
-            for row in read(self.file)
-            if (row["suite"], row["condition"]) == (suite, condition)
-        }
-        if not found:
-            raise LookupError(f"{self.file} holds no row of {condition} in {suite}")
-        return found
-
-
-def solved(cell: Cell) -> dict[int, bool]:
-    return {seed: row["success"] == "True" for seed, row in cell.items()}
-
-
-# -- statistics, with scipy ------------------------------------------------------------------------
-
-
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    interval = stats.binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
-    return interval.low, interval.high
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    if gained + lost == 0:
-        return 1.0
-    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
-
-
-def tango(gained: int, lost: int, pairs: int) -> tuple[float, float]:
-    """Score interval of a paired difference; the nuisance rate by maximising the likelihood."""
-
-    def score(delta: float) -> float:
-        low, high = max(0.0, -delta), (1 - delta) / 2
-
-        def likelihood(rate: float) -> float:  # of "only before", to be minimised
-            parts = (
-                (gained, rate + delta),
-                (lost, rate),
-                (pairs - gained - lost, 1 - 2 * rate - delta),
-            )
-            return -sum(n * np.log(max(p, 1e-300)) for n, p in parts if n)
-
-        rate = optimize.minimize_scalar(
-            likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}
-        ).x
-        variance = pairs * (2 * rate + delta - delta**2)
-        return (gained - lost - pairs * delta) / np.sqrt(max(variance, 1e-12))
-
-    z, middle = stats.norm.ppf(0.975), (gained - lost) / pairs
-    edge = 1 - 1e-9
-    low = -1.0 if score(-edge) < z else optimize.brentq(lambda d: score(d) - z, -edge, middle)
-    high = 1.0 if score(edge) > -z else optimize.brentq(lambda d: score(d) + z, middle, edge)
-    return low, high
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    order, count = np.argsort(p_values), len(p_values)
-    steps = [min(1.0, (count - rank) * p_values[i]) for rank, i in enumerate(order)]
-    corrected = np.empty(count)
-    corrected[order] = np.maximum.accumulate(steps)
-    return corrected.tolist()
-
-
-def bootstrap(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Interval of the ratio of two means, over pairs."""
-
-    def ratio(new: np.ndarray, old: np.ndarray, axis: int) -> np.ndarray:
-        return new.mean(axis=axis) / old.mean(axis=axis)
-
-    found = stats.bootstrap(
-        (after, before), ratio, paired=True, method="percentile", n_resamples=4999, rng=0
-    )
-    return found.confidence_interval.low, found.confidence_interval.high
-
-
-# -- what a column holds ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pairs:
-    gained: int
-    lost: int
-    pairs: int
-
-    @property
-    def difference(self) -> float:
-        return (self.gained - self.lost) / self.pairs
-
-
-def pairs_of(source: Source, before: str, after: str, suites: Sequence[str]) -> Pairs:
-    """The same scenes under two conditions, summed over suites."""
-    gained = lost = count = 0
-    for suite in suites:
-        old, new = solved(source.cell(before, suite)), solved(source.cell(after, suite))
-        common = old.keys() & new.keys()
-        gained += sum(new[s] and not old[s] for s in common)
-        lost += sum(old[s] and not new[s] for s in common)
-        count += len(common)
-    return Pairs(gained, lost, count)
-
-
-def points(found: Pairs, corrected: float | None) -> str:
-    """`+6 (-2 to +16), p = 0.25, Holm 0.5`."""
-    low, high = tango(found.gained, found.lost, found.pairs)
-    p = mcnemar(found.gained, found.lost)
-    text = f"{_signed(found.difference)} ({_signed(low)} to {_signed(high)}), p = {p:.2g}"
-    return (
-        text
-        if corrected is None or f"{corrected:.2g}" == f"{p:.2g}"
-        else f"{text}, Holm {corrected:.2g}"
-    )
-
-
-def _signed(share: float) -> str:
-    value = round(100 * share)
-    return "0" if value == 0 else f"{value:+d}"
-
-
-def rate(cells: Sequence[Cell]) -> str:
-    """`46 of 50 (81-97 %)`, over suites together."""
-    found = [value for cell in cells for value in solved(cell).values()]
-    low, high = wilson(sum(found), len(found))
-    return f"{sum(found)} of {len(found)} ({100 * low:.0f}-{100 * high:.0f} %)"
-
-
-def flops(cells: Sequence[Cell]) -> str:
-    """Prefill FLOPs by formula, of all tokens on the same calls."""
-    rows = [row for cell in cells for row in cell.values()]
-    sums = [sum(int(row[name]) for row in rows) for name in ("prefill_macs", "full_macs")]
-    return f"{100 * sums[0] / sums[1]:.0f} %"
-
-
-def motion(source: Source, condition: str, name: str, suites: Sequence[str]) -> str:
-    """`4.12 (1.03x, 0.98 to 1.07)` on scenes that both solved; all tokens: `4.01`."""
-    old, new = [], []
-    for suite in suites:
-        before, after = source.cell(FULL, suite), source.cell(condition, suite)
-        for seed in sorted(before.keys() & after.keys()):
-            if before[seed]["success"] == after[seed]["success"] == "True":
-                old.append(float(before[seed][name]))
-                new.append(float(after[seed][name]))
-    if condition == FULL:
-        return f"{np.mean(new):.3g}"
-    low, high = bootstrap(np.array(old), np.array(new))
-    return f"{np.mean(new):.3g} ({np.mean(new) / np.mean(old):.2f}x, {low:.2f} to {high:.2f})"
-
-
-MOTIONS = {
-    "time, s": "seconds",
-    "hand path, m": "hand_path",
-    "joint path, rad": "joint_path",
-    "hand jerk, m/s³": "hand_jerk",
-    "joint jerk, rad/s³": "joint_jerk",
-    "action rate": "action_rate",
-    "gripper switches": "gripper_switches",
-}
-
-
-# -- latency: rows are calls -----------------------------------------------------------------------
-
-
-def table_of(file: str, condition: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latencies `[rounds, calls]`, and per call whether it warmed up and its FLOPs `[calls, 2]`."""
-    rows = [row for row in read(file) if row["condition"] == condition]
-    if not rows:
-        raise LookupError(f"{file} holds no row of {condition}")
-    rounds = sorted({int(row["round"]) for row in rows})
-    key = {(int(r["round"]), int(r["scene"]), int(r["call"])): r for r in rows}
-    calls = sorted({k[1:] for k in key})
-    ms = np.array([[float(key[r, *c]["latency_ms"]) for c in calls] for r in rounds])
-    first = [key[rounds[0], *c] for c in calls]
-    warm = np.array([row["warm_up"] == "True" for row in first])
-    counted = np.array([[float(row["flops"]), float(row["decoder_flops"])] for row in first])
-    return ms, warm, counted
-
-
-def mean_ms(ms: np.ndarray) -> np.ndarray:
-    """Mean over calls of each call's median over rounds; rounds are the second last axis."""
-    return np.median(ms, axis=-2).mean(axis=-1)
-
-
-def latency(file: str, condition: str, column: str) -> str:
-    ms, warm, counted = table_of(file, condition)
-    full, _, all_counted = table_of(file, FULL)
-    pruned = condition != FULL
-    chosen = ~warm if "pruned" in column else np.ones_like(warm)
-    if column.endswith("ms"):
-        return f"{mean_ms(ms[:, chosen]):.1f}" if pruned or "pruned" not in column else "-"
-    if not pruned:
-        return "-" if "speed-up" in column else "100 %"
-    if "speed-up" in column:
-        return speed_up(full[:, chosen], ms[:, chosen])
-    which = 0 if "call" in column else 1
-    return f"{100 * counted[chosen, which].sum() / all_counted[chosen, which].sum():.1f} %"
-
-
-def speed_up(before: np.ndarray, after: np.ndarray) -> str:
-    """Ratio of what is printed, and its bootstrap interval; rounds are drawn in pairs."""
-    drawn = np.random.default_rng(1).integers(len(before), size=(4999, len(before)))
-    ratios = mean_ms(before[drawn]) / mean_ms(after[drawn])
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return f"{mean_ms(before) / mean_ms(after):.2f}x ({low:.2f} to {high:.2f})"
-
-
-LATENCIES = {
-    "latency, ms": "every ms",
-    "speed-up": "every speed-up",
-    "pruned calls, ms": "pruned ms",
-    "speed-up of pruned calls": "pruned speed-up",
-    "counted FLOPs, call": "call",
-    "counted FLOPs, decoder": "decoder",
-    "decoder, pruned calls": "pruned decoder",
-}
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -291,12 +66,14 @@ def column(source: Source, header: str, names: Sequence[str]) -> list[str | None
             None if name in (against, FULL) else pairs_of(source, against, name, suites)
             for name, against in zip(names, others, strict=True)
         ]
-        corrected = iter(holm([mcnemar(p.gained, p.lost) for p in found if p]))
+        corrected = iter(holm([mcnemar(p.gained, p.lost) for p in found if p], source.family))
         return ["-" if p is None else points(p, next(corrected)) for p in found]
     if metric in MOTIONS:
         return [motion(source, name, MOTIONS[metric], suites) for name in names]
     if metric in LATENCIES:
         return [latency(source.file, name, LATENCIES[metric]) for name in names]
+    if metric in BENCH:
+        return [bench(source.file, name, metric) for name in names]
     return [None] * len(names)
 
 
@@ -339,50 +116,28 @@ def _live(source: Source, label: str) -> str:
     return source.suites[0] if ms == "0" else f"{source.suites[0]}+live5:{ms}ms:ahead"
 
 
-def robustness(source: Source, names: Sequence[str], condition: str) -> list[list[str]]:
-    """By perturbation: solved on all tokens and pruned, the difference, and what is beyond that of
-    the untouched suite, on the scenes that all four cells finished."""
-    base, table = source.suites[0], []
-    everywhere = [name for name in names if name != "all five"]
+def robustness(source: Source, names: Sequence[str], conditions: Sequence[str]) -> list[list[str]]:
+    """By perturbation: solved on all tokens, then for each condition solved, the difference, and
+    what of it is beyond that of the untouched suite, on the scenes that all these cells finished.
+    """
+    base, everywhere = source.suites[0], [n for n in names if n not in ("untouched", "all five")]
+    arms, table = [FULL, *conditions], []
     for name in names:
-        changes = everywhere[1:] if name == "all five" else [name]
-        before, after = Counter4(), Counter4()
-        for change in changes:
+        before, after = [[Counter4() for _ in conditions] for _ in range(2)]
+        for change in everywhere if name == "all five" else [name]:
             suite = base if change == "untouched" else f"{base}+{change}"
-            cells = [solved(source.cell(c, s)) for s in (base, suite) for c in (FULL, condition)]
-            common = sorted(set.intersection(*(set(cell) for cell in cells)))
-            before.add([cells[0][s] for s in common], [cells[1][s] for s in common])
-            after.add([cells[2][s] for s in common], [cells[3][s] for s in common])
-        row = [f"{after.full} of {after.pairs}", f"{after.pruned} of {after.pairs}"]
-        row.append(points(after.of(), None))
-        row.append("-" if name == "untouched" else extra(before.of(), after.of()))
+            cells = {(s, c): solved(source.cell(c, s)) for s in (base, suite) for c in arms}
+            common = sorted(set.intersection(*(set(cell) for cell in cells.values())))
+            for place, counters in ((base, before), (suite, after)):
+                for condition, counter in zip(conditions, counters, strict=True):
+                    pair = (cells[place, arm] for arm in (FULL, condition))
+                    counter.add(*([cell[s] for s in common] for cell in pair))
+        row = [f"{after[0].full} of {after[0].pairs}"]
+        for old, new in zip(before, after, strict=True):
+            row += [f"{new.pruned} of {new.pairs}", points(new.of(), None)]
+            row.append("-" if name == "untouched" else extra(old.of(), new.of()))
         table.append(row)
     return table
-
-
-class Counter4:
-    """Pairs, summed."""
-
-    def __init__(self) -> None:
-        self.full = self.pruned = self.gained = self.lost = self.pairs = 0
-
-    def add(self, old: Sequence[bool], new: Sequence[bool]) -> None:
-        self.full, self.pruned = self.full + sum(old), self.pruned + sum(new)
-        self.gained += sum(b and not a for a, b in zip(old, new, strict=True))
-        self.lost += sum(a and not b for a, b in zip(old, new, strict=True))
-        self.pairs += len(old)
-
-    def of(self) -> Pairs:
-        return Pairs(self.gained, self.lost, self.pairs)
-
-
-def extra(first: Pairs, second: Pairs) -> str:
-    """Difference of differences with its MOVER interval."""
-    one, two = (tango(p.gained, p.lost, p.pairs) for p in (first, second))
-    middle = second.difference - first.difference
-    low = np.hypot(second.difference - two[0], one[1] - first.difference)
-    high = np.hypot(two[1] - second.difference, first.difference - one[0])
-    return f"{_signed(middle)} ({_signed(middle - low)} to {_signed(middle + high)})"
 
 
 # -- pages -----------------------------------------------------------------------------------------
@@ -451,8 +206,8 @@ def _table(
     page: Path, mark: re.Match[str], lines: list[str], first: int, last: int, write: bool
 ) -> list[str]:
     options = dict(word.split("=", 1) for word in mark[2].split())
-    suites = options.get("suites", options.get("suite", "robosuite_pickplace")).split(",")
-    source = Source(mark[1], tuple(suites))
+    suites = options.get("suites", "robosuite_pickplace").split(",")
+    source = Source(mark[1], tuple(suites), int(options.get("family", 0)))
     header, *rows = [_cells(line) for line in lines[first:last]]
     body = rows[1:]
     labels = [row[0].strip("`") for row in body]
@@ -460,7 +215,7 @@ def _table(
         if "by" in options and options["by"] == "delay":
             made = by_delay(source, header[1:], labels)
         elif "by" in options:
-            made = robustness(source, labels, options["by"])
+            made = robustness(source, labels, options["by"].split(","))
         else:
             titles = [title.replace("`", "") for title in header[1:]]
             columns = [column(source, title, labels) for title in titles]
