@@ -5,9 +5,9 @@
 
 A table that is checked has a line before it that names its rows, `<!-- rows: FILE [key=value] -->`
 with `suites=` (default robosuite_pickplace), pooled over, and `family=`, where more was compared
-than is printed. The first cell of a row is a condition in backticks; `column` says what each holds.
-In an entry no other figure may stand that none of its tables holds. Statistics are computed here
-with scipy, apart from the package's own.
+than is printed. The first cell of a row holds a condition in backticks; `column` says what the
+others hold. In an entry no other figure may stand that none of its tables holds. Statistics are
+computed here with scipy, apart from the package's own.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _table(
     source = Source(mark[1], tuple(suites), int(options.get("family", 0)))
     header, *rows = [_cells(line) for line in lines[first:last]]
     body = rows[1:]
-    labels = [row[0].strip("`") for row in body]
+    labels = [_label(row[0]) for row in body]
     try:
         if "by" in options and options["by"] == "delay":
             made = by_delay(source, header[1:], labels)
@@ -235,6 +235,12 @@ def _table(
         if write:
             lines[first + 2 + number] = "| " + " | ".join(row) + " |"
     return [] if write and all("rows say" in text for text in wrong) else wrong
+
+
+def _label(cell: str) -> str:
+    """What stands in backticks, or all of it."""
+    found = re.search(r"`([^`]+)`", cell)
+    return found[1] if found else cell
 
 
 def _cells(line: str) -> list[str]:
