@@ -28,6 +28,7 @@ from vla_pruner.core.arguments import (
 )
 from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.episodes import Step
+from vla_pruner.core.guides import guides
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
 from vla_pruner.core.tokens import Mode, Prefill, TokenSet
@@ -352,7 +353,6 @@ class Cut:
                 score = scores.spread(prefill, prefill.sets[at], score).gather(1, tokens)
             found[name] = score
         text_valid = prefill.index.text_valid
-        guides = scores.guides(prefill, left, hidden) if self.plan.needs_text else (None, None)
         return Evidence(
             features=of_left(prefill.features),
             semantic=found.get("semantic"),
@@ -366,10 +366,9 @@ class Cut:
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
-            guides=guides[0],
-            guides_valid=guides[1],
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
+            **guides(prefill, left, hidden, self.plan.needs_text),
         )
 
     def _refuse_unseen(self, index: int) -> None:

@@ -241,12 +241,11 @@ def votes(
 ) -> tuple[Voting, Tensor | None]:
     """Query rows that vote in a token set, and their weights `[B, n]`; `like` `[B, ..., ...]`."""
     batch, index, layout = like.shape[0], prefill.index, prefill.layout
-    if spec.rows == "last":
-        return place(left, index.last_row), None
+    if spec.rows in ("last", "action"):
+        acting = spec.rows == "action"
+        return action_rows(prefill, left) if acting else place(left, index.last_row), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
-    if spec.rows == "action":
-        return action_rows(prefill, left), None
     if spec.rows == "visual":
         rows, valid = _columns(left, batch), layout.visual_valid
         if valid is None:
@@ -294,19 +293,6 @@ def action_rows(prefill: Prefill, left: TokenSet) -> Voting:
     if stop is not None and stop >= 0:
         stop = stop - length if stop < length else None
     return slice(start, stop)
-
-
-def guides(prefill: Prefill, left: TokenSet, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`Evidence.guides` and `guides_valid` from hidden states `[B, n, D]` of a token set."""
-    index, batch = prefill.index, hidden.shape[0]
-    assert index.text_rows is not None and index.text_valid is not None
-    text = place(left, index.text_rows.expand(batch, -1))
-    assert text is not None
-    found, valid = [take(hidden, text, dim=1)], [index.text_valid.expand(batch, -1)]
-    if prefill.layout.action_rows is not None:
-        found.append(hidden[:, action_rows(prefill, left)])
-        valid.append(valid[0].new_ones(found[1].shape[:2]))
-    return torch.cat(found, dim=1), torch.cat(valid, dim=1)
 
 
 def _columns(left: TokenSet, batch: int) -> Tensor:
