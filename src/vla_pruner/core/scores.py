@@ -224,19 +224,6 @@ def _from_the_end(rows: slice, prefill: Prefill) -> slice:
     return slice(start, stop)
 
 
-def guides(prefill: Prefill, left: TokenSet, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`Evidence.guides` and `guides_valid` from hidden states `[B, n, D]` of a token set."""
-    index, batch = prefill.index, hidden.shape[0]
-    assert index.text_rows is not None and index.text_valid is not None
-    text = place(left, index.text_rows.expand(batch, -1))
-    assert text is not None
-    found, valid = [take(hidden, text, dim=1)], [index.text_valid.expand(batch, -1)]
-    if prefill.layout.action_rows is not None:
-        found.append(hidden[:, action_rows(prefill, left)])
-        valid.append(valid[0].new_ones(found[1].shape[:2]))
-    return torch.cat(found, dim=1), torch.cat(valid, dim=1)
-
-
 def _real(prefill: Prefill, left: TokenSet) -> Tensor | None:
     """Weights of all rows `[B, n]`: 0 for padding and for tokens that an earlier cut hid."""
     valid = prefill.layout.valid_rows
