@@ -236,5 +236,6 @@ def test_other_mistakes_are_named() -> None:
 @pytest.mark.parametrize("make", [make_openvla, make_oft])
 def test_a_prompt_that_the_decoder_has_no_positions_for_is_refused(make: Any) -> None:
     model = make()
+    seen = observation(1, model.config.num_images, "milk " * 20_000)
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens.*at most \d+.*shorter"):
-        model.predict_actions([observation(1) | {"instruction": "milk " * 20_000}])
+        model.predict_actions([seen])
