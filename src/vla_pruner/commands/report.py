@@ -9,7 +9,7 @@ from pathlib import Path
 from vla_pruner.commands.options import words_of
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.reports import identical
-from vla_pruner.reports.compare import read_runs
+from vla_pruner.reports.compare import read_runs, replay_rows
 from vla_pruner.reports.document import to_html, to_latex, to_markdown
 from vla_pruner.reports.files import to_csv, write_text
 from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     write_text(out / "report.tex", to_latex(blocks))
     write_text(out / "report.csv", to_csv(rows_of(groups)))
     write_text(out / "episodes.csv", to_csv(episode_rows_of(groups)))
+    if replays := replay_rows(args.runs):
+        write_text(out / "replays.csv", to_csv(replays))
     print(to_markdown(blocks))
     print(f"Report: {out / 'report.html'} (also .md, .tex, .csv; episodes.csv)")
     return 0
