@@ -13,18 +13,18 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vla_pruner._short import cut
-from vla_pruner.serving.ladder import Ladder, Rung
+from vla_pruner.serving.ladder import Ladder
 from vla_pruner.serving.limits import Limits, Refused
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
-from vla_pruner.serving.scheduler import next_pass
-from vla_pruner.serving.worker import Apart, Failed, Here, Hung, Worker
+from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Row, linger, next_pass
+from vla_pruner.serving.worker import Apart, Failed, Here, Hung
 
 __all__ = ["Busy", "Engine", "EpisodeKey", "Failed", "Hung", "Limits", "Refused", "Reply"]
 
@@ -59,67 +59,6 @@ class Reply:
     warm_up: bool
     infer_ms: float
     method: str
-
-
-@dataclass(eq=False)
-class _Chunk:
-    """The newest actions of an episode: what they are, and from which of its steps on."""
-
-    step: Step
-    arrived: float
-    position: int
-
-
-@dataclass(eq=False)
-class _Episode:
-    """One episode, as the event loop sees it."""
-
-    number: int
-    label: str
-    lane: _Lane
-    warm_up: bool
-    position: int = 0
-    """Steps that the client has carried out, as far as is known."""
-    handed: int = 0
-    """Steps of the last reply that it will carry out."""
-    chunk: _Chunk | None = None
-    row: _Row | None = None
-    """The observation that waits or runs."""
-    waited_for: bool = False
-    """Whether somebody waits for it."""
-    replied: float = 0.0
-    think: float = float("inf")
-    """Seconds that the client took from the last reply to its next observation."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """An observation on its way through the policy."""
-
-    episode: _Episode
-    seen: Mapping[str, Any]
-    arrived: float
-    position: int
-    text: int
-    done: asyncio.Future[Step]
-
-    @property
-    def warm_up(self) -> bool:
-        return self.episode.warm_up
-
-
-@dataclass(eq=False)
-class _Lane:
-    """A worker, the thread that calls it, and what waits for it."""
-
-    worker: Worker
-    thread: ThreadPoolExecutor
-    waiting: list[_Row] = field(default_factory=list)
-    episodes: dict[int, _Episode] = field(default_factory=dict)
-    ended: list[int] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    warm_up: bool = True
-    running: int = 0
 
 
 class Engine:
@@ -175,10 +114,10 @@ class Engine:
             for _ in range(replicas)
         ]
         self._lanes = [
-            _Lane(worker, ThreadPoolExecutor(1, f"policy-{number}"))
+            Lane(worker, ThreadPoolExecutor(1, f"policy-{number}"))
             for number, worker in enumerate(workers)
         ]
-        self._episodes: dict[EpisodeKey, _Episode] = {}
+        self._episodes: dict[EpisodeKey, Episode] = {}
         self._numbers = itertools.count()
         self._width = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -212,7 +151,7 @@ class Engine:
         self._tasks = [loop.create_task(self._run(lane)) for lane in self._lanes]
         self.metrics.put("ready", 1)
 
-    async def _start_lane(self, lane: _Lane) -> None:
+    async def _start_lane(self, lane: Lane) -> None:
         loop = asyncio.get_running_loop()
         lane.warm_up, self._width = await loop.run_in_executor(lane.thread, lane.worker.start)
 
@@ -256,7 +195,7 @@ class Engine:
             raise Busy(f"{len(self._episodes)} episodes are open, and no more are taken")
         key = EpisodeKey(cut(label, 200))
         lane = min(self._lanes, key=lambda lane: len(lane.episodes))
-        episode = _Episode(next(self._numbers), key.label, lane, lane.warm_up)
+        episode = Episode(next(self._numbers), key.label, lane, lane.warm_up)
         self._episodes[key] = lane.episodes[episode.number] = episode
         self.metrics.put("episodes", len(self._episodes))
         return key
@@ -322,7 +261,7 @@ class Engine:
         return reply
 
     async def _answer(
-        self, episode: _Episode, seen: Mapping[str, Any], arrived: float, deadline: float | None
+        self, episode: Episode, seen: Mapping[str, Any], arrived: float, deadline: float | None
     ) -> Reply:
         episode.think = arrived - episode.replied
         episode.position += episode.handed
@@ -333,7 +272,7 @@ class Engine:
         try:
             async with asyncio.timeout(left):
                 step = await asyncio.shield(row.done)
-            reply = _reply(_Chunk(step, arrived, row.position), row.position)
+            reply = _reply(Chunk(step, arrived, row.position), row.position)
         except TimeoutError:
             reply = self._late(episode)
         except asyncio.CancelledError:
@@ -347,11 +286,11 @@ class Engine:
         episode.handed = steps if self._execute is None else min(steps, self._execute)
         return reply
 
-    def _put(self, episode: _Episode, seen: Mapping[str, Any], arrived: float) -> _Row:
+    def _put(self, episode: Episode, seen: Mapping[str, Any], arrived: float) -> Row:
         """An observation in its place: that of an older one of its episode, if that still waits."""
         lane, loop = episode.lane, asyncio.get_running_loop()
         text = len(seen["instruction"].encode())
-        row = _Row(episode, seen, arrived, episode.position, text, loop.create_future())
+        row = Row(episode, seen, arrived, episode.position, text, loop.create_future())
         row.done.add_done_callback(_looked_at)
         before = episode.row
         if before is not None and before in lane.waiting:
@@ -362,7 +301,7 @@ class Engine:
         lane.wake.set()
         return row
 
-    def _late(self, episode: _Episode) -> Reply:
+    def _late(self, episode: Episode) -> Reply:
         chunk = episode.chunk
         if chunk is None:
             nothing = np.zeros((0, self._width), np.float32)
@@ -393,13 +332,13 @@ class Engine:
         )
 
     # -- passes ----------------------------------------------------------------------------------
-    async def _run(self, lane: _Lane) -> None:
+    async def _run(self, lane: Lane) -> None:
         """Pass after pass, as long as there is something to do."""
         while True:
             if not lane.waiting and not lane.ended:
                 lane.wake.clear()
                 await lane.wake.wait()
-            await self._linger(lane)
+            await linger(lane, self._batch, self._wait_s)
             rows = next_pass(lane.waiting, self._batch)
             for row in rows:
                 lane.waiting.remove(row)
@@ -407,34 +346,17 @@ class Engine:
             self.metrics.put("waiting", len(lane.waiting))
             lane.running = len(rows)
             try:
-                await self._pass(lane, rows, self.ladder and self.ladder.rung, ended)
+                await self._pass(lane, rows, ended)
+            except Exception as error:
+                logger.exception("a pass ended in an error of the engine")
+                for row in rows:
+                    self._fail(row, Failed(f"the engine failed: {type(error).__name__}"))
             finally:
                 lane.running = 0
 
-    async def _linger(self, lane: _Lane) -> None:
-        """Wait a moment for clients that come back at once, if that fills the pass."""
-        until = time.monotonic() + self._wait_s
-        while self._wait_s and lane.waiting and len(lane.waiting) < self._batch:
-            now = time.monotonic()
-            soon = any(
-                episode.think < self._wait_s
-                and now - episode.replied < self._wait_s
-                and not episode.waited_for
-                for episode in lane.episodes.values()
-            )
-            if not soon or now >= until:
-                return
-            lane.wake.clear()
-            try:
-                async with asyncio.timeout(until - now):
-                    await lane.wake.wait()
-            except TimeoutError:
-                return
-
-    async def _pass(
-        self, lane: _Lane, rows: list[_Row], rung: Rung | None, ended: list[int]
-    ) -> None:
+    async def _pass(self, lane: Lane, rows: list[Row], ended: list[int]) -> None:
         loop = asyncio.get_running_loop()
+        rung = None if self.ladder is None else self.ladder.rung
         sent = [(row.episode.number, row.episode.label, row.seen) for row in rows]
         began = time.monotonic()
         try:
@@ -456,12 +378,12 @@ class Engine:
                 self._fail(row, step)
                 continue
             row.episode.warm_up = step.warm_up_next
-            row.episode.chunk = _Chunk(step, row.arrived, row.position)
+            row.episode.chunk = Chunk(step, row.arrived, row.position)
             self.metrics.put("keep_ratio", step.keep)
             if not row.done.done():
                 row.done.set_result(step)
 
-    async def _replace(self, lane: _Lane) -> None:
+    async def _replace(self, lane: Lane) -> None:
         """A new worker for those that hung or died; its episodes have to warm up again."""
         self.metrics.add("worker_restarts_total")
         logger.error("a worker hung or died; it is replaced, its episodes warm up again")
@@ -478,12 +400,12 @@ class Engine:
                 lane.waiting.clear()
                 await asyncio.sleep(1.0)
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         if not row.done.done():
             row.done.set_exception(error)
 
 
-def _reply(chunk: _Chunk, position: int, *, late: bool = False) -> Reply:
+def _reply(chunk: Chunk, position: int, *, late: bool = False) -> Reply:
     """What is left of a chunk for an episode that has come so far."""
     step = chunk.step
     rest = step.actions[position - chunk.position :]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
@@ -10,13 +13,40 @@ from typing import Any
 
 import numpy as np
 
-from vla_pruner._short import short
+from vla_pruner._short import cut, short
+from vla_pruner.serving.metrics import Metrics
 
 _FORMATS = ("PNG", "JPEG")
 _KINDS = "biuf"
 _LONGEST_DTYPE = 8
 _MOST_AXES = 8
 _MOST_NAMES = 16
+_LONGEST_LINE = 600
+
+
+class RateLimit(logging.Filter):
+    """Lets a few lines of log through at a time, each cut; what clients send fills no disk."""
+
+    def __init__(self, metrics: Metrics, lines: int = 50, seconds: float = 10.0) -> None:
+        super().__init__()
+        self._metrics, self._seconds = metrics, seconds
+        self._when: deque[float] = deque(maxlen=lines)
+        self._dropped = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        full = len(self._when) == self._when.maxlen and now - self._when[0] < self._seconds
+        if full:
+            self._dropped += 1
+            self._metrics.add("log_lines_dropped_total")
+            return False
+        self._when.append(now)
+        more = f" ({self._dropped} lines before it were left out)" if self._dropped else ""
+        self._dropped = 0
+        record.msg, record.args = cut(record.getMessage(), _LONGEST_LINE) + more, ()
+        if record.name.endswith(".connections"):  # Handshakes that fail are no news of ours.
+            record.exc_info = record.exc_text = None
+        return True
 
 
 class Refused(ValueError):
