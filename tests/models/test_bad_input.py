@@ -101,7 +101,7 @@ def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(transformers, "__version__", "4.53.2")
     policy = vp.models.load("mini-oft")
-    with pytest.raises(NotImplementedError, match="transformers 4.53.2 .* 4.57 or newer"):
+    with pytest.raises(NotImplementedError, match=r"transformers 4\.53\.2 .* 4\.57 or newer"):
         vp.prune(policy, "fastv")
     monkeypatch.setattr(transformers, "__version__", "5.0.0.dev0")
     vp.prune(policy, "fastv").remove()
