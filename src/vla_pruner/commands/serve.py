@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -67,10 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="actions of a chunk that are carried out; by default what the policy says, else all",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, help="answer up to so many clients in one pass"
+        "--batch", type=int, default=16, help="answer up to so many clients in one pass"
     )
     parser.add_argument(
-        "--wait-ms", type=float, default=10.0, help="how long to wait for a batch to fill"
+        "--wait-ms",
+        type=float,
+        default=3.0,
+        help="how long a pass waits for clients that are known to come back at once",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines"
@@ -127,16 +130,12 @@ def open_server(args: argparse.Namespace) -> PolicyServer:
 
 
 def _serve(server: PolicyServer, host: str, port: int) -> None:
-    """Listen until the process is interrupted. Raises RuntimeError: the address is not free."""
-    import anyio
-    from vla_eval.model_servers.serve import serve_async
+    """Listen until the process is ended. Raises RuntimeError: the address is not free."""
+    from vla_pruner.serving.listen import serve_async
 
-    problems: list[str] = []
     try:
-        anyio.run(partial(serve_async, server, host, port))
-    except* OSError as group:
-        problems = [str(error) for error in group.exceptions]
-    if problems:
+        asyncio.run(serve_async(server, host, port))
+    except OSError as error:
         raise RuntimeError(
-            f"cannot listen on {host}:{port} ({problems[0]}); choose another --host or --port"
-        )
+            f"cannot listen on {host}:{port} ({error}); choose another --host or --port"
+        ) from error
