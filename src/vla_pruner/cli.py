@@ -127,6 +127,13 @@ COMMANDS = {
         "differences with exact tests, success per task.",
         _file("report"),
     ),
+    "watch": Command(
+        "films of episodes that a run has finished",
+        "Plays episodes of a run again and writes a page for each scene: what the policy saw, "
+        "which visual tokens it kept, the scores that chose them, and its actions, on a time line. "
+        "`vla-pruner report` then opens these films from its squares.",
+        _file("watch"),
+    ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",
         "FitPrune, VTW and the layer reduction of EfficientVLA follow a recipe: a small file that "

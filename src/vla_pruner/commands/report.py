@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from vla_pruner.commands.options import words_of
 from vla_pruner.episodes.condition import Condition
+from vla_pruner.pages.films import write_films
+from vla_pruner.pages.report_page import report_page
 from vla_pruner.reports import identical
 from vla_pruner.reports.compare import read_runs
-from vla_pruner.reports.document import to_html, to_latex, to_markdown
+from vla_pruner.reports.document import to_markdown
 from vla_pruner.reports.files import to_csv, write_text
+from vla_pruner.reports.latex import to_latex
 from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
 
 
@@ -47,11 +51,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--against {against}: the runs hold {', '.join(names)}")
     blocks = blocks_of(groups, against)
     out = args.out or args.runs[0]
-    write_text(out / "report.md", to_markdown(blocks))
-    write_text(out / "report.html", to_html(blocks))
-    write_text(out / "report.tex", to_latex(blocks))
-    write_text(out / "report.csv", to_csv(rows_of(groups)))
-    write_text(out / "episodes.csv", to_csv(episode_rows_of(groups)))
+    files = {
+        "report.md": to_markdown(blocks),
+        "report.tex": to_latex(groups, blocks),
+        "report.csv": to_csv(rows_of(groups)),
+        "episodes.csv": to_csv(episode_rows_of(groups)),
+    }
+    for name, text in files.items():
+        write_text(out / name, text)
+    films = {group: write_films(group, args.runs, out) for group in groups}
+    watch = f"vla-pruner watch {shlex.quote(str(args.runs[0]))}"
+    page = report_page(groups, blocks, films=films, files=files, watch=watch)
+    write_text(out / "report.html", page)
     print(to_markdown(blocks))
     print(f"Report: {out / 'report.html'} (also .md, .tex, .csv; episodes.csv)")
     return 0
