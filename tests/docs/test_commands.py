@@ -26,7 +26,7 @@ PAGES = sorted(
     [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "experiments").glob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
     ]
 )
 WORD = re.compile(r"(?:VLA_\w+=\S+ )?vla-pruner ([a-z]+)\b(.*)", re.DOTALL)

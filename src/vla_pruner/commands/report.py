@@ -12,7 +12,7 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.pages.films import write_films
 from vla_pruner.pages.report_page import report_page
 from vla_pruner.reports import identical
-from vla_pruner.reports.compare import read_runs
+from vla_pruner.reports.compare import read_runs, replay_rows
 from vla_pruner.reports.document import to_markdown
 from vla_pruner.reports.files import to_csv, write_text
 from vla_pruner.reports.latex import to_latex
@@ -57,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
         "report.csv": to_csv(rows_of(groups)),
         "episodes.csv": to_csv(episode_rows_of(groups)),
     }
+    if replays := replay_rows(args.runs):
+        files["replays.csv"] = to_csv(replays)
     for name, text in files.items():
         write_text(out / name, text)
     films = {group: write_films(group, args.runs, out) for group in groups}
     watch = f"vla-pruner watch {shlex.quote(str(args.runs[0]))}"
-    page = report_page(groups, blocks, films=films, files=files, watch=watch)
+    small = {name: text for name, text in files.items() if name.startswith("report.")}
+    page = report_page(groups, blocks, films=films, files=small, watch=watch)
     write_text(out / "report.html", page)
     print(to_markdown(blocks))
     print(f"Report: {out / 'report.html'} (also .md, .tex, .csv; episodes.csv)")

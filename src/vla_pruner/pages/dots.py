@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.measure.statistics import Interval
+from vla_pruner.pages.findings import is_worse
 from vla_pruner.reports.latency import Pace, pace
 from vla_pruner.reports.summary import ConditionRow, Summary, percent
 
@@ -58,7 +59,7 @@ class Row:
         name: of the condition.
         method: what it can be chosen by.
         title, detail: method and options, and what they leave of tokens and FLOPs.
-        standing: "all", "worse" (fewer than all tokens, beyond the interval) or "".
+        standing: "all", "worse" (than all tokens, see `findings.is_worse`) or "".
         order: number of the row, as it was asked for.
         rate, speed: marks; `pruned_speed` is a place on the axis of `speed`.
         solved, solved_interval, gap, gap_interval, times, pruned_times, ms, pruned_ms: texts.
@@ -103,7 +104,7 @@ class Chart:
 
     @property
     def worse(self) -> bool:
-        """Whether a condition solves fewer scenes than all tokens, beyond its interval."""
+        """Whether a condition solves fewer scenes than all tokens, see `is_worse`."""
         return any(row.standing == "worse" for budget in self.budgets for row in budget.rows)
 
 
@@ -172,7 +173,7 @@ def _row(
         method=condition.method,
         title="all tokens" if full else ", ".join([condition.method, *options]),
         detail=f"{row.visual} visual tokens" if full else detail,
-        standing="all" if full else "worse" if gap and gap.high < 0 else "",
+        standing="all" if full else "worse" if is_worse(row) else "",
         order=order,
         rate=rates.mark(row.success, interval),
         speed=None if speed.speedup is None else speeds.mark(speed.speedup, speed.interval),

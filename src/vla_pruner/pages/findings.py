@@ -14,6 +14,14 @@ WORTH = 1.05
 """A speed-up that is worth a word."""
 
 
+def is_worse(row: ConditionRow) -> bool:
+    """Whether a condition solves fewer scenes than all tokens, by the test that the row holds."""
+    p_value = row.p_value if row.p_holm is None else row.p_holm
+    if row.difference is None or row.difference >= 0 or p_value is None:
+        return False
+    return p_value < 0.05
+
+
 @dataclass(frozen=True)
 class Finding:
     """One condition against all tokens.
@@ -44,10 +52,9 @@ class Finding:
         """Success as a clause that follows "it"; rates where the two ran in different scenes."""
         row, full = self.row, self.full
         here, there = f"{row.successes} of {row.episodes}", f"{full.successes} of {full.episodes}"
-        gap = row.difference_interval
-        if row.difference is None or gap is None:
+        if row.difference is None:
             return f"solves {here} scenes; all tokens solve {there}"
-        if gap.high < 0:
+        if is_worse(row):
             return f"solves fewer scenes: {here}, with all of them {there}"
         if row.difference == 0:
             return f"solves as many scenes, {here}"
@@ -137,8 +144,8 @@ def overview(summary: Summary) -> tuple[str, str]:
     if best is None:
         rows = (f"{row.label}: {row.successes} of {row.episodes}" for row in summary.rows)
         return "Nothing to compare with all tokens yet", "; ".join(rows)
-    pruned = [row for row in summary.rows if row.difference_interval is not None]
-    worse = [row for row in pruned if row.difference_interval and row.difference_interval.high < 0]
+    pruned = [row for row in summary.rows if row.difference is not None]
+    worse = [row for row in pruned if is_worse(row)]
     row, full, speed = best.row, best.full, best.speed.speedup
     if len(pruned) == 1:
         return best.sentence, ""
@@ -146,8 +153,8 @@ def overview(summary: Summary) -> tuple[str, str]:
     verb = "solves" if len(worse) == 1 or not worse else "solve"
     first = f"{said} pruned conditions {verb} fewer scenes than all tokens"
     rest = (
-        f"All tokens solve {full.successes} of {full.episodes}. Fewer: the 95 % interval of the "
-        "difference on the same scenes lies below zero. "
+        f"All tokens solve {full.successes} of {full.episodes}. Fewer: on the same scenes, by the "
+        "exact test corrected for all of these rows (Holm), p below 0.05. "
     )
     level = row.difference is not None and row.difference >= 0
     rest += "The fastest that loses none" if level else "The one that loses least"

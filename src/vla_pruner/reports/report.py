@@ -6,14 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vla_pruner.episodes.condition import ALL_TOKENS
 from vla_pruner.measure.statistics import PairedSuccess
 from vla_pruner.reports import latency
 from vla_pruner.reports.compare import (
     Group,
     Line,
+    across_delays,
     compare,
+    delay_of,
     mean_of,
+    motion_cells,
+    motion_header,
     per_task,
+    robustness,
     table_one,
 )
 from vla_pruner.reports.document import (
@@ -44,7 +50,7 @@ DEFINITIONS = (
     "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
     "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens. Pruned "
     "calls leave out the first calls of an episode, which run on all tokens; all other figures "
-    "include them. Cost is a mean over suites. "
+    "include them. Cost is a mean over suites. Counted FLOPs: what torch ran, scores included. "
 )
 IN_THE_LOOP = (
     "Speed-up: median latency of a call with all tokens over that of this row. Latency is that of "
@@ -55,6 +61,29 @@ APART = (
     "Latency, speed-up and memory (the largest over suites) were measured apart, on recorded "
     "observations that every condition replayed in turn; the tables of each suite say how. A row "
     "that was not measured so has none."
+)
+MOTION = (
+    "Motion in simulated time, means over the scenes that both this condition and all tokens "
+    "solved (all tokens: that it solved); in brackets the ratio to all tokens on the same scenes, "
+    "with its 95 % bootstrap interval over scenes. Jerk: mean norm of the third difference of "
+    "positions times the cube of the control rate. Action rate: mean norm of the change of a "
+    "command from step to step."
+)
+LIVE = (
+    "The scene did not wait for the policy: a call's actions came so many steps late. Held: steps "
+    "in which nothing was there to carry out, and the robot held still. Effective rate: steps with "
+    "an action of the policy, per second."
+)
+ROBUST = (
+    "Solved on all tokens and pruned, in the untouched and in the perturbed suite, on the scenes "
+    "that all four finished. Extra cost: what pruning changes in points there, minus what it "
+    "changes in the untouched suite; below 0, pruning costs robustness. 95 % interval from those "
+    "of the two differences (MOVER)."
+)
+ACROSS = (
+    "Pruned with a short latency against all tokens with one at least as long, on the same scenes: "
+    "difference in points (95 %), exact p. Where a machine makes calls of these two lengths, that "
+    "is what pruning gains."
 )
 STAND_IN = (
     "Stand-in assets: some objects of this suite look other than in the published one. Success "
@@ -88,12 +117,14 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
         blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
         if group.timings:
             blocks += _timings(group)
+        blocks += [*_motion(group, summary.rows), *_live(group, summary.rows)]
         if against and any(condition.name == against for condition in group.conditions):
             blocks += [
                 Heading(f"Against {against}", 3),
                 _pairs(f"{group.title}: against {against}", compare(group, against)),
             ]
         blocks += [Heading("By task: episodes solved", 3), _tasks(group)]
+    blocks += [*_robustness(groups), *_across(groups)]
     blocks += [Text(NOTES), Heading("Measured with"), Items(list(_facts(groups)))]
     return blocks
 
@@ -134,6 +165,8 @@ APART_COLUMNS = (
     "pruned calls ms",
     "speed-up of pruned calls",
     "peak memory",
+    "counted FLOPs, call",
+    "counted, decoder",
 )
 
 
@@ -151,7 +184,14 @@ def _cost_apart(line: Line) -> list[str]:
         _milliseconds(pruned),
         _speedup_apart(pruned),
         latency.memory_text(max(known) if len(known) == len(found) else None),
+        _counted(one.counted.call if one.counted else None for one in found),
+        _counted(one.counted.decoder if one.counted else None for one in found),
     ]
+
+
+def _counted(shares: Iterator[float | None]) -> str:
+    mean = mean_of(shares)
+    return "-" if mean is None else latency.share_text(mean)
 
 
 def _milliseconds(speeds: Sequence[Speed | None]) -> str:
@@ -205,6 +245,93 @@ def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
         for label, pairs in compared.items()
     ]
     return Table(caption, header, rows)
+
+
+def _motion(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
+    if all(row.motion is None for row in rows):
+        return []
+    header = ["condition", *motion_header()]
+    table = [[row.label, *motion_cells(row)] for row in rows]
+    return [
+        Heading("Motion, on scenes that both solved", 3),
+        Table(f"{group.title}: motion, on scenes that both solved", header, table),
+        Text(MOTION),
+    ]
+
+
+def _live(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
+    clock = group.setup.clock
+    if clock is None:
+        return []
+    header = ["condition", "delay, steps", "longest", "held, steps", "of all", "effective rate"]
+    table = [
+        [
+            row.label,
+            f"{row.live.delay:.2f}",
+            str(row.live.delay_max),
+            f"{row.live.held:.1f}",
+            percent(row.live.held_share),
+            f"{clock.hz * (1 - row.live.held_share):.2f} of {clock.hz:g} Hz",
+        ]
+        for row in rows
+        if row.live is not None
+    ]
+    return [
+        Heading("Against the clock", 3),
+        Table(f"{group.title}: against the clock", header, table),
+        Text(LIVE),
+    ]
+
+
+def _robustness(groups: Sequence[Group]) -> list[Block]:
+    found = robustness(groups)
+    if not found:
+        return []
+    header = ["policy", "suite", "condition", "scenes", "all tokens", "pruned", "extra cost"]
+    table = [
+        [
+            one.policy,
+            one.suite,
+            one.condition,
+            str(one.scenes),
+            *(f"{a} to {b}" for a, b in (one.full, one.pruned)),
+            f"{100 * one.difference:+.0f} points "
+            f"({100 * one.interval.low:+.0f} to {100 * one.interval.high:+.0f})",
+        ]
+        for one in found
+    ]
+    caption = "Robustness: solved in the untouched and in the perturbed suite"
+    return [Heading("Robustness"), Table(caption, header, table), Text(ROBUST)]
+
+
+def _across(groups: Sequence[Group]) -> list[Block]:
+    blocks: list[Block] = []
+    alike: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        if delay_of(group) is not None:
+            suite = group.setup.suite.partition("+live")[0]
+            alike.setdefault((group.setup.policy, suite), []).append(group)
+    for (policy, suite), own in alike.items():
+        names = {c.name: c.label for group in own for c in group.conditions}
+        for name in (name for name in names if name != ALL_TOKENS):
+            pairs = across_delays(own, name)
+            columns = sorted({pruned for _, pruned in pairs})
+            if len(columns) < 2:
+                continue
+            header = ["all tokens", *(f"{ms:g} ms pruned" for ms in columns)]
+            table = [
+                [f"{full:g} ms", *(_cell(pairs.get((full, ms))) for ms in columns)]
+                for full in sorted({full for full, _ in pairs})
+            ]
+            caption = f"{policy} in {suite}: {names[name]} against all tokens, by latency"
+            blocks += [Heading(caption, 3), Table(caption, header, table)]
+    return [Heading("Success against delay"), *blocks, Text(ACROSS)] if blocks else []
+
+
+def _cell(pairs: PairedSuccess | None) -> str:
+    if pairs is None:
+        return ""
+    return difference_text(pairs.difference, pairs.interval(), pairs.p_value())
 
 
 def _tasks(group: Group) -> Table:
