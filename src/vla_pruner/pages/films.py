@@ -97,13 +97,7 @@ def write_films(group: Group, runs: Sequence[Path], out: Path) -> dict[tuple[str
     Returns:
         Addresses relative to the report, by condition and scene.
     """
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for episode in group.episodes:
-        for run in runs:
-            path = video_path(run, group.setup, episode.condition, episode.seed)
-            if (recording := kept_recording(path)) is not None:
-                found[episode.condition, episode.seed] = recording
-                break
+    found = {key: recording for key, (_, recording) in recordings_of(group, runs).items()}
     folder = Path(FOLDER, folder_name(group.setup))
     addresses = {}
     for seed in sorted({seed for _, seed in found}):
@@ -115,6 +109,20 @@ def write_films(group: Group, runs: Sequence[Path], out: Path) -> dict[tuple[str
             place = quote(page.as_posix())
             addresses[condition, seed] = f"{place}#run={quote(condition, safe='')}"
     return addresses
+
+
+def recordings_of(
+    group: Group, runs: Sequence[Path]
+) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
+    """What was recorded of a group, by condition and scene, and where its video is or would be."""
+    found = {}
+    for episode in group.episodes:
+        for run in runs:
+            path = video_path(run, group.setup, episode.condition, episode.seed)
+            if (recording := kept_recording(path)) is not None:
+                found[episode.condition, episode.seed] = path, recording
+                break
+    return found
 
 
 def scene_page(group: Group, recordings: Recordings, back: str) -> str:
