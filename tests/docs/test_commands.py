@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 from vla_pruner import cli
-from vla_pruner.commands import analyze, bench, calibrate, demo, latency, report, running, serve
+from vla_pruner.commands import (
+    analyze,
+    bench,
+    calibrate,
+    demo,
+    latency,
+    report,
+    running,
+    serve,
+    watch,
+)
 from vla_pruner.runs import execute
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
 
@@ -105,6 +115,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     # What these read was written by commands that were not really run.
     monkeypatch.setattr(latency, "Store", reach)
     monkeypatch.setattr(report, "read_runs", reach)
+    monkeypatch.setattr(watch, "read_runs", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "_serve", reach)
 

@@ -1,8 +1,7 @@
-"""The report of one or more runs: which tables, curves and notes it has, and their numbers."""
+"""The report of one or more runs: which tables and notes it has, and their numbers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,12 +26,10 @@ from vla_pruner.reports.document import (
     Block,
     Heading,
     Items,
-    Plot,
     Table,
     Text,
 )
 from vla_pruner.reports.files import flat
-from vla_pruner.reports.plots import Point, curves
 from vla_pruner.reports.summary import (
     COLUMNS,
     NOTES,
@@ -120,7 +117,6 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
         blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
         if group.timings:
             blocks += _timings(group)
-        blocks += _curves(summary.rows, group.timings)
         blocks += [*_motion(group, summary.rows), *_live(group, summary.rows)]
         if against and any(condition.name == against for condition in group.conditions):
             blocks += [
@@ -359,42 +355,6 @@ def _tasks(group: Group) -> Table:
         shades.append([won / total if total else None for won, total in solved])
     header = ["condition", *group.setup.tasks]
     return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
-
-
-def _curves(rows: Sequence[ConditionRow], timings: Mapping[str, Timing]) -> list[Block]:
-    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4).
-
-    The speed-up is that measured apart, if any was.
-    """
-    success: dict[str, list[Point]] = {}
-    speed: dict[str, list[Point]] = {}
-    full = next((row for row in rows if row.name == ALL_TOKENS), None)
-    for row in rows:
-        if row.name == ALL_TOKENS:
-            continue
-        method, _, rest = row.name.partition("@")
-        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
-        if full is not None and name not in success:
-            interval = full.success_interval
-            success[name] = [(1.0, full.success, interval.low, interval.high)]
-        share, interval = row.pruned_prefill_ratio, row.success_interval
-        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
-        timing = timings.get(row.name)
-        latency = timing.every if timing else None if timings else row.all_calls
-        speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
-        if speedup is not None:
-            low, high = (spread.low, spread.high) if spread else (speedup, speedup)
-            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
-            speed[name].append((share, speedup, low, high))
-    blocks: list[Block] = []
-    if success:
-        label = "prefill FLOPs of pruned calls, relative to all tokens"
-        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
-        top = max((end for points in speed.values() for *_, end in points), default=1.0)
-        if speed:
-            plot = curves(speed, x_label=label, high=math.ceil(top))
-            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
-    return blocks
 
 
 def _facts(groups: Sequence[Group]) -> Iterator[str]:
