@@ -149,6 +149,11 @@ class Choice:
     kept: Tensor
     merge: Tensor | None = None
 
+    def of_rows(self, rows: Tensor) -> Choice:
+        """The same for other rows: row i decides as row `rows[i]` does."""
+        merge = None if self.merge is None else self.merge.index_select(0, rows)
+        return Choice(self.kept.index_select(0, rows), merge)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StepContext:
@@ -340,26 +345,29 @@ class Method:
 
     def by_view(self, evidence: Evidence, choose: Callable[[Evidence, int], Tensor]) -> Tensor:
         """`choose(evidence, k)` of all tokens, or of each view by itself: `[B, k]`, ascending."""
-        if evidence.keep_count is None:
-            budgets = self._resolve(evidence.views)
-        else:
-            budgets = self.split(evidence.views, evidence.keep_count, evidence.number)
-        batch, whole = evidence.features.shape[:2]
-        spans = (whole,) if len(budgets) == 1 else evidence.views
+        views, count = evidence.views, evidence.keep_count
+        if self.budget == "global":
+            return _some(choose, evidence, self.kept(views) if count is None else count)
+        shares = (
+            self._resolve(views) if count is None else self.split(views, count, evidence.number)
+        )
         chosen, start = [], 0
-        for size, k in zip(spans, budgets, strict=True):
-            if k in (0, size):
-                kept = torch.arange(k, device=evidence.features.device).expand(batch, k)
-            elif len(budgets) == 1:
-                kept = choose(evidence, k)
-            else:
-                kept = choose(evidence.within(slice(start, start + size)), k)
-            chosen.append(start + kept if start else kept)
+        for size, k in zip(views, shares, strict=True):
+            view = evidence.within(slice(start, start + size))
+            chosen.append(start + _some(choose, view, k))
             start += size
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+        return torch.cat(chosen, dim=1)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         return Budget(self.keep, self.budget).resolve(views)
+
+
+def _some(choose: Callable[[Evidence, int], Tensor], evidence: Evidence, k: int) -> Tensor:
+    """`choose(evidence, k)`, where there is a choice."""
+    batch, size = evidence.features.shape[:2]
+    if k in (0, size):
+        return torch.arange(k, device=evidence.features.device).expand(batch, k)
+    return choose(evidence, k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,9 +424,7 @@ class OneCut(Method):
 
     def select(self, evidence: Evidence) -> Tensor | Choice:
         """What `choose` says of all tokens, or of each view."""
-        evidence.check(
-            self.name,
-            *(("semantic",) if self.semantic_rows is not None else ()),
-            *(("forecast",) if self.history is not None else ()),
-        )
+        semantic = ("semantic",) if self.semantic_rows is not None else ()
+        forecast = ("forecast",) if self.history is not None else ()
+        evidence.check(self.name, *semantic, *forecast)
         return self.by_view(evidence, self.choose)
