@@ -127,7 +127,7 @@ class Session(Attached):
 
         An exception that leaves the block undoes the step.
         """
-        return self._passes.step()
+        return self._passes.calls.as_one_step()
 
     def motion(self, value: float, episode: Hashable | None = None) -> None:
         """Report how far the robot moved in the last step, to methods that decide by it.

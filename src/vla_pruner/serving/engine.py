@@ -247,6 +247,9 @@ class Engine:
             if found.waited_for:
                 raise Refused("an episode takes one observation at a time; wait for the answer")
             self.limits.check(observation)
+            if found.lost is not None:
+                error, found.lost = found.lost, None
+                raise error
             deadline = self.deadline_s if deadline_s is None else deadline_s
             reply = await self._answer(found, observation, arrived, deadline)
         except (Refused, Busy, Hung, Failed) as error:
@@ -314,7 +317,7 @@ class Engine:
         if self.ladder is not None:
             return self.ladder.rung.method
         served = self.served
-        return served.session.method.name if isinstance(served, ServedPolicy) else ""
+        return served.name if isinstance(served, ServedPolicy) else ""
 
     def _climb(self, took: float) -> None:
         """Tell the ladder how long an answer took."""
@@ -364,6 +367,8 @@ class Engine:
         except Exception as error:
             told = error if isinstance(error, Hung | Refused | Failed) else Failed(str(error))
             for row in rows:
+                if isinstance(error, Hung) and not row.episode.waited_for:
+                    row.episode.lost = error  # Its client was told `late`, and has to hear of it.
                 self._fail(row, told)
             if isinstance(error, Hung):
                 await self._replace(lane)

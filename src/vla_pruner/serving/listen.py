@@ -121,7 +121,7 @@ async def listening(
             return _page(socket, HTTPStatus.OK, engine.metrics.text())
         if path == "/config":
             return _page(socket, HTTPStatus.NOT_FOUND, "nothing can be set from outside\n")
-        if len(sockets.connections) > limits.connections:
+        if len(sockets.connections) >= limits.connections:
             engine.metrics.add("connections_total", "refused")
             return _page(socket, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None

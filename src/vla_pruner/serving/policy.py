@@ -93,6 +93,11 @@ class ServedPolicy:
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
         self._options = {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        return self.session.method.name
+
     def start(self, label: str) -> EpisodeKey:
         """A new episode, with nothing remembered."""
         return EpisodeKey(label)
@@ -130,13 +135,20 @@ class ServedPolicy:
         if actions.ndim == 2:
             actions = actions[:, None]
         last, keep, tokens = self.session.last, 1.0, None
-        full = [True] * len(episodes)
+        full = [False] * len(episodes)
         if last is not None and last.left_alone is None:
             full = last.warm_up.tolist()
             keep, tokens = last.visual_kept / max(last.visual_full, 1), last.visual_kept
-        name = self.session.method.name
         return [
-            Step(row, keep, tokens, warm_up and keep == 1.0, self.warm_up(episode), seconds, name)
+            Step(
+                actions=row,
+                keep=keep,
+                tokens=tokens,
+                warm_up=warm_up,
+                warm_up_next=self.warm_up(episode),
+                seconds=seconds,
+                method=self.name,
+            )
             for row, warm_up, episode in zip(actions, full, episodes, strict=True)
         ]
 

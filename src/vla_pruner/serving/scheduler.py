@@ -42,6 +42,8 @@ class Episode:
     """The observation that waits or runs."""
     waited_for: bool = False
     """Whether somebody waits for it."""
+    lost: Exception | None = None
+    """That its worker was replaced, where nobody waited to hear of it."""
     replied: float = 0.0
     think: float = float("inf")
     """Seconds that the client took from the last reply to its next observation."""
