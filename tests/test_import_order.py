@@ -27,6 +27,7 @@ ORDER = (
     "reports",
     "calibration",
     "analysis",
+    "tuning",
     "serving",
     "reference",
     "commands",
@@ -42,7 +43,17 @@ NAMED = rf"{PACKAGE}(\.\w+)+"
 LARGEST = 12
 """Files of a room. Not of rooms with one file per thing that has a name outside: a word of the
 command line, a method; `commands` may have four besides its words."""
-ROOMS = ("scenes", "episodes", "runs", "reports", "measure", "analysis", "calibration", "serving")
+ROOMS = (
+    "scenes",
+    "episodes",
+    "runs",
+    "reports",
+    "measure",
+    "analysis",
+    "calibration",
+    "tuning",
+    "serving",
+)
 
 
 def module_of(path: Path) -> str:
