@@ -314,4 +314,4 @@ def test_doctor_reads_the_receipt(folder, recordings, tmp_path, capsys):
     path = tmp_path / "receipt.json"
     path.write_text(path.read_text().replace(load_receipt(path).weights, "0123456789ab"))
     assert cli.main(["doctor", str(folder), "--receipt", str(path)]) == 1
-    assert "1 of 8 checks failed" in capsys.readouterr().out
+    assert re.search(r"1 of \d+ checks failed", capsys.readouterr().out)

@@ -10,10 +10,13 @@ from rich.table import Table
 from torch import nn
 
 from vla_pruner.commands.options import add_device, device_of
+from vla_pruner.episodes.control import said_by
 from vla_pruner.measure.doctor import Finding, act_of, examine
 from vla_pruner.measure.environment import stamp
+from vla_pruner.measure.preflight import preflight
 from vla_pruner.measure.workloads import DTYPES
-from vla_pruner.models.loading import load
+from vla_pruner.models.base import find_adapter
+from vla_pruner.models.loading import load, locate
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.tuning.receipt import Receipt, load_receipt
 
@@ -47,6 +50,13 @@ def run(args: argparse.Namespace) -> int:
         findings = examine(
             model, act, keep=args.keep, tick=lambda check: status.update(f"checking: {check}")
         )
+        if findings[0].well:
+            status.update("checking: conventions")
+            folder = Path(locate(args.model))
+            folder_of = folder if folder.is_dir() else None
+            adapter = find_adapter(model)
+            adapter.bind(model)
+            findings += preflight(model, adapter, act, said_by(folder_of), folder_of)
     if args.receipt is not None:
         findings.append(_of_receipt(load_receipt(args.receipt), model, str(device)))
     wrong = sum(finding.well is False for finding in findings)
