@@ -175,7 +175,7 @@ def _cells(row: VariantRow, full: VariantRow) -> dict[str, str]:
         "variant": row.name,
         "tokens": str(row.visual),
         "prefill ms": str(row.prefill_ms),
-        "speed-up": f"{row.speedup.median:.2f}",
+        "speed-up": f"{row.speedup}",
         "bound": f"{row.bound:.2f}",
         "of bound": f"{row.of_bound:.3f}",
         "score ms": f"{row.scoring_ms.median:.2f}" if row.scoring_ms else "",
@@ -183,7 +183,7 @@ def _cells(row: VariantRow, full: VariantRow) -> dict[str, str]:
         "share": f"{100 * sum(parts) / passes:.2f} %" if parts else "",
         "decode ms": str(row.decode_ms) if row.decode_ms else "",
         "step ms": str(row.total_ms) if beyond_prefill else "",
-        "step speed-up": f"{row.total_speedup.median:.2f}" if beyond_prefill else "",
+        "step speed-up": f"{row.total_speedup}" if beyond_prefill else "",
         "peak MB": "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
     }
 
@@ -226,7 +226,8 @@ def _notes(result: Comparison) -> str:
         f"{dtype} {spread} ms" for dtype, spread in result.selection_128_of_512_ms.items()
     )
     return (
-        "Median [quartiles]. Bound: prefill FLOPs of the full model over those of the variant. "
+        "Median [quartiles]; speed-up: ratio of the medians [95 % interval]. "
+        "Bound: prefill FLOPs of the full model over those of the variant. "
         "Share: scoring and selection alone, of the full model's passes. "
         "Peak: held on top of the weights.\n"
         f"Greedy search, 128 of 512 candidates, 4096 wide: {searches}.\n"

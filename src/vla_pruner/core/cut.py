@@ -19,6 +19,7 @@ from vla_pruner.core import dead_slots, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
 from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.episodes import Step
+from vla_pruner.core.guides import guides
 from vla_pruner.core.hiding import Hide, implied_mask
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
@@ -261,6 +262,7 @@ class Cut:
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
+            **(guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
 
     def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Episodes:
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and seeds.
+        Fills in the prefill's forecast, motion and seeds.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.
@@ -137,6 +137,7 @@ class Episodes:
             full = {name: self._next(name, visual.shape[1]) for name in dict.fromkeys(ids)}
             episodes = [self._known[name] for name in ids]
             prefill.forecast = self._forecast(episodes, visual)
+            prefill.motion = tuple(tuple(episode.motion) for episode in episodes)
             numbers = tuple(episode.steps for episode in episodes)
             prefill.seeds = _seeds(ids, numbers, visual.device)
             rows, layers = tuple(full[name] for name in ids), len(self.plan.action_layers)
@@ -144,6 +145,24 @@ class Episodes:
             for episode in episodes:
                 episode.step = step
         return step
+
+    def full_next(self, name: Hashable) -> bool:
+        """Whether the next step of an episode, known or not, runs on all tokens."""
+        with self._lock:
+            episode = self._known.get(name) or Episode()
+            step, steps, since_full = episode.step, episode.steps, episode.since_full
+            if step is not None and step.whole and not step.failed:
+                steps += 1
+                since_full = 0 if step.full[step.ids.index(name)] else since_full + 1
+            context = StepContext(step=steps, since_full=since_full, motion=tuple(episode.motion))
+            return bool(self.method.full_step(context))
+
+    def inherit(self, other: Episodes) -> None:
+        """Go on with the episodes of another session, whose method differs in its budget alone."""
+        with other._lock, self._lock:
+            for episode in other._known.values():
+                other._finish(episode)
+            self._known.update(other._known)
 
     def _episode(self, name: Hashable) -> Episode:
         """The episode of that name, now the one that acted last."""

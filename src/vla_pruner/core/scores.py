@@ -161,6 +161,8 @@ def votes(
         return place(left, prefill.index.last_row), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
+    if spec.rows == "action":
+        return action_rows(prefill, left), None
     return _some_rows(spec, prefill, left, like)
 
 

@@ -26,9 +26,9 @@ class ScoreSpec:
     Args:
         layer: the layer that is read: before the cut for "attention", at most the cut's own layer
             (the one about to run) for "logits".
-        rows: query rows that vote: "all" of them, the "last" one, the instruction's ("text"), the
-            "visual" ones that are left, or the instruction's with the weights that
-            `Method.query_weights` gives them ("weighted").
+        rows: query rows that vote: "all" of them, the "last" one, the "action" queries (the last
+            row, where the prefill holds none), the instruction's ("text"), also with the weights of
+            `Method.query_weights` ("weighted"), or the "visual" ones that are left.
         heads: how heads are joined in each row, before the mean over rows.
         kind: "attention", softmax probabilities; "logits", the scaled products of queries and keys
             of the layer's normed input, without rotary positions and without softmax.
@@ -38,13 +38,13 @@ class ScoreSpec:
     """
 
     layer: int
-    rows: Literal["all", "last", "text", "visual", "weighted"] = "all"
+    rows: Literal["all", "last", "text", "visual", "weighted", "action"] = "all"
     heads: Literal["mean", "max"] = "mean"
     kind: Literal["attention", "logits"] = "attention"
 
     def __post_init__(self) -> None:
         require_int("ScoreSpec.layer", self.layer, 0)
-        rows = ("all", "last", "text", "visual", "weighted")
+        rows = ("all", "last", "text", "visual", "weighted", "action")
         require_choice("ScoreSpec.rows", self.rows, rows)
         require_choice("ScoreSpec.heads", self.heads, ("mean", "max"))
         require_choice("ScoreSpec.kind", self.kind, ("attention", "logits"))
@@ -74,6 +74,8 @@ class Evidence:
         text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
             it (`Method.needs`).
         text_valid: `[B, T]` bool, False where `text` holds padding.
+        guides, guides_valid: `[B, G, D]` and `[B, G]`, hidden states at this cut of the instruction
+            and of action queries in the prefill, for methods that need "text"; False: padding.
         number: number of this cut, from 0.
         keep_count: tokens to leave: `Method.schedule(...)[number]`; None: `Method.kept(views)`.
     """
@@ -90,6 +92,8 @@ class Evidence:
     tokens: Tensor | None = None
     text: Tensor | None = None
     text_valid: Tensor | None = None
+    guides: Tensor | None = None
+    guides_valid: Tensor | None = None
     number: int = 0
     keep_count: int | None = None
 
