@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,23 @@ import websockets
 CHUNK = 1
 
 
-def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[str], str]:
+def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[bytes], str]:
     """A server, warmed up, and its address."""
     words = f"-m vla_pruner serve --benchmark pickplace --port 0 --policy {args.policy}".split()
     words += ["--method", args.method, "--keep", str(args.keep), "--chunk-size", str(CHUNK)]
-    process = subprocess.Popen(
-        [sys.executable, *words, "--batch", str(batch)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "listening on" in line:
-            return process, line.split("listening on ")[1].strip()
-    raise SystemExit("the server did not start")
+    with tempfile.NamedTemporaryFile("r+", suffix=".log", delete=False) as log:
+        process = subprocess.Popen(
+            [sys.executable, *words, "--batch", str(batch)], stdout=log, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            said = Path(log.name).read_text()
+            if "listening on" in said:
+                return process, said.split("listening on ")[1].split()[0]
+            time.sleep(0.2)
+    raise SystemExit(f"the server did not start, see {log.name}")
 
 
-def cpu_seconds(process: subprocess.Popen[str]) -> float:
+def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
     """Processor time that a process has used so far."""
     words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / 100
@@ -99,7 +99,7 @@ async def client(address: str, number: int, args: argparse.Namespace, until: flo
 
 
 async def measure(
-    process: subprocess.Popen[str], address: str, args: argparse.Namespace
+    process: subprocess.Popen[bytes], address: str, args: argparse.Namespace
 ) -> dict[str, float]:
     """One round at one server."""
     began, used = time.monotonic(), cpu_seconds(process)

@@ -145,9 +145,10 @@ class PolicyServer(ModelServer):
             raise ValueError("ladder: say with deadline_ms what answers must not exceed, too")
         if engine is None:
             served = ServedPolicy(model, **settings)
-            self.served = served
             if replicas:
                 served.close()  # What fits here, fits there; they load their own.
+            else:
+                self.served = served
             engine = Engine(
                 partial(make_served, policy, device, dtype, settings) if replicas else served,
                 Limits(**(limits or {})),
