@@ -30,6 +30,10 @@ EXTRA_OF = {
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
     "ray": "ray",
+    "pyarrow": "parquet",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "rerun": "rerun",
     "vla_eval": "serve",
     "anyio": "serve",
     "jsonargparse": "serve",
@@ -45,6 +49,8 @@ EXTRA_OF = {
     "easydict": "libero",
     "cloudpickle": "libero",
     "future": "libero",
+    "matplotlib": "tune",
+    "av": "tune",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -132,6 +138,13 @@ COMMANDS = {
         "differences with exact tests, success per task.",
         _file("report"),
     ),
+    "watch": Command(
+        "films of episodes that a run has finished",
+        "Plays episodes of a run again and writes a page for each scene: what the policy saw, "
+        "which visual tokens it kept, the scores that chose them, and its actions, on a time line. "
+        "`vla-pruner report` then opens these films from its squares.",
+        _file("watch"),
+    ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",
         "FitPrune, VTW and the layer reduction of EfficientVLA follow a recipe: a small file that "
@@ -139,6 +152,14 @@ COMMANDS = {
         "matter. This command makes it from what a policy sees, and the recipe is refused for any "
         "other model. Use it with vp.prune(model, METHOD, recipe=FILE).",
         _file("calibrate"),
+    ),
+    "tune": Command(
+        "which budget is safe, from recorded observations, without a simulator",
+        "Replays recorded episodes on all visual tokens and under every method and budget, says "
+        "how far the actions are apart and how long a call takes, and recommends the cheapest "
+        "budget within a tolerance. The receipt that it writes is read by `vla-pruner serve` and "
+        "`vla-pruner doctor`. See docs/tune.md.",
+        _file("tune"),
     ),
     "doctor": Command(
         "check that a model sees its images and can be pruned faithfully",

@@ -19,6 +19,7 @@ from vla_pruner.core import dead_slots, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
 from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.episodes import Step
+from vla_pruner.core.guides import guides
 from vla_pruner.core.hiding import Hide, implied_mask
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
@@ -246,7 +247,6 @@ class Cut:
         assert features is not None
         asked = self.plan.asked[number].items()
         found = {name: self._score(number, reading, prefill, tokens) for name, reading in asked}
-        guides = scores.guides(prefill, left, hidden) if self.plan.needs_text else (None, None)
         return Evidence(
             features=features,
             semantic=found.get("semantic"),
@@ -260,10 +260,9 @@ class Cut:
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
-            guides=guides[0],
-            guides_valid=guides[1],
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
+            **guides(prefill, left, hidden, self.plan.needs_text),
         )
 
     def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:

@@ -157,12 +157,11 @@ def votes(
     spec: ScoreSpec, prefill: Prefill, left: TokenSet, like: Tensor
 ) -> tuple[Voting, Tensor | None]:
     """Query rows that vote in a token set, and their weights `[B, n]`; `like` `[B, ..., ...]`."""
-    if spec.rows == "last":
-        return place(left, prefill.index.last_row), None
+    if spec.rows in ("last", "action"):
+        acting, last = spec.rows == "action", prefill.index.last_row
+        return action_rows(prefill, left) if acting else place(left, last), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
-    if spec.rows == "action":
-        return action_rows(prefill, left), None
     return _some_rows(spec, prefill, left, like)
 
 
@@ -222,19 +221,6 @@ def _from_the_end(rows: slice, prefill: Prefill) -> slice:
     if stop is not None and stop >= 0:
         stop = stop - length if stop < length else None
     return slice(start, stop)
-
-
-def guides(prefill: Prefill, left: TokenSet, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`Evidence.guides` and `guides_valid` from hidden states `[B, n, D]` of a token set."""
-    index, batch = prefill.index, hidden.shape[0]
-    assert index.text_rows is not None and index.text_valid is not None
-    text = place(left, index.text_rows.expand(batch, -1))
-    assert text is not None
-    found, valid = [take(hidden, text, dim=1)], [index.text_valid.expand(batch, -1)]
-    if prefill.layout.action_rows is not None:
-        found.append(hidden[:, action_rows(prefill, left)])
-        valid.append(valid[0].new_ones(found[1].shape[:2]))
-    return torch.cat(found, dim=1), torch.cat(valid, dim=1)
 
 
 def _real(prefill: Prefill, left: TokenSet) -> Tensor | None:

@@ -127,8 +127,7 @@ class Prefill:
     """[B, M] action score predicted from the episode."""
     seeds: Tensor | None = None
     """[B] one number per episode and step."""
-    motion: tuple[tuple[float, ...], ...] = ()
-    """What the caller reported of each row's episode, oldest first."""
+    motion: tuple[tuple[float, ...], ...] = ()  # Reported of each row's episode, oldest first.
     full_rows: Tensor | None = None
     """[B] bool, rows that keep everything in a batch where others do not; None: no such row."""
     leader: Tensor | None = None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vla_pruner.doors.wire import BOUNDS, Bounds
-from vla_pruner.serving.engine import Reply
+from vla_pruner.serving.engine import Refused, Reply
+from vla_pruner.serving.listen import admitted
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,8 @@ class Listen:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
 
     def admits_header(self, header: str | None) -> bool:
-        """The same for `Authorization: Api-Key TOKEN` or `Bearer TOKEN`."""
-        scheme, _, shown = (header or "").partition(" ")
-        return self.admits(shown.strip() if scheme.lower() in ("api-key", "bearer") else None)
-
-
-def read_token(file: Path) -> str:
-    """The token in a file, without white space around it.
-
-    Raises:
-        ValueError: the file is empty, holds something else, or others may read it.
-    """
-    found = file.read_text("utf-8").strip()
-    if not 16 <= len(found) <= 512 or not found.isascii() or any(map(str.isspace, found)):
-        raise ValueError(f"{file} must hold one word of 16 to 512 characters: the token")
-    if file.stat().st_mode & 0o077:
-        raise ValueError(f"others may read {file}; run: chmod 600 {file}")
-    return found
+        """The same for an `Authorization` header, see `serving.listen.admitted`."""
+        return admitted(self.token, header)
 
 
 class Door(Protocol):
@@ -126,8 +112,6 @@ def deadline_of(message: Mapping[Any, Any]) -> float | None:
     Raises:
         Refused: not a number of 1 to 600000.
     """
-    from vla_pruner.serving.engine import Refused
-
     given = message.get("deadline_ms")
     if given is None:
         return None

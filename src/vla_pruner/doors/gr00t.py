@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
 import zmq.asyncio
 
-from vla_pruner._short import short
+from vla_pruner._short import cut, short
 from vla_pruner.doors.door import Listen, told
 from vla_pruner.doors.keys import Robot, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
@@ -46,6 +47,40 @@ class Modalities:
     )  # fmt: skip
     language: str = "task"
     gripper: Gripper | None = None
+
+
+def modalities_of(file: Path) -> Modalities:
+    """The names in a YAML file; `action` maps names to how many numbers each has.
+
+    Raises:
+        ValueError: no such file, or one that does not fit.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {cut(str(error), 300)}") from error
+    lists, sizes = ("video", "state"), found.get("action") if isinstance(found, Mapping) else None
+    fits = (
+        isinstance(found, Mapping)
+        and set(found) <= {field.name for field in fields(Modalities)}
+        and all(isinstance(found.get(name), list) for name in lists)
+        and all(isinstance(name, str) for key in lists for name in found[key])
+        and isinstance(sizes, Mapping)
+        and all(isinstance(n, str) and type(size) is int and size > 0 for n, size in sizes.items())
+        and isinstance(found.get("language", ""), str)
+        and found.get("gripper") in (None, "robosuite", "rlds")
+    )
+    if not fits:
+        raise ValueError(
+            f"{file} must say `video` and `state` (lists of names) and `action` (names and sizes), "
+            f"and may say `language` and `gripper`; it says {short(found)}"
+        )
+    more = {name: found[name] for name in ("language", "gripper") if name in found}
+    return Modalities(
+        tuple(found["video"]), tuple(found["state"]), tuple(found["action"].items()), **more
+    )
 
 
 @dataclass

@@ -63,9 +63,7 @@ class Look:
 # -- looking at frames ---------------------------------------------------------------------------
 
 
-def look(
-    adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False
-) -> Look | None:
+def look(adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False) -> Look | None:
     """Let the model act on a frame and note its first pass that shows visual tokens, if any.
 
     `in_session`: a session has attached the adapter.

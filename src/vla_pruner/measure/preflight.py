@@ -1,4 +1,4 @@
-"""What to know about a policy before a number of it is trusted: conventions that fail without an error.
+"""What to know before a number is trusted: conventions of a policy that fail without an error.
 
 `doctor` prints these behind its own checks. What each mistake costs was measured on mini-oft; the
 table is in docs/pitfalls.md.
@@ -72,7 +72,7 @@ def _finite(model: nn.Module) -> Finding:
 
 
 def _direction(adapter: Adapter, act: Act) -> Finding:
-    """Whether an image token sees what stands behind it, as policies that write in one pass need."""
+    """Whether an image token sees what is behind it, as policies that write in one pass need."""
     check = "attends in the direction it was trained in"
     frame = np.full((224, 224, 3), 128, np.uint8)
     plain = look(adapter, act, frame)

@@ -26,10 +26,9 @@ class ScoreSpec:
     Args:
         layer: the layer that is read: before the cut for "attention", at most the cut's own layer
             (the one about to run) for "logits".
-        rows: query rows that vote: "all" of them, the "last" one, the instruction's ("text"), the
-            "visual" ones that are left, the instruction's with the weights that
-            `Method.query_weights` gives them ("weighted"), or the "action" queries, where the
-            prefill holds any, and otherwise the last row.
+        rows: query rows that vote: "all" of them, the "last" one, the "action" queries (the last
+            row, where the prefill holds none), the instruction's ("text"), also with the weights of
+            `Method.query_weights` ("weighted"), or the "visual" ones that are left.
         heads: how heads are joined in each row, before the mean over rows.
         kind: "attention", softmax probabilities; "logits", the scaled products of queries and keys
             of the layer's normed input, without rotary positions and without softmax.
@@ -75,9 +74,8 @@ class Evidence:
         text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
             it (`Method.needs`).
         text_valid: `[B, T]` bool, False where `text` holds padding.
-        guides: `[B, G, D]`, hidden states as they reach this cut of the instruction's rows and,
-            where the prefill holds them, of the action queries; for methods that need "text".
-        guides_valid: `[B, G]` bool, False where `guides` holds padding.
+        guides, guides_valid: `[B, G, D]` and `[B, G]`, hidden states at this cut of the instruction
+            and of action queries in the prefill, for methods that need "text"; False: padding.
         number: number of this cut, from 0.
         keep_count: tokens to leave: `Method.schedule(...)[number]`; None: `Method.kept(views)`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Group:
 
     def summary(self) -> Summary:
         """A row per condition, compared with all tokens."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Summary:
         return summarise(
             self.episodes,
             self.conditions,

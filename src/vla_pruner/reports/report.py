@@ -1,14 +1,13 @@
-"""The report of one or more runs: which tables, curves and notes it has, and their numbers."""
+"""The report of one or more runs: which tables and notes it has, and their numbers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from vla_pruner.episodes.condition import ALL_TOKENS
-from vla_pruner.measure.statistics import PairedSuccess
+from vla_pruner.measure.statistics import PairedSuccess, holm
 from vla_pruner.reports import latency
 from vla_pruner.reports.compare import (
     Group,
@@ -27,12 +26,10 @@ from vla_pruner.reports.document import (
     Block,
     Heading,
     Items,
-    Plot,
     Table,
     Text,
 )
 from vla_pruner.reports.files import flat
-from vla_pruner.reports.plots import Point, curves
 from vla_pruner.reports.summary import (
     COLUMNS,
     NOTES,
@@ -120,7 +117,6 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
         blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
         if group.timings:
             blocks += _timings(group)
-        blocks += _curves(summary.rows, group.timings)
         blocks += [*_motion(group, summary.rows), *_live(group, summary.rows)]
         if against and any(condition.name == against for condition in group.conditions):
             blocks += [
@@ -204,12 +200,14 @@ def _milliseconds(speeds: Sequence[Speed | None]) -> str:
 
 
 def _speedup_apart(speeds: Sequence[Speed | None]) -> str:
-    mean = mean_of(speed.speedup if speed else None for speed in speeds)
-    return _speedup(mean, speeds)
+    """The ratio of the latencies that are printed: means over suites."""
+    before = mean_of(s.latency_ms * s.speedup if s and s.speedup else None for s in speeds)
+    after = mean_of(speed.latency_ms if speed else None for speed in speeds)
+    return _speedup(before / after if before and after else None, speeds)
 
 
 def _speedup(mean: float | None, latencies: Sequence[Latency | Speed | None]) -> str:
-    """The mean over suites; of a single suite with its interval."""
+    """Over suites; of a single suite with its interval."""
     if mean is None:
         return "-"
     only = latencies[0] if len(latencies) == 1 else None
@@ -236,6 +234,7 @@ def _success(row: ConditionRow | None) -> str:
 
 def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
     header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
+    corrected = _corrected(compared.values())
     rows = [
         [label, "-", "-", "-", "-"]
         if pairs is None
@@ -244,11 +243,21 @@ def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
             str(pairs.pairs),
             str(pairs.gained),
             str(pairs.lost),
-            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
+            _difference(pairs, corrected[pairs]),
         ]
         for label, pairs in compared.items()
     ]
     return Table(caption, header, rows)
+
+
+def _corrected(compared: Iterable[PairedSuccess | None]) -> dict[PairedSuccess, float]:
+    """P-values of a table, corrected for its being several."""
+    found = [pairs for pairs in compared if pairs is not None]
+    return dict(zip(found, holm([pairs.p_value() for pairs in found]), strict=True))
+
+
+def _difference(pairs: PairedSuccess, corrected: float) -> str:
+    return difference_text(pairs.difference, pairs.interval(), pairs.p_value(), corrected)
 
 
 def _motion(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
@@ -322,20 +331,21 @@ def _across(groups: Sequence[Group]) -> list[Block]:
             columns = sorted({pruned for _, pruned in pairs})
             if len(columns) < 2:
                 continue
+            corrected = _corrected(pairs.values())
             header = ["all tokens", *(f"{ms:g} ms pruned" for ms in columns)]
             table = [
-                [f"{full:g} ms", *(_cell(pairs.get((full, ms))) for ms in columns)]
+                [
+                    f"{full:g} ms",
+                    *(
+                        _difference(found, corrected[found]) if found else ""
+                        for found in (pairs.get((full, ms)) for ms in columns)
+                    ),
+                ]
                 for full in sorted({full for full, _ in pairs})
             ]
             caption = f"{policy} in {suite}: {names[name]} against all tokens, by latency"
             blocks += [Heading(caption, 3), Table(caption, header, table)]
     return [Heading("Success against delay"), *blocks, Text(ACROSS)] if blocks else []
-
-
-def _cell(pairs: PairedSuccess | None) -> str:
-    if pairs is None:
-        return ""
-    return difference_text(pairs.difference, pairs.interval(), pairs.p_value())
 
 
 def _tasks(group: Group) -> Table:
@@ -345,42 +355,6 @@ def _tasks(group: Group) -> Table:
         shades.append([won / total if total else None for won, total in solved])
     header = ["condition", *group.setup.tasks]
     return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
-
-
-def _curves(rows: Sequence[ConditionRow], timings: Mapping[str, Timing]) -> list[Block]:
-    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4).
-
-    The speed-up is that measured apart, if any was.
-    """
-    success: dict[str, list[Point]] = {}
-    speed: dict[str, list[Point]] = {}
-    full = next((row for row in rows if row.name == ALL_TOKENS), None)
-    for row in rows:
-        if row.name == ALL_TOKENS:
-            continue
-        method, _, rest = row.name.partition("@")
-        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
-        if full is not None and name not in success:
-            interval = full.success_interval
-            success[name] = [(1.0, full.success, interval.low, interval.high)]
-        share, interval = row.pruned_prefill_ratio, row.success_interval
-        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
-        timing = timings.get(row.name)
-        latency = timing.every if timing else None if timings else row.all_calls
-        speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
-        if speedup is not None:
-            low, high = (spread.low, spread.high) if spread else (speedup, speedup)
-            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
-            speed[name].append((share, speedup, low, high))
-    blocks: list[Block] = []
-    if success:
-        label = "prefill FLOPs of pruned calls, relative to all tokens"
-        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
-        top = max((end for points in speed.values() for *_, end in points), default=1.0)
-        if speed:
-            plot = curves(speed, x_label=label, high=math.ceil(top))
-            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
-    return blocks
 
 
 def _facts(groups: Sequence[Group]) -> Iterator[str]:
