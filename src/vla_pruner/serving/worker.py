@@ -106,7 +106,7 @@ class Here:
             if (key := self._keys.pop(number, None)) is not None:
                 self.served.end(key)
         if rung is not None:
-            self.served.change(rung.method, rung.keep)
+            self.served.change(rung.method, rung.keep, rung.options)
         keys = [self._keys.setdefault(n, self.served.start(label)) for n, label, _ in rows]
         return self._isolated(keys, [seen for *_, seen in rows])
 
