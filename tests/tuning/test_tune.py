@@ -12,6 +12,7 @@ from toy_task import save_policy, toy_task
 from vla_pruner import cli
 from vla_pruner.commands import tune as command
 from vla_pruner.runs.job import fingerprint
+from vla_pruner.serving.ladder import Ladder
 from vla_pruner.tuning.deviation import compare
 from vla_pruner.tuning.expectation import shipped_expectation
 from vla_pruner.tuning.receipt import ladder_rows, load_receipt, receipt_of, save_receipt
@@ -156,6 +157,23 @@ def test_a_receipt_comes_back_as_it_was(policy, source, found, tmp_path):
     read.check(fingerprint(policy))
     with pytest.raises(ValueError, match="these are 0123: run `vla-pruner tune`"):
         read.check("0123")
+
+
+def test_a_server_steps_through_the_budgets_that_the_receipt_allows(policy, source, tmp_path):
+    keeps = ["random@0.5", "random@0.25"]
+    found = tune(policy, conditions_of(keeps, []), source, execute=2, tolerance=9, rounds=1)
+    values = receipt(found, source, policy)
+    save_receipt(values, tmp_path / "receipt.json")
+    ladder = Ladder.read(tmp_path, 0.1)
+    assert [rung.name for rung in ladder.rungs] == ["none", *keeps]
+    assert [rung.p99_ms for rung in ladder.rungs] == [row.latency.p99_ms for row in found.rows]
+    values["ladder"][1]["allowed"] = False
+    save_receipt(values, tmp_path / "receipt.json")
+    assert [rung.name for rung in Ladder.read(tmp_path, 0.1).rungs] == ["none", "random@0.25"]
+    values["ladder"][2]["options"] = {"layer": 1}
+    save_receipt(values, tmp_path / "receipt.json")
+    with pytest.raises(ValueError, match="a ladder changes budgets of a method"):
+        Ladder.read(tmp_path, 0.1)
 
 
 def test_the_ladder_is_of_one_method_from_many_tokens_to_few(policy, source):

@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner._short import short
+from vla_pruner.tuning.receipt import KIND, load_receipt
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,27 @@ class Ladder:
     def read(cls, path: str | Path, deadline_s: float, **options: Any) -> Ladder:
         """The ladder of a receipt of `vla-pruner tune`: the rungs that it allows.
 
-        The file holds a list of `{"method", "keep", "p99_ms", "allowed"}`, by itself or under
-        "rungs".
+        A list of `{"method", "keep", "p99_ms", "allowed"}` written by hand will do, too, by itself
+        or under "rungs".
 
         Raises:
-            ValueError: no such file, or entries that are none of these.
+            ValueError: no such file, entries that are none of these, or a receipt of a method with
+                options, which a change of budget would not bring along.
         """
+        path = Path(path) / "receipt.json" if Path(path).is_dir() else Path(path)
         try:
-            found = json.loads(Path(path).read_text("utf-8"))
+            found = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a receipt of `tune`: {error}") from None
         entries = found.get("rungs") if isinstance(found, Mapping) else found
+        if isinstance(found, Mapping) and found.get("kind") == KIND:
+            rungs_of = load_receipt(path).allowed
+            if special := [rung.condition.name for rung in rungs_of if rung.options]:
+                raise ValueError(
+                    f"{path} is of {special[0]}: a ladder changes budgets of a method with its own "
+                    "options; tune it without others"
+                )
+            entries = [asdict(rung) for rung in rungs_of]
         if not isinstance(entries, list):
             raise ValueError(f"{path} holds no list of rungs; make one with `vla-pruner tune`")
         rungs = [rung for entry in entries if (rung := _rung(path, entry)) is not None]
