@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +269,18 @@ def test_one_command_records_replays_and_answers(folder, tmp_path):
         load_receipt(out).values["observations"]["digest"] == read.values["observations"]["digest"]
     )
     assert all(len(line) <= 80 for line in again.splitlines())
+
+
+def test_a_dataset_that_lerobot_wrote(folder, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pip install 'vla-pruner[tune]'")
+    pytest.importorskip("av", reason="needs pip install 'vla-pruner[tune]'")
+    dataset = Path(__file__).with_name("dataset-v3")
+    words = ("--observations", dataset, "--cameras", "hand", "front", "--out", tmp_path)
+    text = tuned(folder, *words, "--rounds", 0, "--execute", 3, "--keep", 0.5)
+    assert "spreads from the recorded actions" in re.sub(r"\s+", " ", text)
+    seen = load_receipt(tmp_path).values["observations"]
+    assert (seen["kind"], seen["episodes"], seen["calls"]) == ("lerobot v3.0", [0, 1, 2], 8)
+    assert seen["unpruned_from_recorded"] > 0
 
 
 def test_the_picture_shows_what_was_found(found, tmp_path):
