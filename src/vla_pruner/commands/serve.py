@@ -132,10 +132,16 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     console = Console()
     if args.host not in LOOPBACK and args.token_file is None:
-        console.print("anybody who reaches this machine can ask: no --token-file", soft_wrap=True)
+        console.print(
+            "anybody who reaches this machine can ask: no --token-file",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def say(name: str, address: str) -> None:
-        console.print(f"serving {what}: {name} on {address} (Ctrl-C ends)", soft_wrap=True)
+        console.print(
+            f"serving {what}: {name} on {address} (Ctrl-C ends)", highlight=False, soft_wrap=True
+        )
 
     asyncio.run(open_doors(engine, doors, say))
     return 0

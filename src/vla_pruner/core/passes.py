@@ -82,6 +82,7 @@ class Passes:
         self.mode: Literal["drop", "hide"] = mode
         self.episodes = Episodes(method, cut.plan)
         self.calls, self.caches = Calls(), Caches(cut)
+        self.own_hooks = type(cut) is not Cut  # Those of a method of its own are told of steps.
         self.ids: tuple[Hashable, ...] | None = None
         self.frames: Tensor | None = None
         self.latest: Step | None = None
@@ -167,7 +168,7 @@ class Passes:
             self._refuse_unhooked(step.prefill)
         if step.prefill.observed is not None:
             step.add(step.prefill.observed, self._action_rows(step.prefill, now))
-        if in_prefill:
+        if in_prefill and self.own_hooks:
             self.cut.end(step)
         step.prefill.finish_pass(own=self.own_results and in_prefill)
         if len(set(step.ids)) > 1 and stack is self.adapter.decoder:
@@ -198,7 +199,7 @@ class Passes:
             step = self._again(shared, prefill)
         else:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
-            own = self.cut.begin(step, self.mode, frames, now.kwargs)
+            own = self.cut.begin(step, self.mode, frames, now.kwargs) if self.own_hooks else None
             prefill.mode = own or self._mode(step, now.cache)
             self._fill_in(step)
             self.latest = step
