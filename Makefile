@@ -32,6 +32,10 @@ LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
 LEROBOT_WITH ?=
 LEROBOT_PATCH ?=
 LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
+# Clients of robots with pins of their own (openpi-client wants numpy below 2).
+CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "pyzmq>=26" msgpack "websockets>=14" "numpy<2"
+CLIENTS_ENV := $(VENV)-clients
+DOCS_ENV := $(VENV)-docs
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
 OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
@@ -41,7 +45,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lerobot test-openpi models lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -54,6 +58,9 @@ test: lint  ## lint, types and tests on the CPU
 
 test-all: lint  ## the same, with the tests that compile or try a great many inputs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
+
+test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVLA and GR00T against our doors, 200 observations each
+	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
 
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
 	OMP_NUM_THREADS=1 $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
@@ -79,6 +86,13 @@ format: $(DEV)  ## let ruff rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
+
+test-composing: $(DEV)  ## with LoRA, quantised weights, offloading: what docs/composing.md says
+	$(PY) -m pip install --disable-pip-version-check -q "peft>=0.15" "torchao>=0.9" "optimum-quanto>=0.2.7"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs tests/composing
+
 bench: $(SIM)  ## full model against pruned ones, side by side, on this CPU
 	$(PY) -m vla_pruner bench --out $(OUT)/cpu.json --out $(OUT)/cpu.md $(ARGS)
 
@@ -98,7 +112,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-lerobot-* .venv-openpi bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -106,6 +120,16 @@ $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
 	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
 	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
+	@touch $@
+
+$(CLIENTS_ENV)/.installed: Makefile
+	$(if $(PYTHON),$(PYTHON),python3) -m venv $(CLIENTS_ENV)
+	$(CLIENTS_ENV)/bin/python -m pip install --disable-pip-version-check $(CLIENTS)
+	@touch $@
+
+$(DOCS_ENV)/.installed: Makefile
+	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 	@touch $@
 
 # openpi's package index entry is empty, and its class wants files copied over those of transformers.

@@ -5,9 +5,9 @@
 
 A table that is checked has a line before it that names its rows, `<!-- rows: FILE [key=value] -->`
 with `suites=` (default robosuite_pickplace), pooled over, and `family=`, where more was compared
-than is printed. The first cell of a row is a condition in backticks; `column` says what each holds.
-In an entry no other figure may stand that none of its tables holds. Statistics are computed here
-with scipy, apart from the package's own.
+than is printed. The first cell of a row holds a condition in backticks; `column` says what the
+others hold. In an entry no other figure may stand that none of its tables holds. Statistics are
+computed here with scipy, apart from the package's own.
 """
 
 from __future__ import annotations
@@ -124,11 +124,12 @@ def robustness(source: Source, names: Sequence[str], conditions: Sequence[str]) 
     arms, table = [FULL, *conditions], []
     for name in names:
         before, after = [[Counter4() for _ in conditions] for _ in range(2)]
-        for change in everywhere if name == "all five" else [name]:
+        for number, change in enumerate(everywhere if name == "all five" else [name]):
             suite = base if change == "untouched" else f"{base}+{change}"
             cells = {(s, c): solved(source.cell(c, s)) for s in (base, suite) for c in arms}
             common = sorted(set.intersection(*(set(cell) for cell in cells.values())))
-            for place, counters in ((base, before), (suite, after)):
+            untouched = [(base, before)] if number == 0 else []  # The same scenes each time.
+            for place, counters in [*untouched, (suite, after)]:
                 for condition, counter in zip(conditions, counters, strict=True):
                     pair = (cells[place, arm] for arm in (FULL, condition))
                     counter.add(*([cell[s] for s in common] for cell in pair))
@@ -210,7 +211,7 @@ def _table(
     source = Source(mark[1], tuple(suites), int(options.get("family", 0)))
     header, *rows = [_cells(line) for line in lines[first:last]]
     body = rows[1:]
-    labels = [row[0].strip("`") for row in body]
+    labels = [_label(row[0]) for row in body]
     try:
         if "by" in options and options["by"] == "delay":
             made = by_delay(source, header[1:], labels)
@@ -235,6 +236,12 @@ def _table(
         if write:
             lines[first + 2 + number] = "| " + " | ".join(row) + " |"
     return [] if write and all("rows say" in text for text in wrong) else wrong
+
+
+def _label(cell: str) -> str:
+    """What stands in backticks, or all of it."""
+    found = re.search(r"`([^`]+)`", cell)
+    return found[1] if found else cell
 
 
 def _cells(line: str) -> list[str]:

@@ -17,6 +17,7 @@ ORDER = (
     "pruning",
     "methods",
     "core",
+    "temporal",
     "vla_cache",
     "models",
     "lerobot",
@@ -28,19 +29,21 @@ ORDER = (
     "pages",
     "calibration",
     "analysis",
+    "tuning",
     "serving",
+    "doors",
     "reference",
     "commands",
     "cli",
 )
 """A room may import from itself and from those before it."""
 
-ENDS = ("lerobot", "reference", "serving", "commands")
-"""Rooms that no other room needs; `cli` loads the commands, and they the server."""
-MAY_USE = {"serving": {"commands"}, "commands": {"cli"}}
+ENDS = ("lerobot", "reference", "serving", "doors", "commands")
+"""Rooms that no other room needs; `cli` loads the commands, and they the server and its doors."""
+MAY_USE = {"serving": {"doors", "commands"}, "doors": {"commands"}, "commands": {"cli"}}
 
 NAMED = rf"{PACKAGE}(\.\w+)+"
-LARGEST = 12
+LARGEST = 13
 """Files of a room. Not of rooms with one file per thing that has a name outside: a word of the
 command line, a method; `commands` may have four besides its words."""
 ROOMS = (
@@ -52,7 +55,9 @@ ROOMS = (
     "measure",
     "analysis",
     "calibration",
+    "tuning",
     "serving",
+    "doors",
 )
 
 

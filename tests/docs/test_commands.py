@@ -29,7 +29,7 @@ from vla_pruner.commands import (
     watch,
 )
 from vla_pruner.runs import execute
-from vla_pruner.scenes.suites import SUITES, pick_place
+from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -87,6 +87,8 @@ class NoEpisodes:
 
 def stand_in(name: str) -> Any:
     """A suite, or one of its shape where its simulator is not installed."""
+    if name.partition("+")[0] == PICK_PLACE:
+        return open_suite(name)
     if name not in SUITES:
         raise ValueError(f"the documentation names a suite {name!r}, which there is not")
     suite = pick_place()

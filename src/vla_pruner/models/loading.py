@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .checks import listed
 from .folder import CheckpointError, is_finite, read_json, reading
+from .port import Policy
 
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
+
+
+IN_THE_REPOSITORY = ("mini-oft", "mini-oft-libero", "mini-openvla", "mini-pi0", "smol-oft")
+"""Policies of a checkout; the wheel brings the first."""
 
 
 def shipped() -> dict[str, Path]:
@@ -31,7 +35,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Policy:
     """A model ready to act, in evaluation mode.
 
     Args:
@@ -83,7 +87,8 @@ def load(
     broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor)]
     if broken:
         raise CheckpointError(f"{where}: NaN or infinite numbers in {listed(broken)}")
-    return model.to(device).eval()
+    ready: Policy = model.to(device).eval()
+    return ready
 
 
 def _read_config(where: str) -> dict[str, Any]:
@@ -92,6 +97,12 @@ def _read_config(where: str) -> dict[str, Any]:
         file = Path(where) / "config.json"
         if not file.is_file():
             raise ValueError(f"{where} is no model folder: it has no config.json")
+    elif where in IN_THE_REPOSITORY:
+        raise ValueError(
+            f"{where} is not in the wheel, only in the repository: install from a checkout "
+            f"(pip install -e .), or give the path of its folder "
+            f"src/vla_pruner/reference/weights/{where}"
+        )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         raise ValueError(
             f"{where!r} is no policy that ships here ({', '.join(shipped()) or 'none does'}), "

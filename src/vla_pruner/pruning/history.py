@@ -18,8 +18,8 @@ Censored = Literal["zero", "carry"]
 class HistorySpec:
     """How a method remembers the action scores of an episode.
 
-    The memory is a tensor `[B, slots, M]` (newest first) and a number of observations `[B]`, both
-    zero when an episode starts.
+    The memory is a tensor `history` `[B, slots, M]`, newest first, and `count` `[B]` int64, the
+    observations so far in each row's episode; both are zero when an episode starts.
 
     Args:
         kind: "window", the decaying window of Eq. 7, or "ema", the moving average of Eq. 6.
@@ -91,13 +91,12 @@ class HistorySpec:
         """Remember the action score of a finished step.
 
         Args:
-            history: `[B, slots, M]`.
-            count: `[B]` int64, observations so far in each row's episode.
+            history, count: the memory.
             observed: `[B, M]`.
             kept: `[B, M]` bool, tokens that all observed layers could see; None: all tokens.
 
         Returns:
-            The new `history` and `count` (count is not capped at `slots`).
+            The new memory (count is not capped at `slots`).
         """
         started = (count > 0).to(history.device)[:, None]
         cut = None if kept is None or self.censored == "zero" else ~kept.to(history.device)
@@ -112,15 +111,7 @@ class HistorySpec:
         return forecast[:, None].to(history.dtype), count + 1
 
     def forecast(self, history: Tensor, count: Tensor) -> Tensor:
-        """Action score expected at the next step.
-
-        Args:
-            history: `[B, slots, M]`.
-            count: `[B]` int64, observations so far in each row's episode.
-
-        Returns:
-            `[B, M]` fp32; 0 before the first observation.
-        """
+        """Action score expected at the next step: `[B, M]` fp32, 0 before any observation."""
         if self.kind == "ema":
             started = (count > 0).to(history.device)[:, None]
             return torch.where(started, history[:, 0].float(), 0.0)

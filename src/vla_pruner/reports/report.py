@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from vla_pruner.episodes.condition import ALL_TOKENS
-from vla_pruner.measure.statistics import PairedSuccess
+from vla_pruner.measure.statistics import PairedSuccess, holm
 from vla_pruner.reports import latency
 from vla_pruner.reports.compare import (
     Group,
@@ -200,12 +200,14 @@ def _milliseconds(speeds: Sequence[Speed | None]) -> str:
 
 
 def _speedup_apart(speeds: Sequence[Speed | None]) -> str:
-    mean = mean_of(speed.speedup if speed else None for speed in speeds)
-    return _speedup(mean, speeds)
+    """The ratio of the latencies that are printed: means over suites."""
+    before = mean_of(s.latency_ms * s.speedup if s and s.speedup else None for s in speeds)
+    after = mean_of(speed.latency_ms if speed else None for speed in speeds)
+    return _speedup(before / after if before and after else None, speeds)
 
 
 def _speedup(mean: float | None, latencies: Sequence[Latency | Speed | None]) -> str:
-    """The mean over suites; of a single suite with its interval."""
+    """Over suites; of a single suite with its interval."""
     if mean is None:
         return "-"
     only = latencies[0] if len(latencies) == 1 else None
@@ -232,6 +234,7 @@ def _success(row: ConditionRow | None) -> str:
 
 def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
     header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
+    corrected = _corrected(compared.values())
     rows = [
         [label, "-", "-", "-", "-"]
         if pairs is None
@@ -240,11 +243,21 @@ def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
             str(pairs.pairs),
             str(pairs.gained),
             str(pairs.lost),
-            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
+            _difference(pairs, corrected[pairs]),
         ]
         for label, pairs in compared.items()
     ]
     return Table(caption, header, rows)
+
+
+def _corrected(compared: Iterable[PairedSuccess | None]) -> dict[PairedSuccess, float]:
+    """P-values of a table, corrected for its being several."""
+    found = [pairs for pairs in compared if pairs is not None]
+    return dict(zip(found, holm([pairs.p_value() for pairs in found]), strict=True))
+
+
+def _difference(pairs: PairedSuccess, corrected: float) -> str:
+    return difference_text(pairs.difference, pairs.interval(), pairs.p_value(), corrected)
 
 
 def _motion(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
@@ -318,20 +331,21 @@ def _across(groups: Sequence[Group]) -> list[Block]:
             columns = sorted({pruned for _, pruned in pairs})
             if len(columns) < 2:
                 continue
+            corrected = _corrected(pairs.values())
             header = ["all tokens", *(f"{ms:g} ms pruned" for ms in columns)]
             table = [
-                [f"{full:g} ms", *(_cell(pairs.get((full, ms))) for ms in columns)]
+                [
+                    f"{full:g} ms",
+                    *(
+                        _difference(found, corrected[found]) if found else ""
+                        for found in (pairs.get((full, ms)) for ms in columns)
+                    ),
+                ]
                 for full in sorted({full for full, _ in pairs})
             ]
             caption = f"{policy} in {suite}: {names[name]} against all tokens, by latency"
             blocks += [Heading(caption, 3), Table(caption, header, table)]
     return [Heading("Success against delay"), *blocks, Text(ACROSS)] if blocks else []
-
-
-def _cell(pairs: PairedSuccess | None) -> str:
-    if pairs is None:
-        return ""
-    return difference_text(pairs.difference, pairs.interval(), pairs.p_value())
 
 
 def _tasks(group: Group) -> Table:

@@ -346,7 +346,10 @@ COST_NOTES = (
     "stays in calls that drop tokens. The first calls of an episode run on all tokens; pruned "
     "calls leave them out."
 )
-NOTES = f"{SUCCESS_NOTES}speed-up by bootstrap over scenes. {COST_NOTES}"
+NOTES = (
+    f"{SUCCESS_NOTES}speed-up (ratio of the medians on the scenes that both finished) by bootstrap "
+    f"over scenes. {COST_NOTES}"
+)
 
 
 def rows_csv(summary: Summary) -> str:

@@ -441,7 +441,7 @@ class Store:
         found = []
         for row in rows:
             calls = json.loads(row["calls"])
-            columns = {
+            columns: dict[str, Any] = {
                 name: None if calls.get(name) is None else tuple(calls[name])
                 for name in _REPLAY_COLUMNS
             }
