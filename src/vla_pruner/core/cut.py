@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._flags import Flags
 from vla_pruner.core import scores
 from vla_pruner.core.arguments import (
     STRATEGIES,
@@ -48,6 +49,7 @@ class Cut:
         self.prefill: Prefill | None = None
         self.static_cache = False
         self.eager = False
+        self.flags = Flags()
         self.tuples = False  # Whether layers return tuples.
         self.projected = {r.spec.layer for r in self.plan.readings if r.spec.kind == "logits"}
         self.turning = {*self.plan.cuts, *self.projected}
@@ -321,7 +323,7 @@ class Cut:
         if read is not None and evidence.keep_count == 0:
             chosen: Tensor | Choice = tokens.new_zeros(tokens.shape[0], 0)
         else:
-            chosen = self.method.select(evidence)
+            chosen = self._select(evidence)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         self._check_choice(choice, number, evidence)
         if read is not None:
@@ -333,6 +335,13 @@ class Cut:
             choice.kept.index_select(0, prefill.leader),
             None if merge is None else merge.index_select(0, prefill.leader),
         )
+
+    def _select(self, evidence: Evidence) -> Tensor | Choice:
+        """What the method says; what is broken is noted where looking at it would mean waiting."""
+        if torch.compiler.is_compiling():
+            return self.method.select(evidence)
+        with self.flags.collect():
+            return self.method.select(evidence)
 
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
         layout, left = prefill.layout, prefill.sets[number]

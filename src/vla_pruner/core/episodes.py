@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core.plan import Plan
 from vla_pruner.core.tokens import Prefill
 from vla_pruner.methods.base import Method, StepContext
@@ -140,7 +141,7 @@ class Episodes:
             zlib.crc32(f"{name!r}/{number}".encode())
             for name, number in zip(step.ids, step.numbers, strict=True)
         ]
-        return torch.tensor(made, dtype=torch.int64, device=device)
+        return on_device(made, device)
 
     def _episode(self, name: Hashable) -> Episode:
         """The episode of that name, now the one that acted last."""
@@ -174,7 +175,10 @@ class Episodes:
         blank = torch.zeros(self._slots, visual, dtype=torch.float32, device=device)
         memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
         counts = [episode.observations for episode in episodes]
-        count = torch.tensor(counts, dtype=torch.int64, device=device)
+        if len(set(counts)) == 1:
+            history = memory[0][None] if len(memory) == 1 else torch.stack(memory)
+            return self._spec.forecast(history, counts[0])
+        count = on_device(counts, device)
         return self._spec.forecast(torch.stack(memory), count)
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
@@ -211,10 +215,11 @@ class Episodes:
         # A broken frame (NaN, infinity) is remembered as the last good one was.
         good = observed.isfinite().all()
         observed = torch.where(good, observed, episode.memory[:1])
-        seen = step.kept(rows[0], self.plan.action_cuts)
+        carried = spec.censored != "zero"
+        seen = step.kept(rows[0], self.plan.action_cuts) if carried else None
         memory, _ = spec.update(
             episode.memory[None],
-            torch.tensor([episode.observations], dtype=torch.int64, device=observed.device),
+            episode.observations,
             observed,
             kept=None if seen is None else seen[None],
         )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.cut import Cut, all_kept
@@ -289,6 +290,7 @@ class Passes:
         continued: Step | None,
     ) -> Step:
         """A prefill begins: finish the step before, and find out who prunes."""
+        self.cut.flags.raise_noted()  # The step before is over, and so is the wait for it.
         frames, self.frames = self.frames, None
         index, counts = self._index(layout, batch, length)
         views, sets = layout.views, [TokenSet(layout.views, index.tokens, layout.visual)]
@@ -319,10 +321,10 @@ class Passes:
         if prefill.mode != "full":
             prefill.seeds = self.episodes.seeds(step, device)
         if prefill.mode == "hide" and any(full):
-            prefill.full_rows = torch.tensor(full, dtype=torch.bool, device=device)
+            prefill.full_rows = on_device(full, device, bool)
         if len(set(ids)) < batch:
             leaders = [ids.index(name) for name in ids]
-            prefill.leader = torch.tensor(leaders, dtype=torch.int64, device=device)
+            prefill.leader = on_device(leaders, device)
         if all(full) and prefill.mode == "drop":
             prefill.given = all_kept(prefill, batch)
         self.latest = step

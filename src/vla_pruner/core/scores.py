@@ -102,7 +102,7 @@ class Seen:
         row_weight: Tensor | None = None,
         heads: str = "mean",
     ) -> Tensor:
-        """Attention that `columns` `[B, m]` get from `rows`: `[B, m]` fp32."""
+        """Attention that `columns` `[B, m]` get from `rows`: `[B, m]` fp32; -1 gets none."""
         if columns.shape[1] == 0:
             return columns.float()
         options: dict[str, Any] = {
@@ -110,11 +110,14 @@ class Seen:
             "softcap": self.softcap,
             "sinks": self.sinks,
         }
-        if rows is None:
-            # The last row has no future to hide, and one row takes few operations.
+        if rows is None:  # The last row has no future to hide.
             mask = None if self.mask is None else self.mask[:, :, -1:]
+            if heads == "mean":
+                return attention_column_mean(
+                    self.query[:, :, -1:], self.key, columns, mask=mask, **options
+                )
             last = attention_rows(self.query[:, :, -1:], self.key, mask=mask, **options)[:, :, 0]
-            return (last.mean(1) if heads == "mean" else last.amax(1)).gather(1, columns)
+            return last.amax(1).gather(1, columns)
         received = attention_column_mean if heads == "mean" else attention_column_max
         return received(
             self.query,
@@ -171,11 +174,7 @@ def observe(
         rows = cut.adapter.reader_rows(queries)
         if rows is None:
             return
-    if left.rows is None:
-        received = seen.received(_keys(prefill.layout.visual, left, query), rows)
-    else:
-        received = seen.received(_keys(left.columns, left, query), rows)
-        received = spread(prefill, left, received)
+    received = seen.received(_places(prefill, left, query), rows)
     prefill.observed = received if prefill.observed is None else prefill.observed + received
     prefill.watched += 1
 
@@ -185,6 +184,19 @@ def _keys(columns: Tensor | None, left: TokenSet, like: Tensor) -> Tensor:
     assert columns is not None
     moved = columns + left.offset if left.offset else columns
     return moved.expand(like.shape[0], -1)
+
+
+def _places(prefill: Prefill, left: TokenSet, like: Tensor) -> Tensor:
+    """`[B, M]` where each visual token is among the keys of a set's layers; -1 if it was cut."""
+    if left.rows is None:
+        return _keys(prefill.layout.visual, left, like)
+    if left.places is None:
+        assert left.tokens is not None
+        shape = like.shape[0], prefill.layout.visual.shape[1]
+        nowhere = left.tokens.new_full(shape, -1)
+        tokens = left.tokens.expand(like.shape[0], -1)
+        left.places = nowhere.scatter(1, tokens, _keys(left.columns, left, like))
+    return left.places
 
 
 def hides_future(
