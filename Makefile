@@ -32,6 +32,7 @@ LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
 LEROBOT_WITH ?=
 LEROBOT_PATCH ?=
 LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
+DOCS_ENV := $(VENV)-docs
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
 OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
@@ -41,7 +42,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lerobot test-openpi models lint format bench libero gpu clean
+.PHONY: help demo test test-all test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -79,6 +80,13 @@ format: $(DEV)  ## let ruff rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
+
+test-composing: $(DEV)  ## with LoRA, quantised weights, offloading: what docs/composing.md says
+	$(PY) -m pip install --disable-pip-version-check -q "peft>=0.15" "torchao>=0.9" "optimum-quanto>=0.2.7"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs tests/composing
+
 bench: $(SIM)  ## full model against pruned ones, side by side, on this CPU
 	$(PY) -m vla_pruner bench --out $(OUT)/cpu.json --out $(OUT)/cpu.md $(ARGS)
 
@@ -98,7 +106,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-lerobot-* .venv-openpi bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -106,6 +114,11 @@ $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
 	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
 	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
+	@touch $@
+
+$(DOCS_ENV)/.installed: Makefile
+	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 	@touch $@
 
 # openpi's package index entry is empty, and its class wants files copied over those of transformers.

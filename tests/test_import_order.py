@@ -17,6 +17,7 @@ ORDER = (
     "pruning",
     "methods",
     "core",
+    "temporal",
     "vla_cache",
     "models",
     "lerobot",
@@ -25,24 +26,37 @@ ORDER = (
     "episodes",
     "runs",
     "reports",
+    "pages",
     "calibration",
     "analysis",
     "serving",
+    "doors",
     "reference",
     "commands",
     "cli",
 )
 """A room may import from itself and from those before it."""
 
-ENDS = ("lerobot", "reference", "serving", "commands")
-"""Rooms that no other room needs; `cli` loads the commands, and they the server."""
-MAY_USE = {"serving": {"commands"}, "commands": {"cli"}}
+ENDS = ("lerobot", "reference", "serving", "doors", "commands")
+"""Rooms that no other room needs; `cli` loads the commands, and they the server and its doors."""
+MAY_USE = {"serving": {"doors", "commands"}, "doors": {"commands"}, "commands": {"cli"}}
 
 NAMED = rf"{PACKAGE}(\.\w+)+"
-LARGEST = 12
+LARGEST = 13
 """Files of a room. Not of rooms with one file per thing that has a name outside: a word of the
 command line, a method; `commands` may have four besides its words."""
-ROOMS = ("scenes", "episodes", "runs", "reports", "measure", "analysis", "calibration", "serving")
+ROOMS = (
+    "scenes",
+    "episodes",
+    "runs",
+    "reports",
+    "pages",
+    "measure",
+    "analysis",
+    "calibration",
+    "serving",
+    "doors",
+)
 
 
 def module_of(path: Path) -> str:

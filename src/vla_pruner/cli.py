@@ -30,9 +30,18 @@ EXTRA_OF = {
     "imageio_ffmpeg": "sim",
     "triton": "gpu",
     "ray": "ray",
+    "pyarrow": "parquet",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "rerun": "rerun",
     "vla_eval": "serve",
     "anyio": "serve",
     "jsonargparse": "serve",
+    "websockets": "doors",
+    "msgpack": "doors",
+    "h11": "doors",
+    "zmq": "doors",
+    "grpc": "doors",
     "libero": "libero",
     "bddl": "libero",
     "gymnasium": "libero",
@@ -126,6 +135,13 @@ COMMANDS = {
         "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "
         "differences with exact tests, success per task.",
         _file("report"),
+    ),
+    "watch": Command(
+        "films of episodes that a run has finished",
+        "Plays episodes of a run again and writes a page for each scene: what the policy saw, "
+        "which visual tokens it kept, the scores that chose them, and its actions, on a time line. "
+        "`vla-pruner report` then opens these films from its squares.",
+        _file("watch"),
     ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",

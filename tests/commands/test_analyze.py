@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import html
 import io
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from toy_task import VISUAL, ToyScene, save_policy, toy_task
+from vla_pruner.analysis import page
 from vla_pruner.analysis.record import Trace
 from vla_pruner.commands import analyze as command
+from vla_pruner.reports.summary import percent
 
 KEPT = {"vla-pruner@0.25": 8, "fastv@0.25": 8}
 
@@ -109,11 +113,71 @@ def test_tables_cover_every_call_and_stay_in_range(analysis: Path) -> None:
 def test_the_page_is_small_and_loads_nothing(analysis: Path) -> None:
     text = (analysis / "index.html").read_text("utf-8")
     assert len(text) < 3_000_000
-    addresses = re.findall(r"(?:src|href)='([^']*)'", text)
-    assert len(addresses) >= 8
-    assert all(address.startswith("data:") for address in addresses)
+    addresses = re.findall(r"""(?:src|href)=["']([^"']*)["']""", text)
+    assert len(addresses) >= 5
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\((?!#)|@import|fetch\(", text)
     assert "Partial" not in text
-    assert "nan" not in re.sub(r"'data:[^']*'", "", text).lower().split()
+    assert "nan" not in re.sub(r"data:[^\"]*", "", text).lower().split()
+
+
+def data_of(out: Path) -> dict:
+    text = (out / "index.html").read_text("utf-8")
+    return json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.S)[1])
+
+
+def test_headings_say_what_was_found(analysis: Path) -> None:
+    text = html.unescape((analysis / "index.html").read_text("utf-8"))
+    overlaps = {row["measure"]: float(row["mean"]) for row in rows(analysis, "overlaps")}
+    share = percent(overlaps["prefill_action"])
+    assert f"<h1>Of the patches that the prompt looks at most, the actions look at {share}" in text
+    best = min(rows(analysis, "forecasts"), key=lambda row: float(row["missed"]))
+    assert (
+        f"The best forecast, {best['predictor']}, misses {percent(float(best['missed']))}" in text
+    )
+    most = max(rows(analysis, "agreement"), key=lambda row: float(row["mean"]))
+    assert f"{most['a']} and {most['b']} keep most in common" in text
+    between = overlaps["consecutive"]
+    word = "more" if between > overlaps["prefill_action"] else "less"
+    assert f"share {percent(between)} of their best patches, {word} than" in text
+
+
+def test_headings_claim_nothing_where_nothing_was_measured() -> None:
+    empty = [{"measure": m, "keep": 0.5, "mean": None} for m in ("prefill_action", "consecutive")]
+    assert page.headline(empty) == "What the policy looks at"
+    assert page.overlap_heading(empty) == "Overlap of prefill and action attention"
+    assert page.forecast_heading([]) == "How well the next step's attention can be forecast"
+    assert page.agreement_heading([]) == "Agreement of the methods"
+    assert "less than" in page.overlap_heading(
+        [
+            {"measure": "prefill_action", "keep": 0.5, "mean": 0.8},
+            {"measure": "consecutive", "keep": 0.5, "mean": 0.3},
+        ]
+    )
+
+
+def test_columns_of_numbers_stand_to_the_right(analysis: Path) -> None:
+    text = (analysis / "index.html").read_text("utf-8")
+    table = text[text.index("Errors of forecasts") :].partition("</table>")[0]
+    cells = re.findall(r"<td([^>]*)>([^<]*)</td>", table)
+    assert len(cells) >= 10
+    assert all('class="num"' in attributes for attributes, _ in cells)
+    decimals = {len(cell.partition(".")[2]) for _, cell in cells if "." in cell}
+    assert decimals == {3}
+
+
+def test_films_show_what_each_method_keeps_of_the_same_images(analysis: Path) -> None:
+    data = data_of(analysis)
+    trace = Trace.load(analysis / "traces" / "100.npz")
+    scene = data["scenes"][0]
+    assert [one["name"] for one in data["conditions"]] == ["all tokens", *KEPT]
+    assert len(scene["sheets"]) == 2 and all(one.startswith("data:") for one in scene["sheets"])
+    for name in KEPT:
+        calls = scene["runs"][name]["recording"]["calls"]
+        kept = [[one != "0" for one in call["kept"]] for call in calls]
+        assert np.array_equal(kept, trace.replays[name].kept)
+    assert scene["runs"]["all tokens"]["recording"]["calls"][0]["semantic"]
+    assert scene["start"] == 3, "the first call that both prune"
 
 
 def test_impossible_requests_are_refused(policy: str, analysis: Path, tmp_path: Path) -> None:
@@ -151,9 +215,9 @@ def test_methods_are_compared_with_the_oracle(policy: str, tmp_path: Path) -> No
 
 def test_agreement_is_drawn_as_a_square(analysis: Path) -> None:
     text = (analysis / "index.html").read_text("utf-8")
-    square = re.search(r"<table class='square'>(.*?)</table>", text).group(1)
-    names = re.findall(r"<th scope='row'>(.*?)</th>", square)
-    assert names == re.findall(r"<th scope='col'>([^<]+)</th>", square)
+    square = re.search(r'<table class="plain cards square">(.*?)</table>', text, re.S)[1]
+    names = re.findall(r'<th scope="row">(.*?)</th>', square)
+    assert names == re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', square)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", square)
     assert len(cells) == len(names) ** 2
     for row in rows(analysis, "agreement"):

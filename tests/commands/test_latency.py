@@ -185,12 +185,16 @@ def test_the_command_records_replays_and_reports(run_folder, capsys, monkeypatch
     header, _, none, half = text.partition("| policy |")[2].splitlines()[:4]
     assert header.endswith(
         "in pruned calls | latency ms | speed-up | warm-up calls ms | pruned calls ms | "
-        "speed-up of pruned calls | peak memory |"
+        "speed-up of pruned calls | peak memory | counted FLOPs, call | counted, decoder |"
     )
     timing = groups[0].timings["vla-pruner@0.5"]
     assert f"| {timing.every.latency_ms:.1f} | {timing.every.speedup:.2f}x (" in half
     assert f"| {timing.warm_up.latency_ms:.1f} | {timing.pruned.latency_ms:.1f} |" in half
-    assert half.endswith("| - |") and "x (" not in none
+    counted = timing.counted
+    assert half.endswith(f"| - | {100 * counted.call:.1f} % | {100 * counted.decoder:.1f} % |")
+    assert counted.pruned_decoder < counted.decoder
+    assert groups[0].timings["none"].counted.call == 1
+    assert "x (" not in none
     assert "replayed the same recorded observations, in turn, 2 times" in text
     assert "Measured with: date: " in text
     row = rows_of(groups)[1]

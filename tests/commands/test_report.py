@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import io
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Call
+from vla_pruner.pages.report_page import aligned, report_page
 from vla_pruner.reports.compare import compare, per_task, read_runs, relative, table_one
-from vla_pruner.reports.document import Table, Text, to_html, to_latex, to_markdown
-from vla_pruner.reports.plots import curves
+from vla_pruner.reports.document import Table, Text, to_markdown
 from vla_pruner.reports.report import blocks_of, rows_of
 from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.store import Store
@@ -112,11 +114,12 @@ def test_markdown_says_what_is_missing_and_what_was_measured(run_folder):
 
 
 class Page(HTMLParser):
-    """What a browser would fetch, and how many rows, shaded cells and plots there are."""
+    """What a browser would fetch of a page, its rows of dots, its shaded cells, and its data."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.fetched, self.tags, self.shaded = [], [], 0
+        self.fetched, self.tags, self.shaded, self.rows, self.inputs = [], [], 0, [], []
+        self.data, self._in_data = "", False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -124,16 +127,88 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.fetched += [v for k, v in values.items() if k in ("src", "href", "srcset")]
         self.shaded += "background" in (values.get("style") or "") and tag == "td"
+        self._in_data = values.get("id") == "data"
+        if tag == "tr" and "data-condition" in values:
+            self.rows.append((values["data-condition"], values["data-method"]))
+        if tag == "input":
+            self.inputs.append((values["name"], values["value"]))
+
+    def handle_data(self, text):
+        if self._in_data:
+            self.data += text
 
 
-def test_the_page_is_self_contained_with_heat_map_and_curves(run_folder):
-    text = to_html(blocks_of(read_runs([run_folder])))
-    page = Page(text)
-    assert page.fetched == []
-    assert "script" not in page.tags
-    assert page.tags.count("svg") == 4 + 6  # the curves, and two lines in each of their legends
+def page_of(run_folder: Path, **more) -> tuple[str, Page]:
+    groups = read_runs([run_folder])
+    text = report_page(groups, blocks_of(groups), **more)
+    return text, Page(text)
+
+
+def test_the_page_is_self_contained(run_folder):
+    text, page = page_of(run_folder, files={"report.csv": "a,b"})
+    assert page.fetched and all(one.startswith(("data:", "#")) for one in page.fetched)
+    assert not re.search(
+        r"https?://(?!www\.w3\.org/2000/svg)|url\((?!#)|@import|fetch\(|XMLHttpRequest|import\(",
+        text,
+    )
+    assert page.tags.count("svg") == 4 + 2 + 1  # the curves, and the lines of two legends
+
+
+def test_the_page_has_a_row_of_dots_for_every_condition_of_every_suite(run_folder):
+    text, page = page_of(run_folder)
+    easy = [("none", "none"), ("vla-pruner@0.5", "vla-pruner")]
+    assert page.rows == [*easy, ("vla-pruner@0.25:window=1", "vla-pruner"), *easy]
+    for number in ("3 of 4", "1 of 2", "2.00x", "±0 points", "Partial: 2 episodes of toy in easy"):
+        assert number in text
+
+
+def test_conditions_can_be_chosen_by_budget_and_by_method(run_folder):
+    _, page = page_of(run_folder)
+    assert [one for one in page.inputs if one[0] != "order"] == [
+        ("budget", "50 %"),
+        ("budget", "25 %"),
+        ("method", "vla-pruner"),
+    ]
+
+
+def test_tables_shade_tasks_by_their_success(run_folder):
+    text, page = page_of(run_folder)
     assert page.shaded == 2 * 3 + 2 * 2
-    assert "rgb(56 132 255/0.50)" in text
+    assert "background:rgb(var(--shade)/0.23)" in text  # half of the darkest, 0.45
+
+
+def test_every_episode_is_in_the_page_with_its_film_if_there_is_one(run_folder):
+    groups = read_runs([run_folder])
+    films = {groups[0]: {("none", 101): "films/toy/101.html#run=none"}}
+    page = Page(report_page(groups, blocks_of(groups), films=films, watch="vla-pruner watch run"))
+    data = json.loads(page.data)
+    easy, hard = data["groups"]
+    assert data["watch"] == "vla-pruner watch run"
+    runs = {one["name"]: one["runs"] for one in easy["conditions"]}
+    assert runs["none"][0] == [100, 1, 4, 2, 0, 0]
+    assert runs["none"][1] == [101, 1, 4, 2, 0, 1, "films/toy/101.html#run=none"]
+    assert runs["vla-pruner@0.5"][2] == [102, 0, 4, 2, 1, 0]
+    assert [one["budget"] for one in easy["conditions"]] == ["all", "50 %", "25 %"]
+    assert len(hard["conditions"]) == 2
+
+
+def test_names_from_elsewhere_cannot_become_part_of_the_page(tmp_path):
+    bad = "</script><img src=x onerror=alert(1)>"
+    setup = dataclasses.replace(EASY, policy=f"evil{bad}", tasks=(bad, "<b>"))
+    plans = [Planned(setup, one, {}, None, 0, 1) for one in (NONE, HALF)]
+    with Store(tmp_path, write=True) as store:
+        store.begin(plans, {**STAMP, "cpu": bad})
+        for plan in plans:
+            store.add(Job(plan, toy_task(), 100), episode(plan.condition, 100, True))
+    text, page = page_of(tmp_path, watch=f"vla-pruner watch {bad}")
+    assert "img" not in page.tags and "b" in page.tags
+    assert "<img" not in text
+    assert json.loads(page.data)["groups"][0]["tasks"] == [bad, "<b>"]
+
+
+def test_columns_of_numbers_are_told_from_columns_of_words():
+    table = Table("t", ["a", "b", "c", "d"], [["x", "5 %", "-", "fast"], ["y", "+3", "12", "1"]])
+    assert aligned(table) == [False, True, True, False]
 
 
 def test_csv_has_every_condition_once(run_folder):
@@ -188,29 +263,6 @@ def test_a_report_needs_neither_recipe_nor_suite(tmp_path):
 # -- formats -------------------------------------------------------------------------------------
 
 
-def test_signs_that_mean_something_to_a_format_are_escaped():
-    table = Table("50 % & more", ["a_b", "c|d"], [["x<y", "5 %"]])
-    assert "| a_b | c\\|d |" in to_markdown([table])
-    page = to_html([Text("<script>"), table])
-    assert "&lt;script&gt;" in page
-    assert "x&lt;y" in page
-    latex = to_latex([table])
-    assert r"\caption{50 \% \& more}" in latex
-    assert r"a\_b & c\textbar{}d \\" in latex
-    assert r"x\textless{}y & 5 \% \\" in latex
-
-
-def test_latex_tables_have_as_many_columns_as_they_say():
-    latex = to_latex([Table("t", ["a", "b", "c"], [["1", "2", "3"]])])
-    assert r"\begin{tabular}{lrr}" in latex
-    rows = [line for line in latex.splitlines() if line.endswith(r"\\")]
-    assert [line.count("&") for line in rows] == [2, 2]
-    assert latex.count(r"\begin{") == latex.count(r"\end{")
-
-
-def test_a_curve_is_higher_where_the_value_is():
-    svg = curves({"m": [(0.0, 0.0, 0.0, 0.5), (1.0, 1.0, 0.5, 1.0)]}, x_label="x")
-    path = svg.partition("<path d='")[2].partition("'")[0]
-    (_, low), (_, high) = [tuple(map(float, p[1:].split(","))) for p in path.split()]
-    assert high < low
-    assert svg.count("<circle") == 2
+def test_signs_that_mean_something_to_markdown_are_escaped():
+    assert "| a_b | c\\|d |" in to_markdown([Table("t", ["a_b", "c|d"], [["x<y", "5 %"]])])
+    assert to_markdown([Text("plain")]) == "plain\n"

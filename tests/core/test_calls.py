@@ -271,6 +271,68 @@ def test_copies_of_caches_continue_what_they_are_copies_of(model, inputs):
     same(got, expected)
 
 
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_rows_of_different_episodes_may_not_change_places(model, inputs, method, mode, kind):
+    """Each row keeps its own tokens and its own padding, which the masks of later passes go by."""
+    text = model.config.text_config
+    short = [9, 9, 1, *[IMAGE] * M, 7]  # Two tokens of padding on the left.
+    ids = torch.tensor([[1, 5, 4, *[IMAGE] * M, 7], short])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    pixels = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(-1)])
+    other = torch.tensor([1, 0])
+
+    def prefill():
+        cache = DynamicCache() if kind is DynamicCache else StaticCache(text, max_cache_len=48)
+        model(input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=cache)
+        return cache
+
+    def go_on(cache, mask):
+        long = F.pad(mask, (0, 1), value=1)
+        return model(input_ids=ids[:, -1:], attention_mask=long, past_key_values=cache).logits
+
+    options = {"window": 1} if method == "vla-pruner" else {}
+    with prune(model, method, mode=mode, **options) as session, torch.no_grad():
+        for step in range(2):
+            cache = prefill()
+            twin = copy.deepcopy(cache)
+            twin.reorder_cache(other)
+            by_hand = copy.deepcopy(cache)
+            by_hand.layers[-1].keys[:] = by_hand.layers[-1].keys[other]
+            for moved in (twin, by_hand):
+                with pytest.raises(RuntimeError, match="rows of this cache stand in another order"):
+                    go_on(moved, mask[other])
+            same(go_on(copy.deepcopy(cache), mask), go_on(cache, mask))  # A copy in order is one.
+            cache.reorder_cache(torch.tensor([0, 1]))
+            go_on(cache, mask)
+            assert bool(session.last.warm_up.all()) == (step == 0 and method == "vla-pruner")
+            cache.reorder_cache(other)
+            with pytest.raises(RuntimeError, match="rows of this cache stand in another order"):
+                go_on(cache, mask[other])
+
+
+def test_rows_of_one_episode_may_change_places(model, inputs):
+    """Beams: the same tokens stay in each, so that nothing tells them apart but what they say."""
+    call = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+    with prune(model) as session, torch.no_grad():
+        session.episodes(["one", "one"])
+        cache = DynamicCache()
+        model(**call, past_key_values=cache)
+        words, mask = torch.tensor([[4], [6]]), F.pad(call["attention_mask"], (0, 1), value=1)
+        plain = copy.deepcopy(cache)
+        model(input_ids=words, attention_mask=mask, past_key_values=plain)
+        got = model(input_ids=words.flip(0), attention_mask=mask, past_key_values=cache).logits
+        plain.reorder_cache(torch.tensor([1, 0]))
+        ends, mask = torch.tensor([[8], [8]]), F.pad(mask, (0, 1), value=1)
+        same(
+            model(input_ids=ends, attention_mask=mask, past_key_values=plain).logits,
+            model(input_ids=ends, attention_mask=mask, past_key_values=cache).logits,
+        )
+        assert got.isfinite().all()
+
+
 def test_a_cropped_cache_is_refused(model, inputs):
     with prune(model):
         cache = model(**inputs, use_cache=True).past_key_values

@@ -331,4 +331,4 @@ def test_an_unknown_tensor_of_the_attention_is_refused():
 
     attention, x = nn.Identity(), torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="`position_bias`"):
-        Seen.of(attention, x, x, None, {"position_bias": x}, keys=None, causal=True)
+        Seen.of(None, (attention, x, x, None, {"position_bias": x}), None)

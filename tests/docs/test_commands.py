@@ -17,16 +17,26 @@ from typing import Any
 import pytest
 
 from vla_pruner import cli
-from vla_pruner.commands import analyze, bench, calibrate, demo, latency, report, running, serve
+from vla_pruner.commands import (
+    analyze,
+    bench,
+    calibrate,
+    demo,
+    latency,
+    report,
+    running,
+    serve,
+    watch,
+)
 from vla_pruner.runs import execute
-from vla_pruner.scenes.suites import SUITES, pick_place
+from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "experiments").glob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
     ]
 )
 WORD = re.compile(r"(?:VLA_\w+=\S+ )?vla-pruner ([a-z]+)\b(.*)", re.DOTALL)
@@ -77,6 +87,8 @@ class NoEpisodes:
 
 def stand_in(name: str) -> Any:
     """A suite, or one of its shape where its simulator is not installed."""
+    if name.partition("+")[0] == PICK_PLACE:
+        return open_suite(name)
     if name not in SUITES:
         raise ValueError(f"the documentation names a suite {name!r}, which there is not")
     suite = pick_place()
@@ -103,6 +115,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     # What these read was written by commands that were not really run.
     monkeypatch.setattr(latency, "Store", reach)
     monkeypatch.setattr(report, "read_runs", reach)
+    monkeypatch.setattr(watch, "read_runs", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "_serve", reach)
 

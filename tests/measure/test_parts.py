@@ -39,7 +39,7 @@ def workload() -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in vp.list_methods() if name not in ("none", "fixed")]
+    "name", [name for name in vp.list_methods() if name not in ("none", "fixed", "prefix-reuse")]
 )
 def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any) -> None:
     """Its own layer and recipe, and a step that drops tokens, also where some do not."""
@@ -49,7 +49,7 @@ def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any
     method = build(name, keep=0.25)
     layer = getattr(method, "layer", 0) or 1
     asks = bool(method.scores(layer)) or method.history is not None
-    assert (row.scoring_ms is not None) == (asks or name in ("fitprune", "vla-cache"))
+    assert (row.scoring_ms is not None) == (asks or name in ("fitprune", "vla-cache", "vla-iap"))
     assert row.visual < full.visual
 
 

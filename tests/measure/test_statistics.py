@@ -7,9 +7,12 @@ import pytest
 
 from vla_pruner.measure.statistics import (
     PairedSuccess,
+    difference_of_differences,
+    holm,
     median,
     paired_success,
     quantile,
+    ratio_of_means,
     speedup_of,
     wilson,
 )
@@ -130,3 +133,30 @@ def test_speedup_of_is_repeatable_and_widens_with_disagreement():
 
 def test_a_single_episode_has_a_speedup_and_no_interval():
     assert speedup_of([[10.0, 10.0]], [[5.0, 5.0]]) == (2.0, None)
+
+
+def test_holm_steps_down_and_never_below_a_smaller_one():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_ratio_of_means_is_that_of_what_is_printed():
+    ratio, interval = ratio_of_means([1, 2, 3, 4], [2, 4, 6, 8])
+    assert (ratio, interval.low, interval.high) == (2.0, 2.0, 2.0)
+    ratio, interval = ratio_of_means([1, 2, 3, 4], [2, 2, 3, 5])
+    assert ratio == pytest.approx(1.2) and interval.low < 1.2 < interval.high
+    assert ratio_of_means([2.0], [3.0]) == (1.5, None)
+    ratio, interval = ratio_of_means([0, 0], [1, 1])
+    assert math.isnan(ratio) and interval is None
+    with pytest.raises(ValueError, match="need pairs"):
+        ratio_of_means([1, 2], [1])
+
+
+def test_the_difference_of_differences_is_as_uncertain_as_both():
+    first, second = PairedSuccess(0, 0, 40), PairedSuccess(0, 12, 40)
+    middle, interval = difference_of_differences(first, second)
+    assert middle == pytest.approx(-0.3)
+    assert interval.low < second.interval().low and second.interval().high < interval.high < 0
+    nothing, wide = difference_of_differences(first, first)
+    assert nothing == 0 and wide.low == -wide.high < 0

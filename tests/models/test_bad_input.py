@@ -94,3 +94,14 @@ def test_flow_steps_are_left_out_of_action_experts_alone(decoders, embeds):
         vp.prune(model, "efficientvla", keep=KEEP, adapter=adapter, flow_interval=2)
     with attach(model):
         show(model, embeds(1))
+
+
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.53.2")
+    policy = vp.models.load("mini-oft")
+    with pytest.raises(NotImplementedError, match=r"transformers 4\.53\.2 .* 4\.57 or newer"):
+        vp.prune(policy, "fastv")
+    monkeypatch.setattr(transformers, "__version__", "5.0.0.dev0")
+    vp.prune(policy, "fastv").remove()

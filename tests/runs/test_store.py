@@ -67,6 +67,7 @@ def test_a_row_can_be_read_without_this_package(tmp_path):
     calls = row.pop("calls")
     assert '"latency_ms":[12.5,7.5]' in calls
     assert row.pop("finished").startswith("20")
+    assert (row.pop("held"), row.pop("motion")) == (None, None)
     assert row == {
         "suite": "toy_suite",
         "task": "plate",

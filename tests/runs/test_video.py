@@ -104,7 +104,7 @@ def test_policies_of_one_name_and_conditions_with_options_have_their_own_folders
     jobs = [Job(Planned(setup, one, {}, None, 0, 9), toy_task(), 100) for one in windows]
     other = dataclasses.replace(setup, policy="elsewhere/toy", weights="abc")
     jobs.append(Job(Planned(other, windows[0], {}, None, 0, 9), toy_task(), 100))
-    paths = [video.video_path(tmp_path, job) for job in jobs]
+    paths = [video.video_path(tmp_path, one.setup, one.condition.name, one.seed) for one in jobs]
     assert len(set(paths)) == 3
     assert paths[0].parent.name == "vla-pruner@0.5_window=1"
     assert all(path.relative_to(tmp_path).parts[0] == "videos" for path in paths)

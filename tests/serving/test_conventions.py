@@ -12,6 +12,7 @@ pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pr
 pytest.importorskip("scipy", reason="scipy comes with the simulator: pip install 'vla-pruner[sim]'")
 
 from scipy.spatial.transform import Rotation
+from tiny_openvla import make_oft
 from vla_eval.benchmarks.libero import LIBEROBenchmark
 from vla_eval.benchmarks.simpler import SimplerEnvBenchmark
 from vla_eval.specs import DimSpec, check_specs
@@ -208,7 +209,7 @@ def test_simpler_messages_are_answered_with_actions_that_its_class_carries_out(
     answers = ask(server, talk)
     for answer in answers:
         benchmark.step({"actions": answer})
-    session = server.served.session
+    session, last = server.served.session, None
     session.reset()
     session.episodes(None)
     for seen, answer, done in zip(sent, answers, benchmark._env.actions, strict=True):
@@ -216,7 +217,10 @@ def test_simpler_messages_are_answered_with_actions_that_its_class_carries_out(
             seen["images"]["primary"], seen["task_description"], unnorm_key="pick_place"
         )
         turn = Rotation.from_euler("xyz", wanted[3:6]).as_rotvec()
-        assert np.allclose(answer, [*wanted[:3], *turn, wanted[6]], atol=1e-5)
+        opening = np.clip(wanted[6], 0, 1)
+        change = 0.0 if last is None else last - opening
+        last = opening
+        assert np.allclose(answer, [*wanted[:3], *turn, (1 - change) / 2], atol=1e-5)
         assert np.allclose(done[:6], answer[:6])
 
 
@@ -226,14 +230,79 @@ class _NoRecorder:
     def record_step(self, **fields: Any) -> None: ...
 
 
-def test_the_sticky_gripper_closes_when_the_policy_says_close() -> None:
+def through_simpler(openings: np.ndarray) -> np.ndarray:
+    """What reaches the arm of the Google robot, for what an RLDS policy writes step by step."""
     benchmark = SimplerEnvBenchmark("google_robot_pick_coke_can", gripper_mode="sticky")
     benchmark._env, benchmark._recorder = Arm(), _NoRecorder()
     spoken = translator("simpler-google")
-    for said in (0.0, 1.0):  # RLDS: close, open
-        benchmark._sticky_action_is_on = False
-        benchmark.step({"actions": spoken.actions(np.array([0, 0, 0, 0, 0, 0, said]))})
-    assert [done[6] for done in benchmark._env.actions] == [1.0, -1.0]
+    hand = spoken.hand()
+    for opening in openings:
+        (sent,) = spoken.actions(np.array([[0, 0, 0, 0, 0, 0, opening]]))
+        benchmark.step({"actions": hand(sent)})
+    return np.array([done[6] for done in benchmark._env.actions])
+
+
+def simpler_rule(openings: np.ndarray) -> np.ndarray:
+    """SIMPLER's own: the jump from the last opening to this one; above 0.5 it lasts 15 steps."""
+    last, latched, left, commands = None, 0.0, 0, []
+    for opening in openings:
+        jump = 0.0 if last is None else last - opening
+        last = opening
+        if left == 0 and abs(jump) > 0.5:
+            latched, left = jump, 15
+        commands.append(latched if left else jump)
+        left = max(left - 1, 0)
+    return np.array(commands)
+
+
+@pytest.mark.parametrize("kind", ["noise", "runs", "analogue", "one close"])
+def test_the_sticky_gripper_does_what_simpler_does(kind: str) -> None:
+    random = np.random.default_rng(len(kind))
+    for trial in range(60):
+        openings = {
+            "noise": random.choice([0.0, 0.996], 80),
+            "runs": np.repeat(random.choice([0.0, 0.996], 16), 5),
+            "analogue": random.uniform(-0.2, 1.2, 80),
+            "one close": np.where(np.arange(80) < 1 + trial, 0.996, 0.0),
+        }[kind]
+        wanted = simpler_rule(np.clip(openings, 0, 1))
+        assert np.allclose(through_simpler(openings), wanted, atol=1e-6), trial
+
+
+def test_a_chunk_s_gripper_is_the_change_since_what_was_carried_out(
+    open_server: Callable, oft: Any
+) -> None:
+    """Two actions of four are carried out: the two that are not leave no trace."""
+    one_camera = make_oft(num_images=1, proprio_dim=None)
+    server = open_server(one_camera, benchmark="simpler-google", chunk_size=2)
+    written: list[np.ndarray] = []
+    step = server.served.step
+
+    def spy(keys: list[Any], rows: list[Any]) -> Any:
+        done = step(keys, rows)
+        written.extend(row.actions for row in done)
+        return done
+
+    async def talk(url: str) -> list[np.ndarray]:
+        server.served.step = spy
+        async with client(url) as connection:
+            seen = [simpler_message("google_robot_pick_coke_can", seed) for seed in range(6)]
+            return [(await connection.act(each))["actions"][6] for each in seen]
+
+    got = ask(server, talk)
+    openings = np.clip(np.concatenate([chunk[:2, 6] for chunk in written]), 0, 1)
+    assert np.allclose(got, (1 - np.append(0, openings[:-1] - openings[1:])) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(CONVENTIONS))
+@pytest.mark.parametrize("written", ["rlds", "robosuite"])
+def test_the_gripper_is_clipped(name: str, written: str) -> None:
+    low = 0.0 if CONVENTIONS[name].wants_open else -1.0
+    sent = gripper(name, written, [-7.0, -0.3, 0.5, 1.3, 2.99])
+    assert min(sent) >= low and max(sent) <= 1
+    ends = gripper(name, written, [-7.0, 7.0])
+    assert sorted(ends) == [low, 1.0]
+    assert np.allclose(gripper(name, "rlds", [0.25]), gripper(name, "robosuite", [0.5]))
 
 
 def test_libero_messages_of_one_camera_reach_a_policy_of_one_camera(

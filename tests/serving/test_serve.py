@@ -112,10 +112,9 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
     )
     assert process.stdout is not None
     said = process.stdout.readline()
-    assert "serving mini-oft for pickplace" in said
-    while "server listening" not in said:
-        said = process.stdout.readline()
+    while "serving mini-oft for pickplace, method vla-pruner@0.25: vla-eval on ws://" not in said:
         assert said, "the server ended before it listened"
+        said = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == cli.INTERRUPTED, rest

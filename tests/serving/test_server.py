@@ -66,8 +66,8 @@ def test_interleaved_clients_are_as_if_alone(open_server: Callable) -> None:
 def test_clients_that_share_passes_are_as_if_alone(open_server: Callable) -> None:
     server = open_server(max_batch_size=3, max_wait_time=1.0)
     sizes: list[int] = []
-    predict = server.predict_batch
-    server.predict_batch = lambda rows, ctx: sizes.append(len(rows)) or predict(rows, ctx)
+    step = server.served.step
+    server.served.step = lambda keys, rows: sizes.append(len(rows)) or step(keys, rows)
     runs = [STEPS, OTHERS, [*OTHERS[:2], *STEPS]]
     answers: dict[int, list[np.ndarray]] = {}
 
@@ -82,7 +82,6 @@ def test_clients_that_share_passes_are_as_if_alone(open_server: Callable) -> Non
 
     ask(server, talk)
     assert max(sizes) > 1
-    del server.predict_batch
     for number, steps in enumerate(runs):
         assert same(answers[number], lone_run(server, steps))
 
@@ -150,12 +149,14 @@ def test_the_same_episode_draws_the_same_random_tokens(open_server: Callable) ->
 def test_a_chunk_is_handed_out_action_by_action(open_server: Callable) -> None:
     server = open_server(chunk_size=2)
 
+    calls: list[int] = []
+    server.served.policy.language_model.model.register_forward_hook(lambda *_: calls.append(1))
+
     async def talk(url: str) -> list[np.ndarray]:
+        calls.clear()  # Those of the warm-up.
         async with client(url) as connection:
             return await act(connection, [1, 2, 3, 4])
 
-    calls: list[int] = []
-    server.served.policy.language_model.model.register_forward_hook(lambda *_: calls.append(1))
     answers = ask(server, talk)
     assert len(calls) == 2
     assert all(action.shape == (7,) for action in answers)
@@ -223,31 +224,43 @@ def test_a_client_that_dies_leaves_the_server_alive(open_server: Callable) -> No
             answers = await act(other, STEPS[:2])
             async with client(url) as doomed:
                 await act(doomed, OTHERS)
-                assert len(server._episodes) == 2
+                assert server.engine.metrics.get("episodes") == 2
                 doomed._ws.transport.abort()
             with anyio.fail_after(30):
-                while len(server._episodes) > 1:
+                while server.engine.metrics.get("episodes") > 1:
                     await anyio.sleep(0.01)
             return answers + await act(other, STEPS[2:])
 
     assert same(ask(server, talk), lone_run(server, STEPS))
-    assert not server._episodes
-    assert not server._latest
+    assert server.engine.metrics.get("episodes") == 0
 
 
-def test_an_old_connection_cannot_end_the_episode_of_a_new_one(open_server: Callable) -> None:
-    from vla_eval.model_servers.base import SessionContext
+@pytest.mark.parametrize("ids", [("s", "e", "s", "e"), ("1", "x", "2", "x"), ("s", "1", "s", "2")])
+def test_ids_that_clients_share_mix_nothing(open_server: Callable, ids: tuple[str, ...]) -> None:
+    server = open_server(chunk_size=2)
 
-    server = open_server()
+    async def begin(connection: Any, sid: str, eid: str) -> None:
+        task = {"name": "a task", "episode_idx": 0}
+        await connection.start_episode({"task": task, "recording": {"sid": sid, "eid": eid}})
 
-    async def talk() -> None:
-        old, new = (SessionContext("client", name) for name in ("first", "second"))
-        await server.on_episode_start({}, old)
-        await server.on_episode_start({}, new)
-        assert list(server._episodes) == ["second"]
-        await server.on_episode_end({}, old)
-        assert list(server._episodes) == ["second"]
-        await server.on_episode_end({}, new)
-        assert not server._episodes
+    async def talk(url: str) -> list[np.ndarray]:
+        async with client(url, task=None) as one, client(url, task=None) as other:
+            await begin(one, *ids[:2])
+            await begin(other, *ids[2:])
+            answers = []
+            for left, right in zip(STEPS, OTHERS, strict=True):
+                answers += await act(one, [left]) + await act(other, [right])
+            await other.end_episode({})
+            return answers + await act(one, [6, 7])
 
-    anyio.run(talk)
+    answers = ask(server, talk)
+
+    async def alone(url: str) -> list[np.ndarray]:
+        async with client(url) as one:
+            first = await act(one, [*STEPS, 6, 7])
+        async with client(url) as one:
+            return first + await act(one, OTHERS)
+
+    wanted = ask(server, alone)
+    assert same(answers[:10:2] + answers[10:], wanted[:7])
+    assert same(answers[1:10:2], wanted[7:])

@@ -1,91 +1,124 @@
-"""Films of an episode: camera, scores as heat maps, and what each method keeps."""
+"""Films of an episode: camera, scores, and what each method keeps, for the player of a page."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vla_pruner.analysis.record import Trace
+from vla_pruner.analysis.record import MethodReplay, Trace
+from vla_pruner.episodes.picture import scaled_bytes
 
-QUALITY = 55
-SECONDS_PER_CALL = 0.4
-_WARM = np.array([255, 140, 0], dtype=np.float32)
+QUALITY = 70
+COLUMNS = 10
+"""Frames in one row of a contact sheet."""
+CALLS_PER_SECOND = 2.5
+ALL = "all tokens"
 
 
-def film(trace: Trace, camera: int, replays: list[str]) -> str:
-    """An animated WebP as a data URI, one picture per call.
+def scenes_of(
+    traces: Sequence[Trace], cameras: Sequence[str], room: int
+) -> tuple[dict[str, Any], int]:
+    """What the film player is given, scene by scene while there is room, and how many are left out.
 
-    Panels from left to right: the frame, prefill score, action score, then each replay's kept
-    patches. Heat maps are on a square-root scale, 1 for the largest score of the call.
+    A frame is a call. The runs of a scene are what each method would have kept of the same images.
 
     Args:
-        trace: the episode.
-        camera: number of the camera.
-        replays: names, in order.
+        traces: episodes.
+        cameras: names, in the order of the views.
+        room: bytes that pictures may take.
 
     Raises:
-        ValueError: the camera's tokens are no square grid.
+        ValueError: a camera's tokens are no square grid.
     """
-    pictures = [
-        Image.fromarray(np.concatenate(panels(trace, call, camera, replays), axis=1))
-        for call in range(len(trace.steps))
-    ]
+    scenes: list[dict[str, Any]] = []
+    for trace in traces:
+        sheets = [_sheet(trace.frames[:, view]) for view in range(len(cameras))]
+        room -= sum(map(len, sheets))
+        if room < 0:
+            break
+        scenes.append(_scene(trace, cameras, sheets))
+    names = shown(traces[0].replays) if traces else []
+    data = {
+        "unit": "call",
+        "hz": CALLS_PER_SECOND,
+        "speed": CALLS_PER_SECOND,
+        "no_scores": "",
+        "focus": None,
+        "conditions": [{"name": name, "label": name} for name in (ALL, *names)],
+        "scenes": scenes,
+    }
+    return data, len(traces) - len(scenes)
+
+
+def shown(names: Iterable[str]) -> list[str]:
+    """The replays to draw: of the first budget, and of VLA-Pruner without the kinds of memory."""
+    plain = [name for name in names if "(" not in name]
+    return [name for name in plain if name.endswith("@" + plain[0].partition("@")[2])]
+
+
+def _scene(trace: Trace, cameras: Sequence[str], sheets: list[str]) -> dict[str, Any]:
+    runs = {name: trace.replays[name] for name in shown(trace.replays)}
+    first = [int(np.argmin(replay.full)) for replay in runs.values() if not replay.full.all()]
+    return {
+        "seed": trace.seed,
+        "name": f"scene {trace.seed}",
+        "instruction": trace.instruction,
+        "start": max(first, default=0),
+        "sheets": sheets,
+        "runs": {
+            ALL: _run(trace, cameras, None),
+            **{name: _run(trace, cameras, replay) for name, replay in runs.items()},
+        },
+    }
+
+
+def _run(trace: Trace, cameras: Sequence[str], replay: MethodReplay | None) -> dict[str, Any]:
+    """One method on the images of a trace; None: the scores, and every token."""
+    calls = []
+    for call in range(len(trace.steps)):
+        kept = "4" * trace.semantic.shape[1]
+        if replay is not None:
+            kept = "".join("4" if one else "0" for one in replay.kept[call])
+        calls.append(
+            {
+                "step": call,
+                "warm_up": bool(replay is not None and replay.full[call]),
+                "kept": kept,
+                "semantic": scaled_bytes(trace.semantic[call]) if replay is None else None,
+                "forecast": scaled_bytes(trace.action[call]) if replay is None else None,
+            }
+        )
+    recording = {
+        "cameras": list(cameras),
+        "grids": [_side(tokens) for tokens in trace.views],
+        "frames": len(calls),
+        "size": trace.frames.shape[2],
+        "columns": COLUMNS,
+        "calls": calls,
+    }
+    return {"success": trace.success, "steps": len(calls), "recording": recording}
+
+
+def _side(tokens: int) -> int:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} visual tokens of a camera are no square grid of patches")
+    return side
+
+
+def _sheet(frames: np.ndarray) -> str:
+    """Frames uint8 `[T, H, W, 3]`, row by row in one WebP image, as a data URI."""
+    size = frames.shape[1]
+    rows = -(-len(frames) // COLUMNS)
+    sheet = Image.new("RGB", (size * min(len(frames), COLUMNS), size * rows))
+    for number, frame in enumerate(frames):
+        sheet.paste(Image.fromarray(frame), (size * (number % COLUMNS), size * (number // COLUMNS)))
     buffer = io.BytesIO()
-    pictures[0].save(
-        buffer,
-        "WEBP",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=round(1000 * SECONDS_PER_CALL),
-        loop=0,
-        quality=QUALITY,
-    )
-    return _uri(buffer)
-
-
-def strip(trace: Trace, camera: int, replays: list[str], calls: int = 8) -> str:
-    """Some calls, evenly spaced, one above the other, in the panels of `film`; a data URI."""
-    chosen = np.unique(np.linspace(0, len(trace.steps) - 1, calls).round().astype(int))
-    rows = [np.concatenate(panels(trace, call, camera, replays), axis=1) for call in chosen]
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(buffer, "WEBP", quality=QUALITY)
-    return _uri(buffer)
-
-
-def panels(trace: Trace, call: int, camera: int, replays: list[str]) -> list[np.ndarray]:
-    """The panels of one call, uint8 `[H, W, 3]` each."""
-    frame = trace.frames[call, camera]
-    start = sum(trace.views[:camera])
-    tokens = slice(start, start + trace.views[camera])
-    result = [frame]
-    for scores in (trace.semantic[call], trace.action[call]):
-        heat = np.sqrt(np.clip(scores[tokens], 0, None) / max(float(scores.max()), 1e-30))
-        result.append(_glow(frame, heat))
-    for name in replays:
-        weight = np.where(trace.replays[name].kept[call, tokens], 1.0, 0.18)
-        result.append((frame * _enlarged(weight, frame)).astype(np.uint8))
-    return result
-
-
-def _glow(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A darkened frame with warm light where `heat` `[n]` in [0, 1] is high."""
-    weight = _enlarged(heat, frame)
-    return np.asarray(0.35 * frame * (1 - weight) + _WARM * weight).astype(np.uint8)
-
-
-def _enlarged(values: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Values of the patches `[n]` at each pixel of a frame: `[H, W, 1]`."""
-    side = math.isqrt(len(values))
-    if side * side != len(values):
-        raise ValueError(f"{len(values)} visual tokens of a camera are no square grid of patches")
-    height, width = frame.shape[:2]
-    rows, columns = np.arange(height) * side // height, np.arange(width) * side // width
-    return values.reshape(side, side)[rows[:, None], columns[None]][..., None]
-
-
-def _uri(buffer: io.BytesIO) -> str:
+    sheet.save(buffer, "WEBP", quality=QUALITY)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -193,7 +193,7 @@ def _cells(row: VariantRow, full: VariantRow) -> dict[str, str]:
         "variant": row.name,
         "tokens": str(row.visual),
         "prefill ms": str(row.prefill_ms),
-        "speed-up": f"{row.speedup.median:.2f}",
+        "speed-up": f"{row.speedup}",
         "bound": f"{row.bound:.2f}",
         "of bound": f"{row.of_bound:.3f}",
         "of ideal": f"{row.of_ideal.median:.3f}" if row.of_ideal else "",
@@ -202,7 +202,7 @@ def _cells(row: VariantRow, full: VariantRow) -> dict[str, str]:
         "share": f"{100 * sum(parts) / passes:.2f} %" if parts else "",
         "decode ms": str(row.decode_ms) if row.decode_ms else "",
         "step ms": str(row.total_ms) if beyond_prefill else "",
-        "step speed-up": f"{row.total_speedup.median:.2f}" if beyond_prefill else "",
+        "step speed-up": f"{row.total_speedup}" if beyond_prefill else "",
         "ops": _operators(row, full),
         "waits": "" if row.waits is None else str(sum(row.waits.values())),
         "peak MB": "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
@@ -257,7 +257,8 @@ def _notes(result: Comparison) -> str:
         f"{dtype} {spread} ms" for dtype, spread in result.selection_128_of_512_ms.items()
     )
     return (
-        "Median [quartiles]. Bound: prefill FLOPs of the full model over those of the variant. "
+        "Median [quartiles]; speed-up: ratio of the medians [95 % interval]. "
+        "Bound: prefill FLOPs of the full model over those of the variant. "
         "Ideal: the same cut, its tokens chosen beforehand, nothing scored. "
         "Share: scoring and selection alone, of the full model's passes. "
         "Ops: operators of a step, or added to it (of these, in scoring + selection); waits: those "

@@ -30,8 +30,9 @@ from vla_pruner.commands.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.timing import keep_freed_memory
+from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import load, shipped
-from vla_pruner.reports.demo_page import write_page
+from vla_pruner.pages.demo_page import write_page
 from vla_pruner.reports.files import write_text
 from vla_pruner.reports.latency import pace_notes
 from vla_pruner.reports.summary import Summary, episodes_csv, rows_csv, summarise
@@ -126,7 +127,8 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
         environment=stamp(args.device),
         apart={name: timed[name] for name in names} if timed.keys() >= set(names) else {},
     )
-    write_report(args.out, summary, conditions, suite, command=command_of(args))
+    decoder = _decoder(policy)
+    write_report(args.out, summary, conditions, suite, command=command_of(args), decoder=decoder)
     console.print(table(summary))
     console.print(pace_notes(summary), style="dim", highlight=False)
     page = (args.out / "index.html").resolve().as_uri()
@@ -180,8 +182,22 @@ def command_of(args: argparse.Namespace) -> str:
     return shlex.join([*words, "--seed", str(args.seed), "--out", str(args.out)])
 
 
+def _decoder(policy: Any) -> tuple[int, int]:
+    """Width and number of layers of what is pruned."""
+    adapter = find_adapter(policy)
+    adapter.bind(policy)
+    decoder: Any = adapter.decoder
+    return decoder.config.hidden_size, decoder.config.num_hidden_layers
+
+
 def write_report(
-    out: Path, summary: Summary, conditions: Sequence[Condition], suite: Suite, *, command: str
+    out: Path,
+    summary: Summary,
+    conditions: Sequence[Condition],
+    suite: Suite,
+    *,
+    command: str,
+    decoder: tuple[int, int] | None = None,
 ) -> None:
     """Write `index.html`, `results.json`, `results.csv` and `episodes.csv`."""
     recordings: dict[tuple[str, int], dict[str, Any]] = {}
@@ -201,6 +217,7 @@ def write_report(
         command=command,
         objects=suite.tasks,
         hz=suite.hz,
+        decoder=decoder,
     )
 
 

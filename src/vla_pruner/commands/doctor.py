@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from vla_pruner.commands.options import add_device, device_of
+from vla_pruner.episodes.control import said_by
 from vla_pruner.measure.doctor import act_of, examine
 from vla_pruner.measure.environment import stamp
+from vla_pruner.measure.preflight import preflight
 from vla_pruner.measure.workloads import DTYPES
-from vla_pruner.models.loading import load
+from vla_pruner.models.base import find_adapter
+from vla_pruner.models.loading import load, locate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,13 @@ def run(args: argparse.Namespace) -> int:
         findings = examine(
             model, act, keep=args.keep, tick=lambda check: status.update(f"checking: {check}")
         )
+        if findings[0].well:
+            status.update("checking: conventions")
+            folder = Path(locate(args.model))
+            folder_of = folder if folder.is_dir() else None
+            adapter = find_adapter(model)
+            adapter.bind(model)
+            findings += preflight(model, adapter, act, said_by(folder_of), folder_of)
     wrong = sum(finding.well is False for finding in findings)
     table = Table("check", "", "found", *(["what to do"] if wrong else []))
     marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "skipped"}

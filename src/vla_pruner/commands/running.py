@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
@@ -24,6 +26,8 @@ from vla_pruner.runs.execute import run_cells
 from vla_pruner.runs.matrix import Cell
 from vla_pruner.runs.processes import EpisodesFailed, Executor, Processes
 from vla_pruner.runs.store import Store
+from vla_pruner.scenes.clock import Pace
+from vla_pruner.scenes.perturb import PERTURBATIONS
 
 INTERRUPTED = 130
 
@@ -75,6 +79,73 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "be run; `vla-pruner report --without` only leaves them out",
     )
     add_control(parser)
+    _add_changes(parser)
+
+
+def _add_changes(parser: argparse.ArgumentParser) -> None:
+    """What is changed of the suites: time that does not wait, another look."""
+    parser.add_argument(
+        "--live",
+        nargs="?",
+        const="",
+        metavar="HZ",
+        help="the simulator goes on while the policy computes, HZ steps a second (default: the "
+        "suite's own rate); the robot holds still until the actions are there",
+    )
+    parser.add_argument(
+        "--latency",
+        nargs="+",
+        default=[],
+        metavar="MS",
+        help="with --live: how long a call takes, whatever it takes here; several give a curve",
+    )
+    parser.add_argument(
+        "--latency-of",
+        metavar="FILE",
+        help="with --live: latencies of each condition, from the report.csv of a run that "
+        "`vla-pruner latency` timed, or from JSON that maps conditions to ms",
+    )
+    parser.add_argument(
+        "--pace",
+        choices=get_args(Pace),
+        default="wait",
+        help="with --live: wait holds still during every call; ahead begins the next call before "
+        "the chunk ends, and leaves out actions of the past; rtc continues the running chunk (flow "
+        "policies), rtc-full with the policy's Jacobian",
+    )
+    parser.add_argument(
+        "--perturb",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"robosuite_pickplace with a change: {', '.join(PERTURBATIONS)}; none is without, all "
+        "is every one and none",
+    )
+
+
+def changes_of(args: argparse.Namespace) -> list[str]:
+    """What the arguments add to the names of suites, such as `+camera` and `+live5:200ms`.
+
+    Raises:
+        ValueError: arguments that do not go together.
+    """
+    perturb = words_of("--perturb", args.perturb) if args.perturb else ["none"]
+    if perturb == ["all"]:
+        perturb = ["none", *PERTURBATIONS]
+    latencies = words_of("--latency", args.latency) if args.latency else []
+    if args.live is None:
+        if latencies or args.latency_of or args.pace != "wait":
+            raise ValueError("--latency, --latency-of and --pace say what --live does; add --live")
+        live = [""]
+    else:
+        if latencies and args.latency_of:
+            raise ValueError("--latency and --latency-of: give one of them")
+        given = [f":{ms.removesuffix('ms')}ms" for ms in latencies]
+        given = given or [f":{args.latency_of}" if args.latency_of else ""]
+        pace = "" if args.pace == "wait" else f":{args.pace}"
+        live = [f"+live{args.live}{one}{pace}" for one in given]
+    looks = ["" if name == "none" else f"+{name}" for name in perturb]
+    return [look + clock for look in looks for clock in live]
 
 
 def open_executor(args: argparse.Namespace) -> Executor:
@@ -97,6 +168,9 @@ def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
     if args.ray is None:
         device_of(args.device)
     drop = words_of("--drop", args.drop) if args.drop else []
+    cells = [
+        replace(cell, suite=cell.suite + change) for change in changes_of(args) for cell in cells
+    ]
     try:
         with RunProgress(console) as progress:
             complete = run_cells(

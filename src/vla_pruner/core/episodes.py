@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vla_pruner._numbers import on_device
+from vla_pruner.core import refusals
+from vla_pruner.core.layout import Layout
 from vla_pruner.core.plan import Plan
-from vla_pruner.core.tokens import Prefill
+from vla_pruner.core.tokens import Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method, StepContext
 
 MOST_EPISODES = 1024
@@ -47,6 +49,15 @@ class Step:
     """Why nothing was pruned although there may have been an image."""
     ms: float | None = None
     """Wall-clock time of the call."""
+
+    @staticmethod
+    def of_nothing(reason: str, length: int) -> Step:
+        """What a prefill of `length` tokens is to callers that was left alone, and why."""
+        blank = torch.zeros(1, 0, dtype=torch.int64)
+        layout = Layout(blank, ())
+        index = TokenIndex.of(layout, 1, length)
+        prefill = Prefill(layout, "full", index, (TokenSet((), blank, blank),))
+        return Step((), (), (), prefill, 0, left_alone=reason)
 
     def add(self, observed: Tensor, rows: int) -> None:
         """Count a pass in: `observed` [B, M] is a mean over `rows` action rows."""
@@ -97,6 +108,7 @@ class Episodes:
         self._lock = threading.RLock()
         self._spec = method.history
         self._slots = 0 if self._spec is None else self._spec.slots
+        self._needs_motion = "motion" in method.needs
 
     def reset(self, names: Iterable[Hashable] | None = None) -> None:
         """Forget these episodes, or all."""
@@ -111,37 +123,47 @@ class Episodes:
         with self._lock:
             self._episode(name).motion.append(float(value))
 
-    def start(
-        self, ids: tuple[Hashable, ...], prefill: Prefill, *, visual: int, device: torch.device
-    ) -> Step:
+    def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and seeds.
+        Fills in the prefill's forecast and motion.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.
         """
         with self._lock:
-            self._refuse_still(ids)
-            full: dict[Hashable, bool] = {}
-            for name in dict.fromkeys(ids):
-                full[name] = self._next(name, visual)
+            if self._needs_motion:
+                self._refuse_still(ids)
+            visual = prefill.layout.visual
+            full = {name: self._next(name, visual.shape[1]) for name in dict.fromkeys(ids)}
             episodes = [self._known[name] for name in ids]
-            prefill.forecast = self._forecast(episodes, visual, device)
+            prefill.forecast = self._forecast(episodes, visual)
+            prefill.motion = tuple(tuple(episode.motion) for episode in episodes)
             numbers = tuple(episode.steps for episode in episodes)
-            rows = tuple(full[name] for name in ids)
-            step = Step(ids, numbers, rows, prefill, len(self.plan.action_layers))
-            for name in full:
-                self._known[name].step = step
+            prefill.seeds = _seeds(ids, numbers, visual.device)
+            rows, layers = tuple(full[name] for name in ids), len(self.plan.action_layers)
+            step = Step(ids, numbers, rows, prefill, layers)
+            for episode in episodes:
+                episode.step = step
         return step
 
-    def seeds(self, step: Step, device: torch.device) -> Tensor:
-        """[B] a number for each row's step, the same in every process."""
-        made = [
-            zlib.crc32(f"{name!r}/{number}".encode())
-            for name, number in zip(step.ids, step.numbers, strict=True)
-        ]
-        return on_device(made, device)
+    def full_next(self, name: Hashable) -> bool:
+        """Whether the next step of an episode, known or not, runs on all tokens."""
+        with self._lock:
+            episode = self._known.get(name) or Episode()
+            step, steps, since_full = episode.step, episode.steps, episode.since_full
+            if step is not None and step.whole and not step.failed:
+                steps += 1
+                since_full = 0 if step.full[step.ids.index(name)] else since_full + 1
+            context = StepContext(step=steps, since_full=since_full, motion=tuple(episode.motion))
+            return bool(self.method.full_step(context))
+
+    def inherit(self, other: Episodes) -> None:
+        """Go on with the episodes of another session, whose method differs in its budget alone."""
+        with other._lock, self._lock:
+            for episode in other._known.values():
+                other._finish(episode)
+            self._known.update(other._known)
 
     def _episode(self, name: Hashable) -> Episode:
         """The episode of that name, now the one that acted last."""
@@ -157,22 +179,18 @@ class Episodes:
         self._finish(episode)
         memory = episode.memory
         if memory is not None and memory.shape[1] != visual:
-            raise ValueError(
-                f"episode {name!r} had {memory.shape[1]} visual tokens and now has {visual}; "
-                "call `session.reset()` when the cameras change."
-            )
+            raise refusals.other_cameras(name, memory.shape[1], visual)
         context = StepContext(
             step=episode.steps, since_full=episode.since_full, motion=tuple(episode.motion)
         )
         return bool(self.method.full_step(context))
 
-    def _forecast(
-        self, episodes: Sequence[Episode], visual: int, device: torch.device
-    ) -> Tensor | None:
+    def _forecast(self, episodes: Sequence[Episode], visual: Tensor) -> Tensor | None:
         """[B, M] action score that each row's episode predicts."""
         if self._spec is None:
             return None
-        blank = torch.zeros(self._slots, visual, dtype=torch.float32, device=device)
+        device, shape = visual.device, (self._slots, visual.shape[1])
+        blank = torch.zeros(shape, dtype=torch.float32, device=device)
         memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
         counts = [episode.observations for episode in episodes]
         if len(set(counts)) == 1:
@@ -182,8 +200,6 @@ class Episodes:
         return self._spec.forecast(torch.stack(memory), count)
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
-        if "motion" not in self.method.needs:
-            return
         for name in ids:
             episode = self._known.get(name)
             step = None if episode is None else episode.step
@@ -191,11 +207,7 @@ class Episodes:
                 episode.steps or (step is not None and step.whole and not step.failed)
             )
             if episode is not None and begun and not episode.motion:
-                raise ValueError(
-                    f"method {self.method.name!r} decides by the robot's motion, and none was "
-                    f"reported for episode {name!r}; call `session.motion(distance)` after each "
-                    "step, or use another method."
-                )
+                raise refusals.no_motion(self.method.name, name)
 
     def _finish(self, episode: Episode) -> None:
         """Remember what the episode's step in progress showed, which is over now."""
@@ -225,3 +237,10 @@ class Episodes:
         )
         episode.memory = memory[0]
         episode.observations += 1
+
+
+def _seeds(ids: Sequence[Hashable], numbers: Sequence[int], device: torch.device) -> Tensor:
+    """[B] a number for each row's step, the same in every process."""
+    steps = zip(ids, numbers, strict=True)
+    made = [zlib.crc32(f"{name!r}/{number}".encode()) for name, number in steps]
+    return on_device(made, device)

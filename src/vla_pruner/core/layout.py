@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
+
+from vla_pruner.core.heads import queries_and_keys
 
 if TYPE_CHECKING:
     from vla_pruner.core.session import Session
@@ -64,7 +65,7 @@ class Adapter(ABC):
     reads_output: bool = False
     """Whether `reader` attends to the decoder's output instead, as a diffusion head with
     cross-attention does, in as many layers as it has. The adapter then hands it what is left
-    (`Session.left`) and shows its attention (`core.scores.Shown`)."""
+    (`Session.left`) and shows its attention (`core.watching.Shown`)."""
 
     skips_layers: bool = True
     """Whether layers can be left out, for methods that skip some."""
@@ -133,22 +134,7 @@ class Adapter(ABC):
         Raises:
             NotImplementedError: a layer that is not built like those of Llama.
         """
-        attention: Any = self.attention(layer)
-        norm: Any = getattr(layer, "input_layernorm", None)
-        if norm is None or not all(hasattr(attention, n) for n in ("q_proj", "k_proj", "head_dim")):
-            raise NotImplementedError(
-                f"{type(layer).__name__} has no input_layernorm, q_proj and k_proj, so its logits "
-                "cannot be computed; override `Adapter.project`, or use a score of attention."
-            )
-        found, normed = [], norm(hidden)
-        normed = normed[0] if isinstance(normed, tuple) else normed  # pi0's norms add a gate
-        for name in ("q", "k"):
-            heads = getattr(attention, f"{name}_proj")(normed)
-            heads = heads.unflatten(-1, (-1, attention.head_dim))
-            per_head_norm = getattr(attention, f"{name}_norm", None)
-            heads = heads if per_head_norm is None else per_head_norm(heads)
-            found.append(heads.transpose(1, 2))
-        return found[0], found[1]
+        return queries_and_keys(layer, self.attention(layer), hidden)
 
     def attach(self, undo: ExitStack) -> None:  # noqa: B027 - optional
         """Listen to other modules if need be; whatever is done is undone by what goes on `undo`."""
@@ -177,25 +163,3 @@ class Adapter(ABC):
     def describe(self) -> str:
         """One line for people."""
         return f"{type(self).__name__}: {type(self.decoder).__name__}, {len(self.layers)} layers"
-
-
-def text_behind(
-    visual: Tensor, length: int, *, earliest: int, skip: int = 0, until: int = 0
-) -> Tensor | None:
-    """`Layout.text_rows` where the instruction stands behind the visual tokens.
-
-    Args:
-        visual: `[B|1, M]`, see `Layout`.
-        length: S.
-        earliest: first position of text in any row.
-        skip: positions right behind the visual tokens that are no text (a robot state).
-        until: positions at the end that are no text (action slots).
-
-    Returns:
-        `[B|1, length - until - earliest]` int64, or None if nothing stands there.
-    """
-    end = max(earliest, length - until)
-    rows = torch.arange(earliest, end, device=visual.device)[None]
-    if rows.shape[1] == 0:
-        return None
-    return torch.where(rows > visual[:, -1:] + skip, rows, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -86,6 +87,22 @@ class Session(Attached):
         self._passes.episodes.reset(names)
         self._cut.forget(names)
 
+    def full_next(self, episode: Hashable) -> bool:
+        """Whether an episode's next step runs on all tokens; unknown ones are about to begin."""
+        return self._passes.episodes.full_next(episode)
+
+    def inherit(self, other: Session) -> None:
+        """Go on with what another session of this model remembers of its episodes.
+
+        Raises:
+            ValueError: its method is another one, or remembers otherwise.
+        """
+        mine, theirs = self.method, other.method
+        own_memory = type(mine).hooks is not Method.hooks
+        if own_memory or dataclasses.replace(mine, keep=theirs.keep) != theirs:
+            raise ValueError(f"{mine!r} cannot go on where {theirs!r} stopped")
+        self._passes.episodes.inherit(other._passes.episodes)
+
     def episodes(self, ids: Sequence[Hashable] | None) -> None:
         """Say which episode each row of the next calls belongs to; None: row i is episode i.
 
@@ -110,7 +127,7 @@ class Session(Attached):
 
         An exception that leaves the block undoes the step.
         """
-        return self._passes.step()
+        return self._passes.calls.as_one_step()
 
     def motion(self, value: float, episode: Hashable | None = None) -> None:
         """Report how far the robot moved in the last step, to methods that decide by it.

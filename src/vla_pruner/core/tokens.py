@@ -107,13 +107,6 @@ class TokenSet:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of these layers in this pass."""
 
-    def own(self) -> None:
-        """Copy the results: the next replay of a CUDA graph writes over what the last one gave."""
-        for name in ("tokens", "columns", "places", "rows", "retained", "present", "kept", "merge"):
-            result = getattr(self, name)
-            if result is not None:
-                setattr(self, name, result.clone())
-
 
 @dataclass(eq=False)
 class Prefill:
@@ -136,6 +129,7 @@ class Prefill:
     """[B, M] action score predicted from the episode."""
     seeds: Tensor | None = None
     """[B] one number per episode and step."""
+    motion: tuple[tuple[float, ...], ...] = ()  # Reported of each row's episode, oldest first.
     full_rows: Tensor | None = None
     """[B] bool, rows that keep everything in a batch where others do not; None: no such row."""
     leader: Tensor | None = None
@@ -190,6 +184,9 @@ class Prefill:
         self.start_pass()
         self.features = self.text = self.query_weights = self.before = None
         if own:
+            # The next replay of a CUDA graph writes over what the last one gave.
             for one in self.sets[1:]:
-                one.own()
+                for name, result in vars(one).items():
+                    if isinstance(result, Tensor):
+                        setattr(one, name, result.clone())
             self.scores = {number: score.clone() for number, score in self.scores.items()}

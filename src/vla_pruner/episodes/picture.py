@@ -53,11 +53,13 @@ def _grid(tokens: int) -> int:
 
 def _bytes(scores: Tensor | None) -> str | None:
     """Scores `[B, M]` of the first row as base64 bytes; None if there are none or all are 0."""
-    if scores is None:
-        return None
-    values = scores[0].float().cpu().numpy()
-    largest = float(values.max())
+    return None if scores is None else scaled_bytes(scores[0].float().cpu().numpy())
+
+
+def scaled_bytes(scores: np.ndarray) -> str | None:
+    """Scores `[M]` as base64 of one byte each, 255 for the largest; None if all are 0."""
+    largest = float(scores.max())
     if largest <= 0:
         return None
-    scaled = np.round(255 * np.clip(values / largest, 0, 1)).astype(np.uint8)
+    scaled = np.round(255 * np.clip(scores / largest, 0, 1)).astype(np.uint8)
     return base64.b64encode(scaled.tobytes()).decode()

@@ -15,6 +15,7 @@ from vla_pruner.core.session import Session, StepReport
 from vla_pruner.episodes.condition import ALL_TOKENS
 from vla_pruner.episodes.picture import picture_of, visible_side
 from vla_pruner.measure.timing import time_ms
+from vla_pruner.models.pi0.chunking import Guide
 from vla_pruner.models.prune import prune
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 
@@ -35,6 +36,7 @@ class Call:
         full_macs: the same without pruning (Eq. 11).
         saw, did: digests of the images and the state that the policy was given, and of the actions
             that it answered: two episodes with the same ones are the same. Empty: not kept.
+        delay: steps of the scene that went by until its actions were there.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Call:
     full_macs: int
     saw: str = ""
     did: str = ""
+    delay: int = 0
 
 
 @dataclass
@@ -79,9 +82,18 @@ class PolicyRunner(Protocol):
         """Start an episode: nothing is remembered."""
 
     def act(
-        self, images: Sequence[np.ndarray], instruction: str, state: Any, *, picture: bool
+        self,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        state: Any,
+        *,
+        picture: bool,
+        guide: Guide | None = None,
     ) -> Answer:
-        """Actions for one image per camera; with `picture` also what a recording shows."""
+        """Actions for one image per camera; with `picture` also what a recording shows.
+
+        With `guide` they continue a chunk that is being carried out.
+        """
 
     def moved(self, distance: float) -> None:
         """How far the hand got with the last actions, in m."""
@@ -136,16 +148,22 @@ class LocalPolicyRunner:
             self._session.reset([self._name])
 
     def act(
-        self, images: Sequence[np.ndarray], instruction: str, state: Any, *, picture: bool = False
+        self,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        state: Any,
+        *,
+        picture: bool = False,
+        guide: Guide | None = None,
     ) -> Answer:
         """Actions for one image per camera; see `PolicyRunner.act`."""
         if self._session is not None:
             self._session.episodes([self._name])
 
+        arguments = self._arguments if guide is None else {**self._arguments, "guide": guide}
+
         def predict() -> np.ndarray:
-            return self._policy.predict_action(
-                images, instruction, proprio=state, **self._arguments
-            )
+            return self._policy.predict_action(images, instruction, proprio=state, **arguments)
 
         if self._meter is None:
             with prune(self._policy, ALL_TOKENS) as self._meter:

@@ -31,6 +31,7 @@ class Recorder(Subscriber):
     def started(self, scene: Scene, control: Control, side: float) -> None:
         """Nothing is collected yet."""
         self._side = side
+        self._execute = control.execute
         self._frames: dict[str, list[Image.Image]] = {camera: [] for camera in control.cameras}
         self._grids: list[int] = []
         self._calls: list[dict[str, Any]] = []
@@ -39,7 +40,13 @@ class Recorder(Subscriber):
         """Keep the images of a call, and what it did with its visual tokens."""
         self.frame(moment.images)
         assert moment.answer.picture is not None
-        values = {"step": moment.step, **moment.answer.picture}
+        actions = np.atleast_2d(moment.answer.actions)[: self._execute]
+        values = {
+            "step": moment.step,
+            "latency_ms": round(moment.answer.call.latency_ms, 2),
+            "actions": np.round(actions.astype(float), 4).tolist(),
+            **moment.answer.picture,
+        }
         self._grids = values.pop("grids")
         self._calls.append(values)
 
@@ -52,7 +59,8 @@ class Recorder(Subscriber):
         """The recording: frames as one contact sheet per camera, calls with one string each.
 
         `kept` has one character per visual token (`REASONS`); `semantic` and `forecast` are base64
-        of one byte per visual token, 255 for the largest score of the call.
+        of one byte per visual token, 255 for the largest score of the call; `actions` are those of
+        the chunk that were to be carried out, `[execute, dim]` as the policy gave them.
         """
         first = next(iter(self._frames.values()))
         return {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 import vla_pruner
@@ -26,6 +27,7 @@ from vla_pruner.pruning.selection import max_min_filter
 
 FULL = "full"
 
+_DRAWS = 2000
 _TRIES = 12
 """Steps after which a method that still drops nothing is measured as it is."""
 
@@ -34,12 +36,13 @@ _TRIES = 12
 class VariantRow:
     """What was measured of one variant. Times in ms per step; ratios against the full model.
 
-    `speedup` and `total_speedup` compare runs of the same round, `bound` is the ratio of FLOPs,
-    `of_bound` their quotient: 1 means that every FLOP saved was time saved. `overhead_ms` is what
-    the prefill takes beyond full time / bound. `of_ideal` is what the same cut with tokens chosen
-    beforehand takes, over what this variant does; None where there is no such row. `operators` are
-    those of a step (`measure.operators`), also by part; `waits` are those of them that a host with
-    a GPU would wait for. `memory_mb` is what one step held on top of weights.
+    `speedup` and `total_speedup` are ratios of the medians that are printed, their ends those of a
+    95 % bootstrap interval over rounds; `bound` is the ratio of FLOPs, `of_bound` their quotient: 1
+    means that every FLOP saved was time saved. `overhead_ms` is what the prefill takes beyond full
+    time / bound. `of_ideal` is what the same cut with tokens chosen beforehand takes, over what
+    this variant does; None where there is no such row. `operators` are those of a step
+    (`measure.operators`), also by part; `waits` are those of them that a host with a GPU would wait
+    for. `memory_mb` is what one step held on top of weights.
     """
 
     name: str
@@ -297,7 +300,7 @@ def _row(variant: _Variant, full: _Variant, ideal: _Variant | None) -> VariantRo
     unpruned = prefill_flops(tokens, layers=layers, hidden=hidden, ffn=ffn)
     flops = layered_prefill_flops(per_layer, keys_per_layer=keys, hidden=hidden, ffn=ffn)
     bound = unpruned / flops
-    speedup = _paired(full.prefill_ms, variant.prefill_ms)
+    speedup = _ratio(full.prefill_ms, variant.prefill_ms)
     prefill = Spread.of(variant.prefill_ms)
     return VariantRow(
         name=variant.name,
@@ -309,7 +312,7 @@ def _row(variant: _Variant, full: _Variant, ideal: _Variant | None) -> VariantRo
         prefill_ms=prefill,
         decode_ms=Spread.of(variant.decode_ms) if variant.decode_ms else None,
         speedup=speedup,
-        total_speedup=_paired(full.total_ms, variant.total_ms),
+        total_speedup=_ratio(full.total_ms, variant.total_ms),
         flops=flops,
         bound=bound,
         of_bound=speedup.median / bound,
@@ -317,7 +320,7 @@ def _row(variant: _Variant, full: _Variant, ideal: _Variant | None) -> VariantRo
         scoring_ms=variant.scoring_ms,
         selection_ms=variant.selection_ms,
         memory_mb=variant.memory_mb,
-        of_ideal=None if ideal is None else _paired(ideal.prefill_ms, variant.prefill_ms),
+        of_ideal=None if ideal is None else _ratio(ideal.prefill_ms, variant.prefill_ms),
         operators=variant.operators,
         operators_by_part=variant.by_part,
         waits=variant.waits,
@@ -328,9 +331,16 @@ def _spread(samples: Sequence[float] | None) -> Spread | None:
     return Spread.of(samples) if samples else None
 
 
-def _paired(full: Sequence[float], variant: Sequence[float]) -> Spread:
-    """Speed-up round by round, so that a slow minute of the machine cancels out."""
-    return Spread.of([a / b for a, b in zip(full, variant, strict=True)])
+def _ratio(full: Sequence[float], variant: Sequence[float]) -> Spread:
+    """Median over median, and its 95 % interval: rounds are drawn in pairs, slow ones together."""
+    before, after = np.asarray(full), np.asarray(variant)
+    middle = float(np.median(before) / np.median(after))
+    if len(before) == 1:
+        return Spread(middle, middle, middle, 1)
+    drawn = np.random.default_rng(0).integers(len(before), size=(_DRAWS, len(before)))
+    ratios = np.median(before[drawn], axis=1) / np.median(after[drawn], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Spread(middle, float(low), float(high), len(before))
 
 
 def _selection_reference(device: torch.device, dtype: torch.dtype) -> Spread:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.core.scores import implementation
 from vla_pruner.core.session import Session
+from vla_pruner.core.watching import implementation
 from vla_pruner.methods import build
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import locate
@@ -63,9 +63,7 @@ class Look:
 # -- looking at frames ---------------------------------------------------------------------------
 
 
-def _look(
-    adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False
-) -> Look | None:
+def look(adapter: Adapter, act: Act, frame: np.ndarray, *, in_session: bool = False) -> Look | None:
     """Let the model act on a frame and note its first pass that shows visual tokens, if any.
 
     `in_session`: a session has attached the adapter.
@@ -176,7 +174,7 @@ def examine(
     black = np.zeros((224, 224, 3), np.uint8)
     white = np.full_like(black, 255)
     try:
-        dark, bright = _look(adapter, act, black), _look(adapter, act, white)
+        dark, bright = look(adapter, act, black), look(adapter, act, white)
     except (TypeError, ValueError, RuntimeError) as error:
         advice = "the model cannot act; mend this before anything else"
         return [*findings, Finding("acts on a frame", False, str(error), advice)]
@@ -196,7 +194,7 @@ def examine(
             findings.append(_same_kernels(kernels, _kernels(adapter)))
             tick("keep=1.0")
             act(white)  # the one step that this session takes to warm up
-            all_kept = _look(adapter, act, white, in_session=True)
+            all_kept = look(adapter, act, white, in_session=True)
         findings.append(_exact("keep=1.0 changes nothing", bright, all_kept))
 
         tick("dropping equals hiding")
@@ -206,7 +204,7 @@ def examine(
         return [*findings, Finding("can be pruned", False, str(error), advice)]
 
     tick("undone")
-    findings.append(_exact("undone without a trace", bright, _look(adapter, act, white)))
+    findings.append(_exact("undone without a trace", bright, look(adapter, act, white)))
     return findings
 
 
@@ -308,7 +306,7 @@ def _dropping_equals_hiding(
         chosen = build("fastv", keep=keep, layer=options["layer"])
         with prune(model, chosen, adapter=adapter, mode=mode) as session:
             try:
-                looks.append(_look(adapter, act, frame, in_session=True))
+                looks.append(look(adapter, act, frame, in_session=True))
             except NotImplementedError as error:
                 return Finding(check, None, str(error))
             last = session.last

@@ -159,6 +159,55 @@ def speedup_of(
     return ratio(range(len(before))), interval
 
 
+def ratio_of_means(
+    before: Sequence[float], after: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, Interval | None]:
+    """Mean of `after` over mean of `before`, and its 95 % bootstrap interval over pairs.
+
+    Entry i of both is the same scene. One pair has no interval; NaN where the mean before is 0.
+
+    Raises:
+        ValueError: different numbers of values, or none.
+    """
+    if len(before) != len(after) or not len(before):
+        raise ValueError(f"need pairs, got {len(before)} and {len(after)} values")
+    old, new = (np.asarray(values, dtype=np.float64) for values in (before, after))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(new.mean() / old.mean())
+        if len(old) == 1 or not math.isfinite(ratio):
+            return ratio if math.isfinite(ratio) else math.nan, None
+        drawn = np.random.default_rng(seed).integers(len(old), size=(draws, len(old)))
+        ratios = new[drawn].mean(axis=1) / old[drawn].mean(axis=1)
+    ratios = ratios[np.isfinite(ratios)].tolist()
+    return ratio, Interval(quantile(ratios, 0.025), quantile(ratios, 0.975))
+
+
+def difference_of_differences(
+    first: PairedSuccess, second: PairedSuccess, confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """Difference of `second` minus that of `first`, and its interval.
+
+    The interval combines the two score intervals (MOVER: Zou and Donner, Statistics in Medicine
+    2008), as if the two were independent: that is wide where scenes that are hard in one are hard
+    in the other.
+    """
+    one, two = first.interval(confidence), second.interval(confidence)
+    middle = second.difference - first.difference
+    low = math.hypot(second.difference - two.low, one.high - first.difference)
+    high = math.hypot(two.high - second.difference, first.difference - one.low)
+    return middle, Interval(max(-2.0, middle - low), min(2.0, middle + high))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for being several, in their order (Holm, Scand. J. Statistics 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def _z(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does")

@@ -13,6 +13,8 @@ from typing import Any
 from vla_pruner._callable import listing_package
 from vla_pruner.methods.adp import VLAADP
 from vla_pruner.methods.base import Choice, Evidence, Method, OneCut, ScoreSpec, StepContext
+from vla_pruner.methods.cdpruner import CDPruner
+from vla_pruner.methods.dart import DART
 from vla_pruner.methods.divprune import DivPrune
 from vla_pruner.methods.efficientvla import EfficientVLA
 from vla_pruner.methods.fastv import FastV
@@ -22,17 +24,23 @@ from vla_pruner.methods.holov import HoloV
 from vla_pruner.methods.none import NoPruning
 from vla_pruner.methods.pact import PACT
 from vla_pruner.methods.random import Random
+from vla_pruner.methods.scope import SCOPE
 from vla_pruner.methods.sparsevlm import SparseVLM
 from vla_pruner.methods.sparsevlm_release import SparseVLMRelease
+from vla_pruner.methods.team_vla import TEAMVLA
 from vla_pruner.methods.vla_pruner import VLAPruner
 from vla_pruner.methods.vla_pruner_release import VLAPrunerRelease
 from vla_pruner.methods.vtw import VTW
 from vla_pruner.pruning.history import HistorySpec
 
 __all__ = [
+    "DART",
     "PACT",
+    "SCOPE",
+    "TEAMVLA",
     "VLAADP",
     "VTW",
+    "CDPruner",
     "Choice",
     "DivPrune",
     "EfficientVLA",
@@ -70,12 +78,22 @@ _BUILT_IN: tuple[type[Method], ...] = (
     HoloV,
     VLAADP,
     PACT,
+    CDPruner,
+    TEAMVLA,
+    SCOPE,
+    DART,
     EfficientVLA,
     FitPrune,
     VTW,
     Fixed,
 )
-_IN_ROOMS_OF_THEIR_OWN = {"vla-cache": "vla_pruner.vla_cache.method:VLACache"}
+_IN_ROOMS_OF_THEIR_OWN = {
+    "safe-pruner": "vla_pruner.temporal.safe_pruner:SAFEPruner",
+    "vla-iap": "vla_pruner.temporal.vla_iap:VLAIAP",
+    "specprune-vla": "vla_pruner.temporal.specprune:SpecPrune",
+    "prefix-reuse": "vla_pruner.temporal.prefix_reuse:PrefixReuse",
+    "vla-cache": "vla_pruner.vla_cache.method:VLACache",
+}
 
 
 def list_methods() -> dict[str, type[Method]]:

@@ -26,9 +26,9 @@ class ScoreSpec:
     Args:
         layer: the layer that is read: before the cut for "attention", at most the cut's own layer
             (the one about to run) for "logits".
-        rows: query rows that vote: "all" of them, the "last" one, the instruction's ("text"), the
-            "visual" ones that are left, or the instruction's with the weights that
-            `Method.query_weights` gives them ("weighted").
+        rows: query rows that vote: "all" of them, the "last" one, the "action" queries (the last
+            row, where the prefill holds none), the instruction's ("text"), also with the weights of
+            `Method.query_weights` ("weighted"), or the "visual" ones that are left.
         heads: how heads are joined in each row, before the mean over rows.
         kind: "attention", softmax probabilities; "logits", the scaled products of queries and keys
             of the layer's normed input, without rotary positions and without softmax.
@@ -38,13 +38,13 @@ class ScoreSpec:
     """
 
     layer: int
-    rows: Literal["all", "last", "text", "visual", "weighted"] = "all"
+    rows: Literal["all", "last", "text", "visual", "weighted", "action"] = "all"
     heads: Literal["mean", "max"] = "mean"
     kind: Literal["attention", "logits"] = "attention"
 
     def __post_init__(self) -> None:
         require_int("ScoreSpec.layer", self.layer, 0)
-        rows = ("all", "last", "text", "visual", "weighted")
+        rows = ("all", "last", "text", "visual", "weighted", "action")
         require_choice("ScoreSpec.rows", self.rows, rows)
         require_choice("ScoreSpec.heads", self.heads, ("mean", "max"))
         require_choice("ScoreSpec.kind", self.kind, ("attention", "logits"))
@@ -74,6 +74,8 @@ class Evidence:
         text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
             it (`Method.needs`).
         text_valid: `[B, T]` bool, False where `text` holds padding.
+        guides, guides_valid: `[B, G, D]` and `[B, G]`, hidden states at this cut of the instruction
+            and of action queries in the prefill, for methods that need "text"; False: padding.
         number: number of this cut, from 0.
         keep_count: tokens to leave: `Method.schedule(...)[number]`; None: `Method.kept(views)`.
     """
@@ -90,6 +92,8 @@ class Evidence:
     tokens: Tensor | None = None
     text: Tensor | None = None
     text_valid: Tensor | None = None
+    guides: Tensor | None = None
+    guides_valid: Tensor | None = None
     number: int = 0
     keep_count: int | None = None
 
@@ -144,6 +148,11 @@ class Choice:
 
     kept: Tensor
     merge: Tensor | None = None
+
+    def of_rows(self, rows: Tensor) -> Choice:
+        """The same for other rows: row i decides as row `rows[i]` does."""
+        merge = None if self.merge is None else self.merge.index_select(0, rows)
+        return Choice(self.kept.index_select(0, rows), merge)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -336,26 +345,29 @@ class Method:
 
     def by_view(self, evidence: Evidence, choose: Callable[[Evidence, int], Tensor]) -> Tensor:
         """`choose(evidence, k)` of all tokens, or of each view by itself: `[B, k]`, ascending."""
-        if evidence.keep_count is None:
-            budgets = self._resolve(evidence.views)
-        else:
-            budgets = self.split(evidence.views, evidence.keep_count, evidence.number)
-        batch, whole = evidence.features.shape[:2]
-        spans = (whole,) if len(budgets) == 1 else evidence.views
+        views, count = evidence.views, evidence.keep_count
+        if self.budget == "global":
+            return _some(choose, evidence, self.kept(views) if count is None else count)
+        shares = (
+            self._resolve(views) if count is None else self.split(views, count, evidence.number)
+        )
         chosen, start = [], 0
-        for size, k in zip(spans, budgets, strict=True):
-            if k in (0, size):
-                kept = torch.arange(k, device=evidence.features.device).expand(batch, k)
-            elif len(budgets) == 1:
-                kept = choose(evidence, k)
-            else:
-                kept = choose(evidence.within(slice(start, start + size)), k)
-            chosen.append(start + kept if start else kept)
+        for size, k in zip(views, shares, strict=True):
+            view = evidence.within(slice(start, start + size))
+            chosen.append(start + _some(choose, view, k))
             start += size
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+        return torch.cat(chosen, dim=1)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         return Budget(self.keep, self.budget).resolve(views)
+
+
+def _some(choose: Callable[[Evidence, int], Tensor], evidence: Evidence, k: int) -> Tensor:
+    """`choose(evidence, k)`, where there is a choice."""
+    batch, size = evidence.features.shape[:2]
+    if k in (0, size):
+        return torch.arange(k, device=evidence.features.device).expand(batch, k)
+    return choose(evidence, k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,9 +424,7 @@ class OneCut(Method):
 
     def select(self, evidence: Evidence) -> Tensor | Choice:
         """What `choose` says of all tokens, or of each view."""
-        evidence.check(
-            self.name,
-            *(("semantic",) if self.semantic_rows is not None else ()),
-            *(("forecast",) if self.history is not None else ()),
-        )
+        semantic = ("semantic",) if self.semantic_rows is not None else ()
+        forecast = ("forecast",) if self.history is not None else ()
+        evidence.check(self.name, *semantic, *forecast)
         return self.by_view(evidence, self.choose)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.cleanup import after, before
-from vla_pruner.core.layout import Adapter, Layout, text_behind
+from vla_pruner.core.layout import Adapter, Layout
+from vla_pruner.models.text import text_behind
 
 
 class Decoder(Adapter):

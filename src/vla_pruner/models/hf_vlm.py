@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.cleanup import after, before
-from vla_pruner.core.layout import Adapter, Layout, text_behind
+from vla_pruner.core.layout import Adapter, Layout
+from vla_pruner.models.text import text_behind
 
 _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

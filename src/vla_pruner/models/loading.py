@@ -15,6 +15,10 @@ from .folder import CheckpointError, is_finite, read_json, reading
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 
 
+IN_THE_REPOSITORY = ("mini-oft", "mini-oft-libero", "mini-openvla", "mini-pi0", "smol-oft")
+"""Policies of a checkout; the wheel brings the first."""
+
+
 def shipped() -> dict[str, Path]:
     """Name and folder of each policy that ships with this package."""
     return {config.parent.name: config.parent for config in sorted(WEIGHTS.glob("*/config.json"))}
@@ -92,6 +96,12 @@ def _read_config(where: str) -> dict[str, Any]:
         file = Path(where) / "config.json"
         if not file.is_file():
             raise ValueError(f"{where} is no model folder: it has no config.json")
+    elif where in IN_THE_REPOSITORY:
+        raise ValueError(
+            f"{where} is not in the wheel, only in the repository: install from a checkout "
+            f"(pip install -e .), or give the path of its folder "
+            f"src/vla_pruner/reference/weights/{where}"
+        )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         raise ValueError(
             f"{where!r} is no policy that ships here ({', '.join(shipped()) or 'none does'}), "

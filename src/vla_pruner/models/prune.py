@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ def prune(
         ValueError: an unknown method, option or mode, or a value outside its range.
         TypeError: `model` is no module, or no family knows it.
         RuntimeError: the model already has a session.
-        NotImplementedError: the model's decoder cannot be pruned (the message says why).
+        NotImplementedError: the model's decoder cannot be pruned (the message says why), or the
+            transformers that is installed is too old for it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
@@ -65,6 +67,7 @@ def prune(
     chosen = build(method, keep=keep, tokens=tokens, layer=layer, **method_options)
     inner = unwrapped(model)
     adapter = adapter or find_adapter(inner)
+    _refuse_old_transformers(adapter)
     if replace:
         remove(inner)
     session = Session(inner, settle(chosen, inner, adapter), adapter, mode=mode)
@@ -103,3 +106,17 @@ def _refuse_one(keep: int) -> None:
         DeprecationWarning,
         stacklevel=3,
     )
+
+
+def _refuse_old_transformers(adapter: Adapter) -> None:
+    """Caches had another form before 4.57; only policies that bring their own loop do without."""
+    import transformers
+
+    oldest = getattr(adapter, "oldest_transformers", (4, 57))
+    found = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if found < oldest:
+        raise NotImplementedError(
+            f"transformers {transformers.__version__} is installed, whose caches this package does "
+            f"not know how to shorten; pruning this model needs {'.'.join(map(str, oldest))} or "
+            "newer. Upgrade it, or serve the model from an environment of its own."
+        )

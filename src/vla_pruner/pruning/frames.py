@@ -1,4 +1,4 @@
-"""Which patches of a camera image are the same as a step before."""
+"""Patches of a camera image: which are the same as a step before, how bright, how edged."""
 
 from __future__ import annotations
 
@@ -24,9 +24,22 @@ def patches(frames: Tensor, tokens: int) -> Tensor:
     Raises:
         ValueError: images that M square patches do not tile.
     """
+    size = patch_size(frames, tokens)
+    batch, _, colours, height, width = frames.shape
+    rows, columns = height // size, width // size
+    cut = frames.float().reshape(batch, -1, colours, rows, size, columns, size)
+    return cut.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, tokens, colours * size**2)
+
+
+def patch_size(frames: Tensor, tokens: int) -> int:
+    """P, where each of `tokens` is a patch of P x P pixels of `frames` `[B, cameras, 3, H, W]`.
+
+    Raises:
+        ValueError: images that so many square patches do not tile.
+    """
     if frames.ndim != 5:
         raise ValueError(f"frames must be [B, cameras, 3, H, W]; got {tuple(frames.shape)}.")
-    batch, cameras, colours, height, width = frames.shape
+    _, cameras, _, height, width = frames.shape
     size = math.isqrt(cameras * height * width // tokens)
     if size == 0 or height % size or width % size or size**2 * tokens != cameras * height * width:
         raise ValueError(
@@ -34,9 +47,31 @@ def patches(frames: Tensor, tokens: int) -> Tensor:
             "patches, one for each visual token; give them as the vision tower sees them, after "
             "crop and resize."
         )
-    rows, columns = height // size, width // size
-    cut = frames.float().reshape(batch, cameras, colours, rows, size, columns, size)
-    return cut.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, tokens, colours * size**2)
+    return size
+
+
+def grey(frames: Tensor) -> Tensor:
+    """Brightness `[..., H, W]` fp32 of colours `[..., 3, H, W]`, weighed as ITU-R BT.601 does."""
+    weight = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device=frames.device)
+    return (frames.float() * weight[:, None, None]).sum(dim=-3)
+
+
+def mean_over_patches(values: Tensor, tokens: int, size: int) -> Tensor:
+    """Mean of each patch of P x P pixels: `[B, cameras, H, W]` to `[B, tokens]`."""
+    height, width = values.shape[2] // size, values.shape[3] // size
+    cut = values.unflatten(3, (width, size)).unflatten(2, (height, size))
+    return cut.mean(dim=(3, 5)).reshape(len(values), tokens)
+
+
+def edges(brightness: Tensor) -> Tensor:
+    """Length of the Sobel gradient at each pixel, `[B, cameras, H, W]`; images go on at the rim."""
+    ramp = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=torch.float32)
+    kernel = torch.stack([ramp, ramp.T])[:, None].to(brightness.device)
+    flat = brightness.flatten(0, 1)[:, None]
+    with torch.autocast(brightness.device.type, enabled=False):
+        padded = torch.nn.functional.pad(flat, (1, 1, 1, 1), mode="replicate")
+        slopes = torch.nn.functional.conv2d(padded, kernel)
+    return slopes.square().sum(dim=1).sqrt().unflatten(0, brightness.shape[:2])
 
 
 def patch_similarity(before: Tensor, now: Tensor) -> Tensor:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.episode import Episode
-from vla_pruner.measure.statistics import PairedSuccess, paired_success
+from vla_pruner.episodes.motion import MEASURES, Change
+from vla_pruner.measure.statistics import (
+    Interval,
+    PairedSuccess,
+    difference_of_differences,
+    paired_success,
+)
 from vla_pruner.reports.summary import ConditionRow, Summary, summarise
 from vla_pruner.reports.timings import Timing, timings
 from vla_pruner.runs.job import Setup
@@ -52,6 +59,10 @@ class Group:
 
     def summary(self) -> Summary:
         """A row per condition, compared with all tokens."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Summary:
         return summarise(
             self.episodes,
             self.conditions,
@@ -238,3 +249,147 @@ def per_task(group: Group) -> dict[str, list[tuple[int, int]]]:
         ]
         for condition in group.conditions
     }
+
+
+def replay_rows(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Every call that `vla-pruner latency` timed, one row each, for CSV."""
+    rows = []
+    for folder in folders:
+        with Store(folder) as store:
+            for setup in dict.fromkeys(item.setup for item in store.planned()):
+                for one in store.replays(setup)[0]:
+                    for call, ms in enumerate(one.latency_ms):
+                        rows.append(
+                            {
+                                "suite": setup.suite,
+                                "policy": setup.policy,
+                                "weights": setup.weights,
+                                "condition": one.condition,
+                                "scene": one.scene,
+                                "round": one.round,
+                                "call": call,
+                                "latency_ms": ms,
+                                "warm_up": one.warm_up[call],
+                                "flops": one.flops[call] if one.flops else None,
+                                "decoder_flops": (
+                                    one.decoder_flops[call] if one.decoder_flops else None
+                                ),
+                            }
+                        )
+    return rows
+
+
+# -- motion, delay, robustness -------------------------------------------------------------------
+
+
+def motion_cells(row: ConditionRow) -> list[str]:
+    """One row of the table of motion: scenes, then each of `MEASURES`."""
+    if row.motion is None:
+        return ["-"] * (1 + len(MEASURES))
+    changes = row.motion.changes
+    return [str(row.motion.scenes), *(_change(changes.get(name)) for name in MEASURES)]
+
+
+def motion_header() -> list[str]:
+    """Columns of the table of motion, behind the condition."""
+    return ["scenes", *(f"{name}, {unit}" if unit else name for name, unit in MEASURES.values())]
+
+
+def _change(change: Change | None) -> str:
+    if change is None:
+        return "-"
+    if change.ratio is None:
+        return f"{change.mean:.3g}"
+    text = f"{change.mean:.3g} ({change.ratio:.2f}x"
+    if change.interval is None:
+        return text + ")"
+    return f"{text}, {change.interval.low:.2f} to {change.interval.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What pruning costs in a perturbed suite beyond what it costs in the untouched one.
+
+    Args:
+        policy, suite, condition: who, where (with the perturbation), and how.
+        scenes: that all four cells finished.
+        full, pruned: scenes solved on all tokens: untouched, perturbed; the same when pruned.
+        difference: of the cost in success, perturbed minus untouched; below 0: pruning costs more
+            there.
+        interval: 95 %, see `difference_of_differences`.
+    """
+
+    policy: str
+    suite: str
+    condition: str
+    scenes: int
+    full: tuple[int, int]
+    pruned: tuple[int, int]
+    difference: float
+    interval: Interval
+
+
+def robustness(groups: Sequence[Group]) -> list[Robustness]:
+    """Every condition of every perturbed suite whose untouched one is there, too."""
+    found = []
+    by_key = {(group.setup.policy, group.setup.suite): group for group in groups}
+    for (policy, suite), group in by_key.items():
+        base, _, changes = suite.partition("+")
+        change, _, clock = changes.partition("+")
+        untouched = by_key.get((policy, f"{base}+{clock}" if clock else base))
+        if not change or change.startswith("live") or untouched is None:
+            continue
+        before, after = untouched.solved(), group.solved()
+        for condition in group.conditions:
+            four = [cells.get(n, {}) for cells in (before, after) for n in ("none", condition.name)]
+            common = sorted(set.intersection(*(set(cell) for cell in four)))
+            if condition.name == ALL_TOKENS or not common:
+                continue
+            solved = [[cell[seed] for seed in common] for cell in four]
+            first, second = paired_success(*solved[:2]), paired_success(*solved[2:])
+            full, pruned = (sum(solved[0]), sum(solved[2])), (sum(solved[1]), sum(solved[3]))
+            found.append(
+                Robustness(
+                    policy,
+                    group.suite,
+                    condition.label,
+                    len(common),
+                    full,
+                    pruned,
+                    *difference_of_differences(first, second),
+                )
+            )
+    return found
+
+
+def delay_of(group: Group) -> float | None:
+    """The latency in ms that was given to a suite for every call; None: no clock, or another."""
+    clock = group.setup.clock
+    if clock is None or clock.latencies is None or len(clock.latencies) != 1:
+        return None
+    return clock.latencies[0].pruned
+
+
+def across_delays(
+    groups: Sequence[Group], condition: str
+) -> dict[tuple[float, float], PairedSuccess]:
+    """A condition with a short latency against all tokens with one at least as long.
+
+    Args:
+        groups: one policy and one suite under several given latencies.
+        condition: name.
+
+    Returns:
+        By latency of all tokens and of the condition in ms, on the scenes that both finished.
+    """
+    by_delay = {delay: group.solved() for group in groups if (delay := delay_of(group)) is not None}
+    found = {}
+    for full, before in sorted(by_delay.items()):
+        for pruned, after in sorted(by_delay.items()):
+            old, new = before.get(ALL_TOKENS, {}), after.get(condition, {})
+            common = sorted(old.keys() & new.keys())
+            if pruned <= full and common:
+                found[full, pruned] = paired_success(
+                    [old[s] for s in common], [new[s] for s in common]
+                )
+    return found

@@ -14,7 +14,7 @@ from vla_pruner.reports.summary import (
     speedup_text,
 )
 from vla_pruner.reports.summary import NOTES as LOOP_NOTES
-from vla_pruner.reports.timings import Timing
+from vla_pruner.reports.timings import Counted, Timing
 
 COLUMNS = (
     "condition",
@@ -25,6 +25,9 @@ COLUMNS = (
     "speed-up, pruned calls",
     "peak memory",
     "in pruned calls",
+    "counted FLOPs, call",
+    "counted, decoder",
+    "in pruned calls, decoder",
 )
 
 NOTES = (
@@ -34,7 +37,9 @@ NOTES = (
     "the recorded episodes (a call is the median of its rounds), the calls in which a method still "
     "runs on all tokens included; these are also shown as warm-up calls. Speed-up: all tokens over "
     "this row on the same calls, 95 % bootstrap interval over rounds. Peak memory: largest that "
-    "was allocated on the GPU, weights included; not measured on a CPU."
+    "was allocated on the GPU, weights included; not measured on a CPU. Counted FLOPs: operations "
+    "that torch ran, counted in a pass of its own, relative to all tokens on the same calls: whole "
+    "calls, and the decoder in them with scores and search; the formula knows neither."
 )
 
 
@@ -50,7 +55,24 @@ def cells(label: str, timing: Timing) -> list[str]:
         speedup_text(pruned.speedup, pruned.interval) if pruned else "-",
         memory_text(every.peak_mb),
         memory_text(pruned.peak_mb if pruned else None),
+        *counted_cells(timing.counted),
     ]
+
+
+def counted_cells(counted: Counted | None) -> list[str]:
+    """Counted operations: of a call, of the decoder, of the decoder in pruned calls."""
+    if counted is None:
+        return ["-"] * 3
+    return [
+        share_text(counted.call),
+        share_text(counted.decoder),
+        "-" if counted.pruned_decoder is None else share_text(counted.pruned_decoder),
+    ]
+
+
+def share_text(share: float) -> str:
+    """0.305 as "30.5 %"."""
+    return f"{100 * share:.1f} %"
 
 
 def notes(found: Mapping[str, Timing]) -> str:

@@ -1,33 +1,35 @@
-"""The report of one or more runs: which tables, curves and notes it has, and their numbers."""
+"""The report of one or more runs: which tables and notes it has, and their numbers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from vla_pruner.episodes.condition import ALL_TOKENS
-from vla_pruner.measure.statistics import PairedSuccess
+from vla_pruner.measure.statistics import PairedSuccess, holm
 from vla_pruner.reports import latency
 from vla_pruner.reports.compare import (
     Group,
     Line,
+    across_delays,
     compare,
+    delay_of,
     mean_of,
+    motion_cells,
+    motion_header,
     per_task,
+    robustness,
     table_one,
 )
 from vla_pruner.reports.document import (
     Block,
     Heading,
     Items,
-    Plot,
     Table,
     Text,
 )
 from vla_pruner.reports.files import flat
-from vla_pruner.reports.plots import Point, curves
 from vla_pruner.reports.summary import (
     COLUMNS,
     NOTES,
@@ -48,7 +50,7 @@ DEFINITIONS = (
     "the scenes that both finished. Prefill FLOPs: multiply-accumulates of the language model's "
     "prefill by formula, gated FFN (Eq. 11 and 12 of the paper), relative to all tokens. Pruned "
     "calls leave out the first calls of an episode, which run on all tokens; all other figures "
-    "include them. Cost is a mean over suites. "
+    "include them. Cost is a mean over suites. Counted FLOPs: what torch ran, scores included. "
 )
 IN_THE_LOOP = (
     "Speed-up: median latency of a call with all tokens over that of this row. Latency is that of "
@@ -59,6 +61,29 @@ APART = (
     "Latency, speed-up and memory (the largest over suites) were measured apart, on recorded "
     "observations that every condition replayed in turn; the tables of each suite say how. A row "
     "that was not measured so has none."
+)
+MOTION = (
+    "Motion in simulated time, means over the scenes that both this condition and all tokens "
+    "solved (all tokens: that it solved); in brackets the ratio to all tokens on the same scenes, "
+    "with its 95 % bootstrap interval over scenes. Jerk: mean norm of the third difference of "
+    "positions times the cube of the control rate. Action rate: mean norm of the change of a "
+    "command from step to step."
+)
+LIVE = (
+    "The scene did not wait for the policy: a call's actions came so many steps late. Held: steps "
+    "in which nothing was there to carry out, and the robot held still. Effective rate: steps with "
+    "an action of the policy, per second."
+)
+ROBUST = (
+    "Solved on all tokens and pruned, in the untouched and in the perturbed suite, on the scenes "
+    "that all four finished. Extra cost: what pruning changes in points there, minus what it "
+    "changes in the untouched suite; below 0, pruning costs robustness. 95 % interval from those "
+    "of the two differences (MOVER)."
+)
+ACROSS = (
+    "Pruned with a short latency against all tokens with one at least as long, on the same scenes: "
+    "difference in points (95 %), exact p. Where a machine makes calls of these two lengths, that "
+    "is what pruning gains."
 )
 STAND_IN = (
     "Stand-in assets: some objects of this suite look other than in the published one. Success "
@@ -92,13 +117,14 @@ def blocks_of(groups: Sequence[Group], against: str | None = None) -> list[Block
         blocks += [Heading(group.title), Table(group.title, COLUMNS, rows)]
         if group.timings:
             blocks += _timings(group)
-        blocks += _curves(summary.rows, group.timings)
+        blocks += [*_motion(group, summary.rows), *_live(group, summary.rows)]
         if against and any(condition.name == against for condition in group.conditions):
             blocks += [
                 Heading(f"Against {against}", 3),
                 _pairs(f"{group.title}: against {against}", compare(group, against)),
             ]
         blocks += [Heading("By task: episodes solved", 3), _tasks(group)]
+    blocks += [*_robustness(groups), *_across(groups)]
     blocks += [Text(NOTES), Heading("Measured with"), Items(list(_facts(groups)))]
     return blocks
 
@@ -139,6 +165,8 @@ APART_COLUMNS = (
     "pruned calls ms",
     "speed-up of pruned calls",
     "peak memory",
+    "counted FLOPs, call",
+    "counted, decoder",
 )
 
 
@@ -156,7 +184,14 @@ def _cost_apart(line: Line) -> list[str]:
         _milliseconds(pruned),
         _speedup_apart(pruned),
         latency.memory_text(max(known) if len(known) == len(found) else None),
+        _counted(one.counted.call if one.counted else None for one in found),
+        _counted(one.counted.decoder if one.counted else None for one in found),
     ]
+
+
+def _counted(shares: Iterator[float | None]) -> str:
+    mean = mean_of(shares)
+    return "-" if mean is None else latency.share_text(mean)
 
 
 def _milliseconds(speeds: Sequence[Speed | None]) -> str:
@@ -165,12 +200,14 @@ def _milliseconds(speeds: Sequence[Speed | None]) -> str:
 
 
 def _speedup_apart(speeds: Sequence[Speed | None]) -> str:
-    mean = mean_of(speed.speedup if speed else None for speed in speeds)
-    return _speedup(mean, speeds)
+    """The ratio of the latencies that are printed: means over suites."""
+    before = mean_of(s.latency_ms * s.speedup if s and s.speedup else None for s in speeds)
+    after = mean_of(speed.latency_ms if speed else None for speed in speeds)
+    return _speedup(before / after if before and after else None, speeds)
 
 
 def _speedup(mean: float | None, latencies: Sequence[Latency | Speed | None]) -> str:
-    """The mean over suites; of a single suite with its interval."""
+    """Over suites; of a single suite with its interval."""
     if mean is None:
         return "-"
     only = latencies[0] if len(latencies) == 1 else None
@@ -197,6 +234,7 @@ def _success(row: ConditionRow | None) -> str:
 
 def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
     header = ["condition", "scenes of both", "only this solved", "only that solved", "difference"]
+    corrected = _corrected(compared.values())
     rows = [
         [label, "-", "-", "-", "-"]
         if pairs is None
@@ -205,11 +243,109 @@ def _pairs(caption: str, compared: Mapping[str, PairedSuccess | None]) -> Table:
             str(pairs.pairs),
             str(pairs.gained),
             str(pairs.lost),
-            difference_text(pairs.difference, pairs.interval(), pairs.p_value()),
+            _difference(pairs, corrected[pairs]),
         ]
         for label, pairs in compared.items()
     ]
     return Table(caption, header, rows)
+
+
+def _corrected(compared: Iterable[PairedSuccess | None]) -> dict[PairedSuccess, float]:
+    """P-values of a table, corrected for its being several."""
+    found = [pairs for pairs in compared if pairs is not None]
+    return dict(zip(found, holm([pairs.p_value() for pairs in found]), strict=True))
+
+
+def _difference(pairs: PairedSuccess, corrected: float) -> str:
+    return difference_text(pairs.difference, pairs.interval(), pairs.p_value(), corrected)
+
+
+def _motion(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
+    if all(row.motion is None for row in rows):
+        return []
+    header = ["condition", *motion_header()]
+    table = [[row.label, *motion_cells(row)] for row in rows]
+    return [
+        Heading("Motion, on scenes that both solved", 3),
+        Table(f"{group.title}: motion, on scenes that both solved", header, table),
+        Text(MOTION),
+    ]
+
+
+def _live(group: Group, rows: Sequence[ConditionRow]) -> list[Block]:
+    clock = group.setup.clock
+    if clock is None:
+        return []
+    header = ["condition", "delay, steps", "longest", "held, steps", "of all", "effective rate"]
+    table = [
+        [
+            row.label,
+            f"{row.live.delay:.2f}",
+            str(row.live.delay_max),
+            f"{row.live.held:.1f}",
+            percent(row.live.held_share),
+            f"{clock.hz * (1 - row.live.held_share):.2f} of {clock.hz:g} Hz",
+        ]
+        for row in rows
+        if row.live is not None
+    ]
+    return [
+        Heading("Against the clock", 3),
+        Table(f"{group.title}: against the clock", header, table),
+        Text(LIVE),
+    ]
+
+
+def _robustness(groups: Sequence[Group]) -> list[Block]:
+    found = robustness(groups)
+    if not found:
+        return []
+    header = ["policy", "suite", "condition", "scenes", "all tokens", "pruned", "extra cost"]
+    table = [
+        [
+            one.policy,
+            one.suite,
+            one.condition,
+            str(one.scenes),
+            *(f"{a} to {b}" for a, b in (one.full, one.pruned)),
+            f"{100 * one.difference:+.0f} points "
+            f"({100 * one.interval.low:+.0f} to {100 * one.interval.high:+.0f})",
+        ]
+        for one in found
+    ]
+    caption = "Robustness: solved in the untouched and in the perturbed suite"
+    return [Heading("Robustness"), Table(caption, header, table), Text(ROBUST)]
+
+
+def _across(groups: Sequence[Group]) -> list[Block]:
+    blocks: list[Block] = []
+    alike: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        if delay_of(group) is not None:
+            suite = group.setup.suite.partition("+live")[0]
+            alike.setdefault((group.setup.policy, suite), []).append(group)
+    for (policy, suite), own in alike.items():
+        names = {c.name: c.label for group in own for c in group.conditions}
+        for name in (name for name in names if name != ALL_TOKENS):
+            pairs = across_delays(own, name)
+            columns = sorted({pruned for _, pruned in pairs})
+            if len(columns) < 2:
+                continue
+            corrected = _corrected(pairs.values())
+            header = ["all tokens", *(f"{ms:g} ms pruned" for ms in columns)]
+            table = [
+                [
+                    f"{full:g} ms",
+                    *(
+                        _difference(found, corrected[found]) if found else ""
+                        for found in (pairs.get((full, ms)) for ms in columns)
+                    ),
+                ]
+                for full in sorted({full for full, _ in pairs})
+            ]
+            caption = f"{policy} in {suite}: {names[name]} against all tokens, by latency"
+            blocks += [Heading(caption, 3), Table(caption, header, table)]
+    return [Heading("Success against delay"), *blocks, Text(ACROSS)] if blocks else []
 
 
 def _tasks(group: Group) -> Table:
@@ -219,42 +355,6 @@ def _tasks(group: Group) -> Table:
         shades.append([won / total if total else None for won, total in solved])
     header = ["condition", *group.setup.tasks]
     return Table(f"{group.title}: episodes solved, by task", header, rows, shades)
-
-
-def _curves(rows: Sequence[ConditionRow], timings: Mapping[str, Timing]) -> list[Block]:
-    """Success and speed-up over the cost of pruned calls, a line per method (as Fig. 1 and 4).
-
-    The speed-up is that measured apart, if any was.
-    """
-    success: dict[str, list[Point]] = {}
-    speed: dict[str, list[Point]] = {}
-    full = next((row for row in rows if row.name == ALL_TOKENS), None)
-    for row in rows:
-        if row.name == ALL_TOKENS:
-            continue
-        method, _, rest = row.name.partition("@")
-        name = method + "".join(f":{option}" for option in rest.split(":")[1:])
-        if full is not None and name not in success:
-            interval = full.success_interval
-            success[name] = [(1.0, full.success, interval.low, interval.high)]
-        share, interval = row.pruned_prefill_ratio, row.success_interval
-        success.setdefault(name, []).append((share, row.success, interval.low, interval.high))
-        timing = timings.get(row.name)
-        latency = timing.every if timing else None if timings else row.all_calls
-        speedup, spread = (latency.speedup, latency.interval) if latency else (None, None)
-        if speedup is not None:
-            low, high = (spread.low, spread.high) if spread else (speedup, speedup)
-            speed.setdefault(name, [(1.0, 1.0, 1.0, 1.0)])
-            speed[name].append((share, speedup, low, high))
-    blocks: list[Block] = []
-    if success:
-        label = "prefill FLOPs of pruned calls, relative to all tokens"
-        blocks += [Heading("Success", 3), Plot(curves(success, x_label=label))]
-        top = max((end for points in speed.values() for *_, end in points), default=1.0)
-        if speed:
-            plot = curves(speed, x_label=label, high=math.ceil(top))
-            blocks += [Heading("Speed-up of a call, warm-up included", 3), Plot(plot)]
-    return blocks
 
 
 def _facts(groups: Sequence[Group]) -> Iterator[str]:

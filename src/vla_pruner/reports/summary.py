@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.episode import Episode
+from vla_pruner.episodes.motion import MotionRow, compare_motion
 from vla_pruner.episodes.policy_runner import Call
 from vla_pruner.measure.statistics import (
     Interval,
+    holm,
     median,
     paired_success,
     quantile,
@@ -37,6 +39,22 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class LiveRow:
+    """What came of time that did not wait, see `vla_pruner.scenes.clock`.
+
+    Args:
+        delay: mean steps from an observation until the actions that answer it, over calls;
+            `delay_max` the longest.
+        held: mean steps of an episode in which the robot held still; `held_share` of all steps.
+    """
+
+    delay: float
+    delay_max: int
+    held: float
+    held_share: float
+
+
+@dataclass(frozen=True)
 class ConditionRow:
     """One condition. Intervals are 95 %.
 
@@ -47,7 +65,7 @@ class ConditionRow:
         gained, lost, pairs: scenes that only this condition or only the baseline solved, out of the
             scenes that both finished; None for the baseline.
         difference: success rate minus the baseline's on these scenes, `difference_interval` its
-            score interval, `p_value` of the exact test.
+            score interval, `p_value` of the exact test, `p_holm` corrected for the rows beside it.
         steps: median number of steps of the successful episodes.
         all_calls: latency of every call of the policy.
         pruned_calls: latency of the calls that dropped tokens; None for the baseline.
@@ -56,6 +74,9 @@ class ConditionRow:
         visual: visual tokens of a call, `visual_kept` those that stay in calls that drop tokens.
         warm_up_calls: share of calls that ran on all tokens: an episode had just begun, or the
             method asked for a full step.
+        motion: how the robot moved, on the scenes that this and the baseline solved; None: nothing
+            was measured, or there is no such scene.
+        live: None: the scene waited for the policy.
     """
 
     name: str
@@ -79,6 +100,9 @@ class ConditionRow:
     visual: int
     visual_kept: int
     warm_up_calls: float
+    p_holm: float | None = None
+    motion: MotionRow | None = None
+    live: LiveRow | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +165,8 @@ def summarise(
         for condition in conditions
         if by_name[condition.name]
     ]
+    corrected = iter(holm([row.p_value for row in rows if row.p_value is not None]))
+    rows = [row if row.p_value is None else replace(row, p_holm=next(corrected)) for row in rows]
     return Summary(rows, list(episodes), planned, dict(settings), dict(environment), apart or {})
 
 
@@ -179,7 +205,34 @@ def _row(
         visual=calls[0].visual,
         visual_kept=min(call.visual_kept for call in calls),
         warm_up_calls=sum(call.warm_up for call in calls) / len(calls),
+        motion=_motion(runs, baseline if pruning else None),
+        live=_live(list(runs.values())),
     )
+
+
+def _motion(runs: dict[int, Episode], baseline: dict[int, Episode] | None) -> MotionRow | None:
+    solved = {
+        seed: one.motion for seed, one in runs.items() if one.success and one.motion is not None
+    }
+    if baseline is None:
+        return compare_motion(list(solved.values()))
+    pairs = [
+        (motion, before)
+        for seed, motion in solved.items()
+        if seed in baseline
+        and baseline[seed].success
+        and (before := baseline[seed].motion) is not None
+    ]
+    return compare_motion([after for after, _ in pairs], [before for _, before in pairs])
+
+
+def _live(episodes: Sequence[Episode]) -> LiveRow | None:
+    held = [episode.held for episode in episodes if episode.held is not None]
+    if len(held) < len(episodes):
+        return None
+    delays = [call.delay for episode in episodes for call in episode.calls]
+    steps = sum(episode.steps for episode in episodes)
+    return LiveRow(sum(delays) / len(delays), max(delays), sum(held) / len(held), sum(held) / steps)
 
 
 def _prefill_ratio(calls: Sequence[Call]) -> float:
@@ -257,13 +310,21 @@ def giga(macs: float) -> str:
 def _difference(row: ConditionRow) -> str:
     if row.difference is None or row.difference_interval is None or row.p_value is None:
         return "-"
-    return difference_text(row.difference, row.difference_interval, row.p_value)
+    return difference_text(row.difference, row.difference_interval, row.p_value, row.p_holm)
 
 
-def difference_text(difference: float, interval: Interval, p_value: float) -> str:
-    """Difference of success rates in points, with its interval and the exact test."""
+def difference_text(
+    difference: float, interval: Interval, p_value: float, corrected: float | None = None
+) -> str:
+    """Difference of success rates in points, with its interval and the exact test.
+
+    The p-value corrected for the rows beside it is printed where it differs.
+    """
     low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * difference:+.0f} points ({low:+.0f} to {high:+.0f}), p = {p_value:.2g}"
+    text = f"{100 * difference:+.0f} points ({low:+.0f} to {high:+.0f}), p = {p_value:.2g}"
+    if corrected is None or f"{corrected:.2g}" == f"{p_value:.2g}":
+        return text
+    return f"{text} (Holm {corrected:.2g})"
 
 
 def speedup_text(speedup: float | None, interval: Interval | None) -> str:
@@ -277,7 +338,7 @@ def speedup_text(speedup: float | None, interval: Interval | None) -> str:
 
 SUCCESS_NOTES = (
     "Intervals: 95 %; success by Wilson, difference on the same scenes by Tango with the exact "
-    "McNemar test, "
+    "McNemar test, its p in brackets corrected for the rows of a table (Holm), "
 )
 COST_NOTES = (
     "Latency: one whole call of the policy, images in, actions out. Prefill FLOPs: "
@@ -285,7 +346,10 @@ COST_NOTES = (
     "stays in calls that drop tokens. The first calls of an episode run on all tokens; pruned "
     "calls leave them out."
 )
-NOTES = f"{SUCCESS_NOTES}speed-up by bootstrap over scenes. {COST_NOTES}"
+NOTES = (
+    f"{SUCCESS_NOTES}speed-up (ratio of the medians on the scenes that both finished) by bootstrap "
+    f"over scenes. {COST_NOTES}"
+)
 
 
 def rows_csv(summary: Summary) -> str:
@@ -323,6 +387,9 @@ def episode_row(episode: Episode) -> dict[str, Any]:
         "full_macs": sum(call.full_macs for call in calls),
         "median_ms": median([call.latency_ms for call in calls]),
         "pruned_median_ms": median([call.latency_ms for call in calls if not call.warm_up]),
+        "delay": max(call.delay for call in calls),
+        "held": episode.held,
+        **(episode.motion or {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,22 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Floating-point operations that were counted, of all tokens on the same calls = 1.
+
+    Args:
+        call: of whole calls, those on all tokens included.
+        decoder: of the decoder in them, scores and search included.
+        pruned_call, pruned_decoder: the same over calls that dropped tokens; None: there are none.
+    """
+
+    call: float
+    decoder: float
+    pruned_call: float | None
+    pruned_decoder: float | None
+
+
+@dataclass(frozen=True)
 class Timing:
     """What one condition took.
 
@@ -42,12 +58,14 @@ class Timing:
         warm_up: the calls of a pruning method that ran on all tokens; None: there are none.
         pruned: the calls that dropped tokens; None: there are none.
         rounds: repetitions.
+        counted: operations, where they were counted.
     """
 
     every: Speed
     warm_up: Speed | None
     pruned: Speed | None
     rounds: int
+    counted: Counted | None = None
 
 
 def timings(replays: Sequence[TimedReplay]) -> dict[str, Timing]:
@@ -67,7 +85,37 @@ def timings(replays: Sequence[TimedReplay]) -> dict[str, Timing]:
         raise ValueError("the conditions did not replay the same observations equally often")
     tables = {name: _table(own) for name, own in by_name.items()}
     baseline = tables.get(ALL_TOKENS)
-    return {name: _timing(own, tables[name], baseline) for name, own in by_name.items()}
+    full = by_name.get(ALL_TOKENS)
+    return {
+        name: replace(_timing(own, tables[name], baseline), counted=_counted(own, full))
+        for name, own in by_name.items()
+    }
+
+
+def _counted(own: Sequence[TimedReplay], full: Sequence[TimedReplay] | None) -> Counted | None:
+    """Sums over the calls of all scenes, in the round in which they were counted."""
+    mine, before = _counts(own), _counts(full or ())
+    if len(mine) == 0 or len(mine) != len(before):
+        return None
+    pruned = ~np.array([w for one in sorted(own, key=_scene) if one.flops for w in one.warm_up])
+    call, decoder = mine.sum(axis=0) / before.sum(axis=0)
+    if own[0].condition == ALL_TOKENS or not pruned.any():
+        return Counted(call, decoder, None, None)
+    return Counted(call, decoder, *(mine[pruned].sum(axis=0) / before[pruned].sum(axis=0)))
+
+
+def _counts(own: Sequence[TimedReplay]) -> np.ndarray:
+    """Operations `[calls, 2]` of calls and of the decoder in them, scene by scene."""
+    pairs = [
+        pair
+        for one in sorted(own, key=_scene)
+        for pair in zip(one.flops or (), one.decoder_flops or (), strict=True)
+    ]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2)
+
+
+def _scene(replay: TimedReplay) -> int:
+    return replay.scene
 
 
 def _timing(own: Sequence[TimedReplay], table: np.ndarray, baseline: np.ndarray | None) -> Timing:

@@ -17,7 +17,7 @@ from vla_pruner.runs.matrix import Cell
 from vla_pruner.runs.plan import missing_jobs, plan
 from vla_pruner.runs.processes import Executor
 from vla_pruner.runs.store import Store
-from vla_pruner.runs.video import encoder, video_path, write_video
+from vla_pruner.runs.video import encoder, keep_recording, video_path, write_video
 from vla_pruner.scenes.suites import open_suite
 
 
@@ -88,7 +88,9 @@ def run_cells(
         with _Interruption() as interruption:
             for job, episode in executor.run(interruption.until(missing)):
                 if episode.recording is not None:
-                    write_video(video_path(Path(out), job), episode.recording, job.suite.hz)
+                    film = video_path(Path(out), job.setup, job.condition.name, job.seed)
+                    write_video(film, episode.recording, job.suite.hz)
+                    keep_recording(film, episode.recording, job.suite.hz)
                 store.add(job, episode)
                 progress.finished(job, episode)
                 left[job.planned] -= 1

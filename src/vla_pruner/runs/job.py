@@ -15,6 +15,7 @@ from torch import nn
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.models.loading import locate
+from vla_pruner.scenes.clock import Clock
 from vla_pruner.scenes.scene import Suite
 from vla_pruner.scenes.suites import SUITES
 
@@ -31,6 +32,7 @@ class Setup:
         step_limit: an episode fails after this many steps.
         tasks: what is asked for, by target.
         stand_in_assets: whether some objects look other than in the published suite.
+        clock: what goes on while the policy computes; None: the scene waits.
     """
 
     suite: str
@@ -40,6 +42,7 @@ class Setup:
     step_limit: int
     tasks: tuple[str, ...]
     stand_in_assets: bool = False
+    clock: Clock | None = None
 
     @classmethod
     def of(cls, name: str, policy: nn.Module, suite: Suite, **control: Any) -> Setup:
@@ -49,7 +52,7 @@ class Setup:
             ValueError: the policy was made for other suites, or cannot be driven in this one.
         """
         folder = Path(locate(name))
-        _check_suite(name, said_by(folder).get("suites"), suite.name)
+        _check_suite(name, said_by(folder).get("suites"), suite.base)
         return cls(
             suite=suite.name,
             policy=name,
@@ -58,6 +61,7 @@ class Setup:
             step_limit=suite.step_limit,
             tasks=suite.tasks,
             stand_in_assets=suite.stand_in_assets,
+            clock=suite.clock,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +72,9 @@ class Setup:
     def from_dict(cls, values: Mapping[str, Any]) -> Setup:
         """The setup that `as_dict` described."""
         control = Control(**{**values["control"], "cameras": tuple(values["control"]["cameras"])})
-        return cls(**{**values, "control": control, "tasks": tuple(values["tasks"])})
+        tasks, clock = tuple(values["tasks"]), values.get("clock")
+        clock = None if clock is None else Clock.from_dict(clock)
+        return cls(**{**values, "control": control, "tasks": tasks, "clock": clock})
 
 
 def _check_suite(policy: str, made_for: Any, suite: str) -> None:

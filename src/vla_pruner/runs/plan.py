@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from hashlib import sha256
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.matrix import Cell
 from vla_pruner.runs.runner import OpenPolicy
 from vla_pruner.runs.store import Store
+from vla_pruner.scenes.clock import Clock
 from vla_pruner.scenes.scene import Suite
 
 
@@ -68,8 +70,21 @@ _SHOWN = 8
 
 def _planned(cell: Cell, setup: Setup, policy: nn.Module, suite: Suite) -> Planned:
     suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
+    if suite.clock is not None:
+        _check_clock(suite.clock, cell.condition, policy)
     settings, recipe = settings_of(cell.condition, policy)
     return Planned(setup, cell.condition, settings, recipe, cell.first, cell.episodes)
+
+
+def _check_clock(clock: Clock, condition: Condition, policy: nn.Module) -> None:
+    if clock.latencies is not None:
+        clock.latency_of(condition.name)  # Raises: they do not tell.
+    takes = signature(getattr(policy, "predict_action", policy.forward)).parameters
+    if clock.pace.startswith("rtc") and "guide" not in takes:
+        raise ValueError(
+            f"--pace {clock.pace}: {type(policy).__name__} cannot continue a chunk: its "
+            "`predict_action` takes no `guide`; flow policies (pi0) do. Use --pace ahead"
+        )
 
 
 def _cannot_run(problems: Mapping[str, str]) -> str:

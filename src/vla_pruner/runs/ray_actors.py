@@ -16,6 +16,7 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Answer, LocalPolicyRunner, PolicyRunner
 from vla_pruner.models.loading import load
+from vla_pruner.models.pi0.chunking import Guide
 from vla_pruner.runs.job import Job, Setup
 from vla_pruner.runs.processes import attempt, one_thread
 from vla_pruner.runs.runner import EpisodeRunner, Policies
@@ -66,10 +67,16 @@ class PolicyActor:
         self._runners[key].begin(seed)
 
     def act(
-        self, key: str, images: Sequence[np.ndarray], instruction: str, state: Any, picture: bool
+        self,
+        key: str,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        state: Any,
+        picture: bool,
+        guide: Guide | None = None,
     ) -> Answer:
         """See `PolicyRunner.act`."""
-        return self._runners[key].act(images, instruction, state, picture=picture)
+        return self._runners[key].act(images, instruction, state, picture=picture, guide=guide)
 
     def moved(self, key: str, distance: float) -> None:
         """See `PolicyRunner.moved`."""
@@ -146,9 +153,16 @@ class _RemotePolicyRunner:
         self._wait(self._policy.begin.remote(self._key, seed))
 
     def act(
-        self, images: Sequence[np.ndarray], instruction: str, state: Any, *, picture: bool
+        self,
+        images: Sequence[np.ndarray],
+        instruction: str,
+        state: Any,
+        *,
+        picture: bool,
+        guide: Guide | None = None,
     ) -> Answer:
-        return self._wait(self._policy.act.remote(self._key, images, instruction, state, picture))
+        seen = images, instruction, state, picture, guide
+        return self._wait(self._policy.act.remote(self._key, *seen))
 
     def moved(self, distance: float) -> None:
         self._wait(self._policy.moved.remote(self._key, distance))

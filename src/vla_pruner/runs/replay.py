@@ -7,8 +7,8 @@ history and warm-up included. Every condition replays every episode in every rou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vla_pruner.core.session import Session
-from vla_pruner.episodes.condition import Condition
+from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.episode import run_episode
 from vla_pruner.episodes.observations import (
     Observation,
@@ -27,7 +27,9 @@ from vla_pruner.episodes.observations import (
     write_episode,
 )
 from vla_pruner.episodes.policy_runner import LocalPolicyRunner, report_of
+from vla_pruner.measure.counted import Flops, count_flops
 from vla_pruner.measure.timing import time_ms
+from vla_pruner.models.prune import prune
 from vla_pruner.runs.job import Setup
 from vla_pruner.runs.runner import first_calls
 from vla_pruner.runs.video import folder_name
@@ -48,6 +50,8 @@ class TimedReplay:
         latency_ms: of each call of the policy.
         warm_up: whether a call ran on all tokens under a pruning method.
         peak_mb: largest memory that was allocated during a call, weights included; None: unknown.
+        flops: of each call, counted in a pass that was not timed; None: only once for all rounds.
+        decoder_flops: of the decoder within it.
     """
 
     condition: str
@@ -56,6 +60,8 @@ class TimedReplay:
     latency_ms: tuple[float, ...]
     warm_up: tuple[bool, ...]
     peak_mb: tuple[float, ...] | None = None
+    flops: tuple[int, ...] | None = None
+    decoder_flops: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,43 @@ def measure(
     """
     for condition in conditions:
         replay_once(policy, condition, recorded[0], round_=-1, calls=first_calls(condition))
+    counted = {
+        (episode.scene, condition.name): count(policy, condition, episode)
+        for episode in recorded
+        for condition in conditions
+    }
     found = []
     for round_ in range(rounds):
         turn = round_ % len(conditions)
         for episode in recorded:
             for condition in [*conditions[turn:], *conditions[:turn]]:
-                found.append(replay_once(policy, condition, episode, round_))
+                one = replay_once(policy, condition, episode, round_)
+                if round_ == 0:
+                    flops = counted[episode.scene, condition.name]
+                    one = replace(
+                        one,
+                        flops=tuple(call.call for call in flops),
+                        decoder_flops=tuple(call.decoder for call in flops),
+                    )
+                found.append(one)
                 tick()
+    return found
+
+
+def count(policy: Any, condition: Condition, episode: Recorded) -> list[Flops]:
+    """Floating-point operations of every call of a recorded episode, from its beginning."""
+    found = []
+    with ExitStack() as stack:
+        session = condition.attach(policy)
+        if session is None:  # Only to learn what the decoder is: it runs as it is.
+            decoder = stack.enter_context(prune(policy, ALL_TOKENS)).decoder
+        else:
+            stack.callback(session.remove)
+            session.episodes([episode.scene])
+            decoder = session.decoder
+        for number, observation in enumerate(episode.observations):
+            found.append(count_flops(lambda: policy.predict_action(**observation), decoder))  # noqa: B023
+            _report_motion(session, episode, number)
     return found
 
 

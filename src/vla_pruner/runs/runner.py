@@ -9,6 +9,7 @@ from torch import nn
 
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode, run_episode
+from vla_pruner.episodes.motion import MotionMeter
 from vla_pruner.episodes.policy_runner import LocalPolicyRunner, PolicyRunner
 from vla_pruner.episodes.recording import Recorder
 from vla_pruner.models.loading import load
@@ -111,6 +112,7 @@ class EpisodeRunner:
         if warm_up:
             steps = min(steps, first_calls(job.condition) * job.setup.control.execute)
         recorder = Recorder() if job.record and not warm_up else None
+        meter = MotionMeter(job.suite.hz)
         with self.policy_of(job) as policy:
             episode = run_episode(
                 policy,
@@ -120,8 +122,10 @@ class EpisodeRunner:
                 control=job.setup.control,
                 step_limit=steps,
                 condition=job.condition.name,
-                subscribers=[] if recorder is None else [recorder],
+                clock=None if warm_up else job.suite.clock,
+                subscribers=[meter] if recorder is None else [meter, recorder],
             )
+        episode.motion = meter.finish().as_dict()
         if recorder is not None:
             episode.recording = recorder.finish()
         return episode

@@ -29,7 +29,13 @@ from vla_pruner.runs.replay import TimedReplay
 FILE = "episodes.sqlite"
 VERSION = 1
 
-_REPLAY_COLUMNS = ("latency_ms", "warm_up", "peak_mb")
+_ADDED = {
+    "held": "INTEGER",  # steps in which the robot held still, with `--live`
+    "motion": "TEXT",  # JSON: how the robot moved
+}
+"""Columns of `episodes` that older files do not have."""
+
+_REPLAY_COLUMNS = ("latency_ms", "warm_up", "peak_mb", "flops", "decoder_flops")
 
 _SCHEMA = """
 CREATE TABLE setups (           -- what must be the same for episodes to be comparable
@@ -180,6 +186,10 @@ class Store:
                     self._base.execute(f"PRAGMA user_version = {VERSION}")
             with self._transaction():
                 self._base.execute(_REPLAYS)
+                there = {row["name"] for row in self._base.execute("PRAGMA table_info(episodes)")}
+                for name, kind in _ADDED.items():
+                    if name not in there:
+                        self._base.execute(f"ALTER TABLE episodes ADD COLUMN {name} {kind}")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -288,6 +298,8 @@ class Store:
             "prefill_macs": sum(call.prefill_macs for call in calls),
             "median_ms": median([call.latency_ms for call in calls]),
             "calls": json.dumps(episode.as_dict()["calls"], separators=(",", ":")),
+            "held": episode.held,
+            "motion": None if episode.motion is None else json.dumps(episode.motion),
             "stand_in_assets": setup.stand_in_assets,
             "version": str(self._stamp.get("vla-pruner")),
             "git": self._stamp.get("commit"),
@@ -392,12 +404,14 @@ class Store:
             conditions: those wanted, in the order wanted within a scene.
             seeds: scenes wanted; None: all.
         """
-        names = [f.name for f in fields(Episode) if f.name not in ("calls", "recording")]
+        there = {row["name"] for row in self._base.execute("PRAGMA table_info(episodes)")}
+        names = [f.name for f in fields(Episode) if f.name in there - {"calls", "motion"}]
         rank = {condition.name: number for number, condition in enumerate(conditions)}
         found = [
             Episode.from_dict(
                 {name: row[name] for name in names}
                 | {"success": bool(row["success"]), "calls": json.loads(row["calls"])}
+                | {"motion": _motion(row) if "motion" in there else None}
             )
             for row in self._base.execute(
                 "SELECT * FROM episodes WHERE suite = ? AND policy = ?", [setup.suite, setup.policy]
@@ -427,18 +441,16 @@ class Store:
         found = []
         for row in rows:
             calls = json.loads(row["calls"])
-            peak_mb = None if calls["peak_mb"] is None else tuple(calls["peak_mb"])
-            found.append(
-                TimedReplay(
-                    row["condition"],
-                    row["scene"],
-                    row["round"],
-                    tuple(calls["latency_ms"]),
-                    tuple(calls["warm_up"]),
-                    peak_mb,
-                )
-            )
+            columns: dict[str, Any] = {
+                name: None if calls.get(name) is None else tuple(calls[name])
+                for name in _REPLAY_COLUMNS
+            }
+            found.append(TimedReplay(row["condition"], row["scene"], row["round"], **columns))
         return found, json.loads(rows[0]["stamp"]) if rows else {}
+
+
+def _motion(row: sqlite3.Row) -> dict[str, Any] | None:
+    return None if row["motion"] is None else json.loads(row["motion"])
 
 
 def _read_only(folder: Path) -> bool:

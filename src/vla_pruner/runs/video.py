@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_pruner.runs.job import Job, Setup
+from vla_pruner.runs.job import Setup
 
 FOLDER = "videos"
 """In the run folder."""
@@ -42,10 +43,30 @@ def encoder() -> str:
         ) from error
 
 
-def video_path(out: Path, job: Job) -> Path:
+def video_path(out: Path, setup: Setup, condition: str, seed: int) -> Path:
     """Where the video of an episode goes: `videos/SUITE/POLICY-WEIGHTS/CONDITION/SCENE.mp4`."""
-    condition = _safe(job.condition.name)
-    return Path(out, FOLDER, folder_name(job.setup), condition, f"{job.seed}.mp4")
+    return Path(out, FOLDER, folder_name(setup), _safe(condition), f"{seed}.mp4")
+
+
+def keep_recording(path: Path, recording: Mapping[str, Any], hz: float) -> None:
+    """Keep what a page shows of an episode beside its video, as JSON.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps({"hz": hz, **recording}), encoding="utf-8")
+    os.replace(partial, path.with_suffix(".json"))
+
+
+def kept_recording(path: Path) -> dict[str, Any] | None:
+    """The recording beside a video, with its `hz`; None: there is none that can be read."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def folder_name(setup: Setup) -> Path:

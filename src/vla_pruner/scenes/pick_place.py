@@ -14,6 +14,7 @@ Non-obvious behaviours
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from .pick_place_task import (
     INSTRUCTION_TEMPLATES,
     OBJECT_NAMES,
 )
+from .scene import hold_delta
 
 rendering.settle()
 logging.disable(logging.WARNING)  # robosuite warns about an optional file on every import
@@ -172,6 +174,8 @@ class PickPlaceScene:
             macros.SIMULATION_TIMESTEP = stock_timestep
         self._model = self._env.sim.model._model
         self._renderer: mujoco.Renderer | None = None
+        self.decorate: Callable[[mujoco.MjvScene], None] | None = None
+        """Adds bodies that are drawn and nothing else."""
         self._target = 0
         self._started_in_bin = False
         self._find_parts()
@@ -231,6 +235,8 @@ class PickPlaceScene:
         images = {}
         for camera in cameras:
             self._renderer.update_scene(self._data, _camera_name(camera), self._visible)
+            if self.decorate is not None:
+                self.decorate(self._renderer.scene)
             self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             images[camera] = self._renderer.render().copy()
@@ -241,6 +247,14 @@ class PickPlaceScene:
         axis_angle = Rotation.from_matrix(self._eef_rotation()).as_rotvec()
         fingers = self._data.qpos[self._finger_qpos]
         return np.concatenate([self._eef_position(), axis_angle, fingers]).astype(np.float32)
+
+    def pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """The gripper's position `[3]` (m), and the arm's joints `[7]` (rad)."""
+        return self._eef_position(), np.array(self._env.robots[0]._joint_positions)
+
+    def hold(self, last: np.ndarray | None) -> np.ndarray:
+        """The command that leaves the arm where it is, and the gripper as it was told last."""
+        return hold_delta(last)
 
     def success(self) -> bool:
         """The named object lies in its bin, was not there before, and the gripper let go."""
@@ -355,10 +369,15 @@ class PickPlaceScene:
         self._visible.geomgroup[:] = 0
         self._visible.geomgroup[1] = 1
         self._visible.sitegroup[:] = 0
-        camera = model.camera("agentview").id
-        model.cam_pos[camera] = _AGENTVIEW_EYE
-        model.cam_quat[camera] = _look_at(_AGENTVIEW_EYE, _AGENTVIEW_TARGET)
-        model.cam_fovy[camera] = _AGENTVIEW_FOVY_DEG
+        self.aim(np.zeros(3), np.zeros(3), 0.0)
+
+    def aim(self, shift: np.ndarray, aim: np.ndarray, zoom: float) -> None:
+        """Move the camera by `shift` and where it looks by `aim`, `[3]` in m, and zoom, in deg."""
+        camera = self._model.camera("agentview").id
+        eye = _AGENTVIEW_EYE + shift
+        self._model.cam_pos[camera] = eye
+        self._model.cam_quat[camera] = _look_at(eye, _AGENTVIEW_TARGET + aim)
+        self._model.cam_fovy[camera] = _AGENTVIEW_FOVY_DEG + zoom
 
     def _place_objects(self, rng: np.random.RandomState) -> None:
         """Stand the objects upright in the four quarters of the source bin, one in each."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vla_pruner.scenes.clock import Clock
+
 
 class Scene(Protocol):
     """What is acted in; `vla_pruner.scenes.pick_place.PickPlaceScene` is one."""
@@ -31,6 +33,44 @@ class Scene(Protocol):
         """Free the simulator."""
 
 
+def pose_of(scene: Scene) -> tuple[np.ndarray, np.ndarray | None]:
+    """Where the robot is: its hand `[3]` (m), its joints `[J]` (rad).
+
+    A scene may say so itself, with a method `pose` that draws nothing; joints are None otherwise.
+    """
+    pose = getattr(scene, "pose", None)
+    return (scene.proprio()[:3], None) if pose is None else pose()
+
+
+def hold(scene: Scene, last: np.ndarray | None) -> np.ndarray:
+    """The command with which the robot stays where it is, and its gripper as it was.
+
+    Args:
+        scene: has a method `hold`.
+        last: the last command `[dim]`; None: there was none, the gripper stays open.
+
+    Raises:
+        ValueError: the scene does not tell; zeros would be wrong where commands are no differences.
+    """
+    if (own := getattr(scene, "hold", None)) is None:
+        raise ValueError(
+            f"--live: {type(scene).__name__} does not say how the robot holds still; give it a "
+            "method `hold(last)` that returns the command (vla_pruner.scenes.scene.hold_delta, "
+            "where commands are differences)"
+        )
+    return own(last)
+
+
+def hold_delta(last: np.ndarray | None, dim: int = 7) -> np.ndarray:
+    """`hold` where commands `[dim]` are differences of poses, and the gripper, -1 open, +1 close.
+
+    Zero for the pose, and the gripper of the `last` command; open, where there was none.
+    """
+    command = np.zeros(dim if last is None else len(last))
+    command[-1] = -1.0 if last is None else last[-1]
+    return command
+
+
 @dataclass(frozen=True)
 class Suite:
     """Scenes that no policy was trained on.
@@ -47,6 +87,7 @@ class Suite:
         hz: steps in a second of simulated time.
         stand_in_assets: some objects look other than in the published suite, so that success rates
             do not compare with published ones.
+        clock: time that goes on while the policy computes; None: the scene waits for it.
     """
 
     name: str
@@ -57,6 +98,12 @@ class Suite:
     step_limit: int
     hz: float
     stand_in_assets: bool = False
+    clock: Clock | None = None
+
+    @property
+    def base(self) -> str:
+        """The name without what was changed, such as `+camera`."""
+        return self.name.partition("+")[0]
 
     def held_out(self, episodes: int, first: int = 0) -> list[int]:
         """Seeds of `episodes` scenes, from number `first` of the held-out ones.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 
 from vla_pruner._short import short
+from vla_pruner.scenes.clock import read_clock
+from vla_pruner.scenes.perturb import PERTURBATIONS, PerturbedScene
 from vla_pruner.scenes.scene import Suite
 
 PICK_PLACE = "robosuite_pickplace"
@@ -50,12 +53,37 @@ SUITES: dict[str, Callable[[], Suite]] = {
 
 
 def open_suite(name: str) -> Suite:
-    """The suite called `name`.
+    """The suite called `name`, with what is changed of it: `SUITE+camera`, `SUITE+live5:200ms`.
 
     Raises:
-        ValueError: there is none, or what the name leads to is no suite.
+        ValueError: there is none, what the name leads to is no suite, or the change is not known.
         ImportError: its simulator is not installed.
+        FileNotFoundError: latencies are to come from a file that is not there.
     """
+    base, *changes = name.split("+")
+    suite = _open_base(base)
+    for change in changes:
+        suite = replace(_changed(suite, change), name=f"{suite.name}+{change}")
+    return suite
+
+
+def _changed(suite: Suite, change: str) -> Suite:
+    if change.startswith("live"):
+        if suite.clock is not None:
+            raise ValueError(f"{suite.name}+{change}: the clock is set twice")
+        return replace(suite, clock=read_clock(change, suite.hz))
+    if change not in PERTURBATIONS:
+        raise ValueError(
+            f"{suite.name}+{short(change)}: there are {', '.join(PERTURBATIONS)}, and live"
+        )
+    if suite.base != PICK_PLACE:
+        raise ValueError(f"--perturb {change}: only {PICK_PLACE} can be perturbed")
+    if suite.name != suite.base:
+        raise ValueError(f"{suite.name}+{change}: name one perturbation, and live behind it")
+    return replace(suite, open_scene=partial(PerturbedScene, change))
+
+
+def _open_base(name: str) -> Suite:
     if name in SUITES:
         return SUITES[name]()
     module, _, attribute = name.partition(":")

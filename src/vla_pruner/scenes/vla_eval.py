@@ -27,7 +27,7 @@ import torch
 
 from vla_pruner.scenes import rendering
 from vla_pruner.scenes.late_cameras import LateCameras
-from vla_pruner.scenes.scene import Suite
+from vla_pruner.scenes.scene import Suite, hold_delta
 
 INITIAL_STATES = 50
 """Official ones of each LIBERO task."""
@@ -72,6 +72,25 @@ class HarnessScene:
     def proprio(self) -> np.ndarray:
         """State of the robot, float32 `[P]`."""
         return np.asarray(self._look()["states"], dtype=np.float32)
+
+    def pose(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Hand `[3]` (m) and joints `[J]` (rad), where the benchmark's class has a `pose`."""
+        pose = getattr(self._benchmark, "pose", None)
+        return (self.proprio()[:3], None) if pose is None else pose()
+
+    def hold(self, last: np.ndarray | None) -> np.ndarray:
+        """The command that leaves the arm where it is, where the benchmark's class has a `hold`.
+
+        Raises:
+            ValueError: it has none.
+        """
+        own = getattr(self._benchmark, "hold", None)
+        if own is None:
+            raise ValueError(
+                f"--live: {type(self._benchmark).__name__} does not say how the robot holds still; "
+                "give it a method `hold(last)` that returns the command"
+            )
+        return own(last)
 
     def step(self, action: np.ndarray) -> None:
         """Apply one action `[dim]`."""
@@ -157,6 +176,16 @@ def _late_libero() -> type:
             if name == "_env" and value is not None:  # it keeps its simulator there
                 self._cameras = LateCameras(value.env)
             super().__setattr__(name, value)
+
+        def pose(self) -> tuple[np.ndarray, np.ndarray]:
+            """Hand and joints as the simulator has them: nothing is drawn."""
+            robot = self._env.robots[0]
+            hand = robot.sim.data.site_xpos[robot.eef_site_id]
+            return np.array(hand), np.array(robot._joint_positions)
+
+        def hold(self, last: np.ndarray | None) -> np.ndarray:
+            """Commands are differences of poses here."""
+            return hold_delta(last)
 
         def make_obs(self, raw_obs: Any, task: Any) -> Any:
             return super().make_obs(self._cameras.drawn(raw_obs), task)

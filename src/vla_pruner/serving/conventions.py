@@ -5,6 +5,11 @@ Non-obvious behaviours
 * Policies write the gripper in one of two ways. Those trained on RLDS data (every published OpenVLA
   and OpenVLA-OFT checkpoint) say 0 to close and 1 to open; those trained in robosuite, such as the
   ones that ship with this package, say +1 to close and -1 to open.
+* vla-eval's class for SIMPLER's Google robot turns the gripper it is sent, g, into the relative
+  command 1 - 2 g, and latches a command above 0.5 for 15 steps. SIMPLER's own rule latches the
+  policy's last absolute opening minus the new one, and its first command is none. What is sent is
+  therefore `(1 - (last - new)) / 2`, at first 0.5, with the last opening that was carried out
+  (`Hand`): then the class does what SIMPLER does.
 * vla-eval's SIMPLER class declares `euler_xyz` and `binary_close_positive`, but hands the rotation
   to a controller that reads axis-angle, and reads the gripper as 0 close, 1 open. What is sent is
   what the class does; what is declared is what it declares, so that its check passes.
@@ -46,6 +51,7 @@ class Convention:
         cameras: entries of `images`, in the order in which policies take them.
         state: entry that holds the robot state; None: the benchmark sends none that policies read.
         wants_open: the gripper is sent as 0 close, 1 open; otherwise as -1 open, +1 close.
+        relative: the gripper is sent as the change since the last action, see above.
         euler: policies write rotations as Euler angles, which are sent as axis-angle.
         params: arguments of the benchmark's class that a server asks for.
         camera_params, state_params: further ones, for policies with a second camera or with a
@@ -56,6 +62,7 @@ class Convention:
     cameras: tuple[str, ...]
     state: str | None = None
     wants_open: bool = False
+    relative: bool = False
     euler: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     camera_params: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +91,7 @@ CONVENTIONS = {
             "simpler-google",
             ("primary",),
             wants_open=True,
+            relative=True,
             euler=True,
             params={"gripper_mode": "sticky", "success_mode": "truncation"},
         ),
@@ -223,8 +231,12 @@ class Translator:
         return f"; run the benchmark with {', '.join(f'{k}={v}' for k, v in params.items())}"
 
     # -- actions ---------------------------------------------------------------------------------
+    def hand(self) -> Hand:
+        """What an episode's actions, each as it is sent, go through last."""
+        return Hand(self.convention.relative)
+
     def actions(self, actions: np.ndarray) -> np.ndarray:
-        """A policy's actions `[..., 7]` as the benchmark takes them, float32.
+        """A policy's actions `[..., 7]` as the benchmark takes them, float32; grippers clipped.
 
         Raises:
             ValueError: another number of values.
@@ -236,9 +248,29 @@ class Translator:
             )
         sent = np.array(actions, dtype=np.float32)
         closing = sent[..., 6] if self.gripper == "robosuite" else 1 - 2 * sent[..., 6]
+        closing = np.clip(closing, -1, 1)
         sent[..., 6] = (1 - closing) / 2 if self.convention.wants_open else closing
         if self.convention.euler:
             sent[..., 3:6] = np.apply_along_axis(_euler_to_axis_angle, -1, sent[..., 3:6])
+        return sent
+
+
+class Hand:
+    """The gripper of one episode, where it is sent as a change (`Convention.relative`)."""
+
+    def __init__(self, relative: bool) -> None:
+        self._relative = relative
+        self._last: float | None = None
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """An action `[7]` of `Translator.actions` that is carried out now, as it is sent."""
+        if not self._relative:
+            return action
+        opening = float(action[6])
+        change = 0.0 if self._last is None else self._last - opening
+        self._last = opening
+        sent = action.copy()
+        sent[6] = (1 - change) / 2
         return sent
 
 

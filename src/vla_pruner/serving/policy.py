@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +14,7 @@ from torch import nn
 
 from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
+from vla_pruner.methods import Method
 from vla_pruner.models.prune import prune
 
 
@@ -24,6 +28,28 @@ class EpisodeKey:
     """
 
     label: str
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a pass did in one row.
+
+    Args:
+        actions: float32 `[H, dim]`, in robot units.
+        keep, tokens: share and number of visual tokens behind the last cut; None: not known.
+        warm_up: whether it ran on all tokens, as its method asked.
+        warm_up_next: whether the episode's next step will.
+        seconds: of the whole pass.
+        method: that chose the tokens.
+    """
+
+    actions: np.ndarray
+    keep: float
+    tokens: int | None
+    warm_up: bool
+    warm_up_next: bool
+    seconds: float
+    method: str
 
 
 class ServedPolicy:
@@ -61,16 +87,16 @@ class ServedPolicy:
                 f"a {type(policy).__name__} has no `predict_actions(observations)`; only policies "
                 "that give actions can be served"
             )
-        chosen = make_method(method, **options)
-        if "motion" in chosen.needs:
-            raise ValueError(
-                f"method {short(method)} decides by the robot's motion, which clients do not "
-                "report; use another method, or an option that does without (vla-adp: gate=none)"
-            )
+        chosen = _servable(make_method(method, **options))
         self.policy: Any = policy
         self.session = prune(policy, chosen)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
         self._options = {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        return self.session.method.name
 
     def start(self, label: str) -> EpisodeKey:
         """A new episode, with nothing remembered."""
@@ -99,6 +125,78 @@ class ServedPolicy:
         self.session.episodes(episodes)
         return self.policy.predict_actions(observations, **self._options)
 
+    def step(
+        self, episodes: Sequence[EpisodeKey], observations: Sequence[Mapping[str, Any]]
+    ) -> list[Step]:
+        """As `act`, with what the pass did in each row."""
+        began = time.perf_counter()
+        actions = np.asarray(self.act(episodes, observations), dtype=np.float32)
+        seconds = time.perf_counter() - began
+        if actions.ndim == 2:
+            actions = actions[:, None]
+        last, keep, tokens = self.session.last, 1.0, None
+        full = [False] * len(episodes)
+        if last is not None and last.left_alone is None:
+            full = last.warm_up.tolist()
+            keep, tokens = last.visual_kept / max(last.visual_full, 1), last.visual_kept
+        return [
+            Step(
+                actions=row,
+                keep=keep,
+                tokens=tokens,
+                warm_up=warm_up,
+                warm_up_next=self.warm_up(episode),
+                seconds=seconds,
+                method=self.name,
+            )
+            for row, warm_up, episode in zip(actions, full, episodes, strict=True)
+        ]
+
+    def warm_up(self, episode: EpisodeKey) -> bool:
+        """Whether the episode's next step runs on all tokens."""
+        return self.session.full_next(episode)
+
+    def change(self, method: str, keep: float) -> None:
+        """Go on with another budget; episodes keep what they remember if the method is the same.
+
+        Args:
+            method: "none" keeps all tokens and goes on remembering.
+            keep: share of the visual tokens, in (0, 1].
+
+        Raises:
+            ValueError: no such method, or one that does not fit this policy; nothing is changed.
+        """
+        before = self.session
+        same = method in (before.method.name, "none")
+        if same and (method != "none" or before.method.name != "none"):
+            keep = 1.0 if method == "none" else keep
+            chosen = dataclasses.replace(before.method, keep=keep)
+        else:
+            chosen = _servable(make_method(method, keep=None if method == "none" else keep))
+        if chosen == before.method:
+            return
+        before.remove()
+        try:
+            self.session = prune(self.policy, chosen)
+        except Exception:
+            self.session = prune(self.policy, before.method)
+            raise
+        with contextlib.suppress(ValueError):  # Another method: its episodes start anew.
+            self.session.inherit(before)
+
+    def blank(self) -> dict[str, Any] | None:
+        """An observation that shows nothing; None for a policy that does not say what it reads."""
+        config = getattr(self.policy, "config", None)
+        cameras = getattr(config, "cameras", None) or getattr(config, "num_images", None)
+        if config is None or cameras is None:
+            return None
+        views = cameras if isinstance(cameras, int) else len(cameras)
+        image = np.zeros((64, 64, 3), np.uint8)
+        seen: dict[str, Any] = {"images": [image] * views, "instruction": "wait"}
+        if (state := getattr(config, "proprio_dim", None)) is not None:
+            seen["proprio"] = np.zeros(state)
+        return seen
+
     def end(self, episode: EpisodeKey) -> None:
         """Forget an episode; one that is forgotten already is no error."""
         self.session.reset([episode])
@@ -106,3 +204,12 @@ class ServedPolicy:
     def close(self) -> None:
         """Detach the method: the policy is what it was before."""
         self.session.remove()
+
+
+def _servable(method: Method) -> Method:
+    if "motion" in method.needs:
+        raise ValueError(
+            f"method {short(method.name)} decides by the robot's motion, which clients do not "
+            "report; use another method, or an option that does without (vla-adp: gate=none)"
+        )
+    return method

@@ -21,8 +21,10 @@ from vla_pruner.core.arguments import refuse_unknown, take, take_rotary
 from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Step
+from vla_pruner.core.hiding import implied_mask
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill, TokenSet
+from vla_pruner.core.watching import implementation
 from vla_pruner.methods.base import ScoreSpec
 from vla_pruner.pruning.entropy import attention_entropy
 from vla_pruner.vla_cache.memory import Memories, Recalled, Record
@@ -50,8 +52,8 @@ class ReuseHooks(Cut):
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
         for index, layer in enumerate(self.layers):
-            attention = self._attention(index)
-            name = scores.implementation(attention)
+            attention = self.attention(index)
+            name = implementation(attention)
             if name not in ("sdpa", "eager"):
                 raise NotImplementedError(
                     f"method {self.method.name!r} needs masks that say what each query sees; load "
@@ -65,16 +67,10 @@ class ReuseHooks(Cut):
 
     # ------------------------------------------------------------------ steps
     def begin(
-        self,
-        prefill: Prefill,
-        ids: tuple[Hashable, ...],
-        full: list[bool],
-        *,
-        mode: Mode,
-        frames: Tensor | None,
-        kwargs: Mapping[str, Any],
+        self, step: Step, mode: Mode, frames: Tensor | None, kwargs: Mapping[str, Any]
     ) -> Mode | None:
         """Look up what each row recalls; rows without a memory compute everything."""
+        prefill, ids = step.prefill, step.ids
         if prefill.past:
             raise NotImplementedError(
                 f"method {self.method.name!r} does not follow an image that continues a cache; "
@@ -82,12 +78,12 @@ class ReuseHooks(Cut):
             )
         layout, batch = prefill.layout, len(ids)
         record = self.memories.open(frames, layout, batch, prefill.length, kwargs)
-        recalled = self.memories.recall(ids, record, layout, [not row for row in full])
-        full[:] = [True] * batch
+        recalled = self.memories.recall(ids, record, layout, [not row for row in step.full])
+        step.full = (True,) * batch
         prefill.note = Note(record, recalled)
         if recalled is None:
             return "full"
-        full[:] = [memory is None for memory in recalled.memories]
+        step.full = tuple(memory is None for memory in recalled.memories)
         fill_in(prefill, recalled, batch, drop=mode == "drop")
         return mode
 
@@ -128,9 +124,9 @@ class ReuseHooks(Cut):
         prefill = self.prefill
         if prefill is None or self.phase != "prefill":
             return None
-        number, signature = self.plan.number[index], self.signatures[layer]
+        number = self.plan.number[index]
         left = prefill.sets[number]
-        hidden, kwargs = signature.bind(args, kwargs)
+        hidden, kwargs = self.signatures[layer].bind(args, kwargs)
         if index in self.plan.cuts and left.rows is not None:
             refuse_unknown(kwargs, prefill.length, type(layer).__name__)
             earlier, stay = prefill.sets[number - 1].rows, left.rows
@@ -138,11 +134,11 @@ class ReuseHooks(Cut):
             hidden = take(hidden, stay, dim=1)
             mask = kwargs.get("attention_mask")
             if mask is None:
-                mask = self._implied_mask(number, hidden, kwargs, queries=prefill.length)
+                mask = implied_mask(self, number, hidden, kwargs, queries=prefill.length)
             left.arguments = _queried(kwargs, left.rows, prefill.length, mask)
         exchange = partial(self._exchange, index, prefill, left)
         cache = _Store(kwargs.get("past_key_values"), exchange)
-        return signature.back(args, hidden, {**kwargs, **left.arguments, "past_key_values": cache})
+        return (hidden,), {**kwargs, **left.arguments, "past_key_values": cache}
 
     def _exchange(
         self, index: int, prefill: Prefill, left: TokenSet, key: Tensor, value: Tensor
@@ -188,9 +184,8 @@ class ReuseHooks(Cut):
                 f"which method {self.method.name!r} relies on; use another method."
             )
         left = prefill.sets[self.plan.number[index]]
-        causal = scores.hides_future(self, attention, mask, query.shape[2], kwargs)
-        keys = prefill.length
-        seen = scores.Seen.of(attention, query, key, mask, kwargs, keys=keys, causal=causal)
+        shown = (attention, query, key, mask, kwargs)
+        seen = scores.Seen.of(self, shown, prefill.length)
         if seen.sinks is not None:
             raise NotImplementedError(
                 f"{type(attention).__name__} has attention sinks, of which method "
@@ -279,7 +274,7 @@ def _queried(kwargs: Mapping[str, Any], rows: Tensor, length: int, mask: Tensor)
     found: dict[str, Any] = {"attention_mask": mask}
     rotary = kwargs.get("position_embeddings")
     if rotary is not None:
-        found["position_embeddings"] = tuple(take_rotary(table, rows) for table in rotary)
+        found["position_embeddings"] = take_rotary(rotary, rows)
     if kwargs.get("position_ids") is not None:
         # With rotary tables at hand, ids with gaps only mislead.
         ids = kwargs["position_ids"]

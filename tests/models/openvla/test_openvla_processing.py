@@ -1,5 +1,7 @@
 """Observations in, actions out: images, prompts, normalisation, and errors that help."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -229,3 +231,11 @@ def test_other_mistakes_are_named() -> None:
     model.tokenizer = None
     with pytest.raises(ValueError, match="no tokenizer"):
         model.predict_action(picture(0), "lift", unnorm_key="pick_place")
+
+
+@pytest.mark.parametrize("make", [make_openvla, make_oft])
+def test_a_prompt_that_the_decoder_has_no_positions_for_is_refused(make: Any) -> None:
+    model = make()
+    seen = observation(1, model.config.num_images, "milk " * 20_000)
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens.*at most \d+.*shorter"):
+        model.predict_actions([seen])

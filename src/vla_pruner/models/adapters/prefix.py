@@ -32,6 +32,9 @@ class PrefixAdapter(Adapter):
     samplers: tuple[str, ...] = ("sample_actions",)
     """Methods of the core that may have been compiled."""
 
+    oldest_transformers = (4, 53)
+    """openpi and lerobot 0.4 pin this one; their loops make no use of what came later."""
+
     special_before: int = 0
     """Tokens that the policy puts before each camera, and behind it."""
     special_behind: int = 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.core.layout import Adapter, Layout, text_behind
+from vla_pruner.core.layout import Adapter, Layout
+from vla_pruner.models.text import text_behind
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding

@@ -271,6 +271,7 @@ class OpenVLA(Port):
         )  # [B, cameras, H, W, 3]
         instructions = [row["instruction"] for row in rows]
         input_ids, mask = processing.tokenize(instructions, self.tokenizer, config)
+        self._check_length(input_ids.shape[1])
         device = self.device
         pixels = processing.normalise_pixels(torch.from_numpy(images).to(device), config)
         return Inputs(
@@ -279,6 +280,17 @@ class OpenVLA(Port):
             attention_mask=None if mask is None else mask.to(device),
             proprio=self._proprio(rows),
         )
+
+    def _check_length(self, prompt: int) -> None:
+        """Refuse a prompt that the decoder has no positions for; attention to it is quadratic."""
+        config = self.config
+        behind = getattr(config, "slots", config.action_dim) + 2  # robot state, stop token
+        room = self.language_model.config.max_position_embeddings - sum(config.views) - behind
+        if prompt > room:
+            raise ValueError(
+                f"the prompt has {prompt} tokens; beside its images this policy reads at most "
+                f"{room}: give a shorter instruction"
+            )
 
     def _proprio(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Normalised robot states [B, proprio_dim] of checked observations, None without one."""

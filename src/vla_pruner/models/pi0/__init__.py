@@ -5,6 +5,7 @@ from .checkpoint import from_pretrained, save_pretrained
 from .config import Pi0Config, StackConfig, VisionConfig
 from .feature_cache import feature_cache
 from .modeling import Pi0
+from .prefix_reuse import PrefixGate, prefix_reuse
 from .processing import Inputs
 
 __all__ = [
@@ -12,10 +13,12 @@ __all__ = [
     "Pi0",
     "Pi0Adapter",
     "Pi0Config",
+    "PrefixGate",
     "StackConfig",
     "VisionConfig",
     "adapter",
     "feature_cache",
     "from_pretrained",
+    "prefix_reuse",
     "save_pretrained",
 ]

@@ -14,6 +14,7 @@ from vla_pruner.models.flow_steps import Averaged, FlowSteps
 
 from .feature_cache import feature_cache
 from .modeling import Pi0
+from .prefix_reuse import PrefixGate, prefix_reuse
 
 
 class Pi0Adapter(Adapter):
@@ -44,6 +45,10 @@ class Pi0Adapter(Adapter):
     def cache_flow(self, interval: int, undo: ExitStack) -> None:
         """The expert's feature cache."""
         undo.enter_context(feature_cache(self.model, every=interval))
+
+    def hold_prefix(self, calls: int, threshold: float, undo: ExitStack) -> PrefixGate:
+        """Let a prefix serve several calls, until `undo`."""
+        return undo.enter_context(prefix_reuse(self.model, calls=calls, threshold=threshold))
 
     def reader_rows(self, length: int) -> slice | None:
         """The chunk, behind pi0's state token; None in flow steps that are not averaged."""

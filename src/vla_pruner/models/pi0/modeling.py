@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from ..port import Port, check_attention, refuse_broken
 from . import processing
+from .chunking import Guide, decay, guided
 from .config import Pi0Config
 from .gemma import GemmaStack, SharedKV
 from .processing import Inputs
@@ -165,19 +167,46 @@ class Pi0(Port):
 
     # ------------------------------------------------------------------ acting
     @torch.no_grad()
-    def sample(self, inputs: Inputs, noise: Tensor | None = None) -> Tensor:
+    def sample(
+        self, inputs: Inputs, noise: Tensor | None = None, guide: Guide | None = None
+    ) -> Tensor:
         """Scaled actions, fp32 [B, chunk, max_action_dim]: Euler steps from noise.
 
-        `noise` has that shape; None draws it as the configuration says.
+        `noise` has that shape; None draws it as the configuration says. With `guide` they continue
+        a chunk that is being carried out.
         """
         batch, steps = len(inputs.tokens), self.config.flow_steps
         actions = self.make_noise(batch) if noise is None else noise.to(self.device).float()
         prefix = self.read_prefix(inputs)
+        if guide is not None:
+            wanted, weights = self._wanted(guide)
         for step in range(steps):
             now = 1 - step / steps
             time = torch.full((batch,), now, dtype=torch.float32, device=self.device)
-            actions = actions - self.velocity(prefix, inputs.state, actions, time) / steps
+            velocity = partial(self._velocity_at, prefix, inputs.state, time)
+            if guide is None:
+                actions = actions - velocity(actions) / steps
+            else:
+                actions = actions - guided(velocity, actions, now, wanted, weights, guide) / steps
         return actions
+
+    def _velocity_at(self, prefix: Prefix, state: Tensor, time: Tensor, noisy: Tensor) -> Tensor:
+        return self.velocity(prefix, state, noisy, time)
+
+    def _wanted(self, guide: Guide) -> tuple[Tensor, Tensor]:
+        """Actions to continue, in the policy's units, and how much: `[chunk, max_action_dim]`."""
+        known = guide.left[: self.config.chunk]
+        if known.shape[1] != self.config.action_dim or not np.isfinite(known).all():
+            raise ValueError(
+                f"guide: expected finite actions [n, {self.config.action_dim}], got {known.shape}"
+            )
+        wanted = torch.zeros(self.config.chunk, self.config.max_action_dim)
+        scaled = processing.scale(self.config, "action").normalise(known.astype(np.float64))
+        wanted[: len(known), : self.config.action_dim] = torch.from_numpy(scaled).float()
+        weights = torch.zeros_like(wanted)
+        own = decay(len(known), guide.delay, self.config.chunk)
+        weights[:, : self.config.action_dim] = own[:, None]
+        return wanted.to(self.device), weights.to(self.device)
 
     def make_noise(self, batch: int) -> Tensor:
         """Normal noise [batch, chunk, max_action_dim]; the same in every row if it is seeded."""
@@ -195,6 +224,7 @@ class Pi0(Port):
         proprio: Any = None,
         *,
         noise: Tensor | None = None,
+        guide: Guide | None = None,
     ) -> np.ndarray:
         """Chunk of actions in robot units, float32 [chunk, action_dim].
 
@@ -205,28 +235,34 @@ class Pi0(Port):
             instruction: what to do, such as "pick up the can".
             proprio: robot state [proprio_dim] in robot units.
             noise: `[chunk, max_action_dim]` to start from; None: as the configuration says.
+            guide: what the chunk is to continue; None: nothing.
 
         Errors: TypeError and ValueError that say which argument is wrong and what is expected;
         NonFiniteActionError when the policy works out no numbers.
         """
         observation = {"images": images, "instruction": instruction, "proprio": proprio}
         batched = None if noise is None else noise[None]
-        (action,) = self.predict_actions([observation], noise=batched)
+        (action,) = self.predict_actions([observation], noise=batched, guide=guide)
         return action
 
     def predict_actions(
-        self, observations: Sequence[Mapping[str, Any]], *, noise: Tensor | None = None
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        *,
+        noise: Tensor | None = None,
+        guide: Guide | None = None,
     ) -> np.ndarray:
         """Chunks of several observations in one pass, float32 [B, chunk, action_dim].
 
         An observation is a dict with `images`, `instruction` and `proprio`, see `predict_action`.
+        All of them continue the same `guide`.
         """
         scale = processing.scale(self.config, "action")
         inputs = self.prepare(observations)
         if noise is not None:
             shape = (len(inputs.tokens), self.config.chunk, self.config.max_action_dim)
             processing.check_noise(noise, shape)
-        actions = self.sample(inputs, noise)[..., : self.config.action_dim].cpu().numpy()
+        actions = self.sample(inputs, noise, guide)[..., : self.config.action_dim].cpu().numpy()
         with np.errstate(over="ignore"):  # What is too large for fp32 is refused next.
             made = scale.unnormalise(actions.astype(np.float64)).astype(np.float32)
         refuse_broken(~np.isfinite(made), "actions")

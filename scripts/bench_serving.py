@@ -1,0 +1,160 @@
+"""What batching is worth to a server: clients that start at random, against one answer at a time.
+
+    python scripts/bench_serving.py --policy mini-oft --clients 16 --rounds 5
+
+Two servers, `vla-pruner serve --batch 1` and `--batch N`, take turns; clients of this process speak
+vla-eval's protocol with raw images and ask again as soon as they are answered, in episodes of
+random length. Printed for each: answers per second, per second of the server's CPU time, and
+quartiles of latency; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+import websockets
+
+CHUNK = 1
+
+
+def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[str], str]:
+    """A server, warmed up, and its address."""
+    words = f"-m vla_pruner serve --benchmark pickplace --port 0 --policy {args.policy}".split()
+    words += ["--method", args.method, "--keep", str(args.keep), "--chunk-size", str(CHUNK)]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--batch", str(batch)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "listening on" in line:
+            return process, line.split("listening on ")[1].strip()
+    raise SystemExit("the server did not start")
+
+
+def cpu_seconds(process: subprocess.Popen[str]) -> float:
+    """Processor time that a process has used so far."""
+    words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / 100
+
+
+def packed(kind: str, payload: dict[str, Any], seq: int = 0) -> bytes:
+    """A message of vla-eval's protocol."""
+
+    def plain(value: np.ndarray) -> dict[str, Any]:
+        entry = {"__ndarray__": True, "dtype": value.dtype.str, "shape": list(value.shape)}
+        return {**entry, "data": value.tobytes()}
+
+    sent = {"type": kind, "payload": payload, "seq": seq, "timestamp": 0.0}
+    made: bytes = msgpack.packb(sent, default=plain)
+    return made
+
+
+def observations(number: int, side: int) -> list[bytes]:
+    """A few observations of one client, as they are sent."""
+    random = np.random.default_rng(number)
+    made = []
+    for _ in range(4):
+        images = random.integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+        seen = {
+            "images": {"agentview": images[0], "wrist": images[1]},
+            "task_description": "pick up the milk and place it in its bin",
+            "states": random.uniform(-0.2, 0.2, 8),
+        }
+        made.append(packed("observation", seen))
+    return made
+
+
+async def client(address: str, number: int, args: argparse.Namespace, until: float) -> list[float]:
+    """Seconds of each answer."""
+    random, took = np.random.default_rng(1000 + number), []
+    sent = observations(number, args.side)
+    await asyncio.sleep(float(random.uniform(0, args.spread)))
+    async with websockets.connect(f"ws://{address}", compression=None, max_size=None) as socket:
+        while time.monotonic() < until:
+            await socket.send(packed("episode_start", {}))
+            for step in range(int(random.integers(10, 30))):
+                began = time.monotonic()
+                await socket.send(sent[step % len(sent)])
+                answer = await socket.recv()
+                took.append(time.monotonic() - began)
+                assert b"action" in answer[:40], answer[:300]
+                if time.monotonic() > until:
+                    break
+    return took
+
+
+async def measure(
+    process: subprocess.Popen[str], address: str, args: argparse.Namespace
+) -> dict[str, float]:
+    """One round at one server."""
+    began, used = time.monotonic(), cpu_seconds(process)
+    until = began + args.seconds
+    found = await asyncio.gather(*(client(address, n, args, until) for n in range(args.clients)))
+    wall, used = time.monotonic() - began, cpu_seconds(process) - used
+    took = sorted(value for one in found for value in one)
+    p50, p95 = np.quantile(took, [0.5, 0.95])
+    return {
+        "answers": len(took),
+        "per_s": len(took) / wall,
+        "per_cpu_s": len(took) / used,
+        "p50_ms": 1000 * float(p50),
+        "p95_ms": 1000 * float(p95),
+    }
+
+
+def main() -> None:
+    """Measure, and print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="mini-oft")
+    parser.add_argument("--method", default="vla-pruner")
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--batches", default="1,16", help="sizes to compare")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each round")
+    parser.add_argument("--spread", type=float, default=2.0, help="seconds in which clients start")
+    parser.add_argument("--side", type=int, default=160, help="pixels of an image's side")
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.batches.split(",")]
+    servers = {size: start(args, size) for size in sizes}
+    rows: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    try:
+        for _ in range(args.rounds):
+            for size, (process, address) in servers.items():
+                rows[size].append(asyncio.run(measure(process, address, args)))
+    finally:
+        for process, _ in servers.values():
+            process.terminate()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2] for line in lines if "model name" in line), "?").strip()
+    print(f"{args.policy}, {args.method}@{args.keep}, {args.clients} clients, {args.rounds} rounds")
+    print(f"{cpu}, torch {torch.__version__}, Python {platform.python_version()}")
+    result = {
+        size: {name: statistics.median(row[name] for row in found) for name in found[0]}
+        for size, found in rows.items()
+    }
+    for size, row in result.items():
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in row.items())
+        print(f"batch {size:3d}: {shown}")
+    first, last = result[sizes[0]], result[sizes[-1]]
+    ratios = {name: last[name] / first[name] for name in ("per_s", "per_cpu_s", "p95_ms")}
+    print(json.dumps({"median": result, "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What the documentation site needs beyond its pages: links that leave docs/, and the list of methods.
+
+Pages link to sources as they would on a code host (`../src/...`). The site has no sources: such a
+link becomes the path itself.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill in the methods' pages, so that a new method needs no entry."""
+    from pathlib import Path
+
+    pages = sorted(Path(config.docs_dir, "methods").glob("*.md"))
+    methods: list[Any] = ["methods/README.md"]
+    methods += [{page.stem: f"methods/{page.name}"} for page in pages if page.stem != "README"]
+    assert config.nav is not None
+    for entry in config.nav:
+        if isinstance(entry, dict) and entry.get("Methods") == "METHODS":
+            entry["Methods"] = methods
+    return config
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links to files outside the site become their paths."""
+
+    def replace(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        path = target.partition("#")[0]
+        if not path or "://" in path or path.startswith("mailto:"):
+            return match[0]
+        inside = posixpath.normpath(
+            posixpath.join(posixpath.dirname(page.file.src_uri), path.rstrip("/"))
+        )
+        if not inside.startswith("..") and not inside.endswith(".py"):
+            return match[0]
+        path = inside.removeprefix("../") if inside.startswith("..") else f"docs/{inside}"
+        return (
+            f"`{path}`"
+            if text.strip("`").endswith(posixpath.basename(path))
+            else f"{text} (`{path}`)"
+        )
+
+    return _LINK.sub(replace, markdown)

@@ -1,0 +1,149 @@
+"""Calls of a pruned model: one thread at a time, which of them are one step, and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla_pruner.core import refusals
+from vla_pruner.core.cleanup import after, before, replace
+from vla_pruner.core.episodes import Step
+
+_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+class Calls:
+    """What is being called; the step of a call that failed, or never came back, never was."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        """The step that the outermost call in progress has come to."""
+        self.together = False
+        """Whether all prefills of the outermost call belong to one step."""
+        self.shared: Step | None = None
+        """That step, once it has begun."""
+        self.copies = 1
+        """Rows that `generate` makes of each row that it is given."""
+        self._lock = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._inside: list[Any] = []
+        self._began = 0.0
+
+    def attach(self, model: nn.Module, undo: ExitStack) -> None:
+        """Follow the calls of a model that holds the decoder, until `undo`."""
+        before(model, self.begins, undo)
+        after(model, self._returns, undo, always=True)
+
+    @torch.compiler.disable
+    def begins(self, what: Any, *_: Any) -> None:
+        """A call of `what` begins: of the model, of a stack of layers, or a step of several calls.
+
+        Raises:
+            RuntimeError: another thread is inside.
+        """
+        me = threading.current_thread()
+        with self._lock:
+            if self._owner is not me:
+                if self._owner is not None and self._inside and self._owner.is_alive():
+                    raise refusals.second_thread(self._owner, me)
+                self._owner, self._inside = me, []
+            if what in self._inside:  # An earlier call of it never came back.
+                del self._inside[self._inside.index(what) :]
+            self._inside.append(what)
+        if len(self._inside) == 1:
+            if self.step is not None:
+                self.step.failed = True
+            self.step, self._began = None, time.perf_counter()
+
+    def ends(self, what: Any, *, failed: bool = False) -> bool:
+        """It is over; whether it was a call of this thread."""
+        with self._lock:
+            mine = self._owner is threading.current_thread() and what in self._inside
+            if mine:
+                del self._inside[self._inside.index(what) :]
+        if mine and not self._inside and self.step is not None:
+            self.step.failed |= failed
+            self.step.ms, self.step = 1e3 * (time.perf_counter() - self._began), None
+        return mine
+
+    @torch.compiler.disable
+    def _returns(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.ends(model, failed=output is None)
+
+    @contextmanager
+    def as_one_step(self) -> Iterator[None]:
+        """All prefills inside belong to one policy step; an exception undoes the step."""
+        inside, outer, failed = object(), self.together, True
+        self.begins(inside)  # Refuses other threads before anything is touched.
+        if not outer:
+            self.together, self.shared = True, None
+        try:
+            yield
+            failed = False
+        finally:
+            if not outer:
+                if failed and self.shared is not None:
+                    self.shared.failed = True
+                self.together, self.shared = False, None
+            self.ends(inside, failed=failed)
+
+    def follow_generate(self, model: nn.Module, undo: ExitStack) -> None:
+        """`model.generate` is one step, with its beams and samples told apart from episodes."""
+        generate = getattr(model, "generate", None)
+        if not callable(generate):
+            return
+
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            option = _options(model, generate, args, kwargs)
+            for name in _GUESSING:
+                if option(name) is not None:
+                    raise refusals.guesses(name)
+            if option("prefill_chunk_size") is not None:
+                raise refusals.chunked_prefill()
+            with self.as_one_step():
+                copies = self.copies
+                self.copies = max(option(n) or 1 for n in ("num_beams", "num_return_sequences"))
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self.copies = copies
+
+        replace(model, "generate", generating, undo)
+
+
+def _options(
+    model: nn.Module, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[str], Any]:
+    """What `generate` was told, by keyword, in a `GenerationConfig`, or by the model's own."""
+    try:
+        bound = by_name(generate, args, kwargs)
+    except TypeError:  # `generate` itself will say what is wrong.
+        bound = dict(kwargs)
+    configs = (bound.get("generation_config"), getattr(model, "generation_config", None))
+
+    def option(name: str) -> Any:
+        if bound.get(name) is not None:
+            return bound[name]
+        found = [getattr(config, name, None) for config in configs]
+        return next((value for value in found if value not in (None, 1, False)), None)
+
+    return option
+
+
+def by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call, all by name. Errors: TypeError, as the call itself would raise."""
+    signature = inspect.signature(function)
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(parameter.name, {})
+    return bound

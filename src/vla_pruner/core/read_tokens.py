@@ -1,0 +1,110 @@
+"""Visual tokens whose own rows the caller reads: they stay, and take their places of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from vla_pruner.core import refusals
+from vla_pruner.core.arguments import take
+from vla_pruner.core.tokens import TokenIndex
+from vla_pruner.methods.base import Choice, Evidence, Method
+
+
+def choose_beside(
+    ask: Callable[[Evidence], Choice],
+    evidence: Evidence,
+    index: TokenIndex,
+    always: tuple[int, ...],
+    method: Method,
+    cuts: int,
+) -> Choice:
+    """What a method chooses of the others, joined with the tokens that stay anyway.
+
+    Args:
+        ask: what it chooses of some evidence.
+        evidence: of all tokens that are left at this cut.
+        index: of the prefill.
+        always: `Layout.read`.
+        method: that is asked.
+        cuts: how often it cuts.
+    """
+    tokens = evidence.tokens
+    assert tokens is not None
+    read, rest = _places(evidence.number, index, tokens)
+    others = _of_others(evidence, rest, read.shape[1], always, method, cuts)
+    nothing = Choice(tokens.new_zeros(tokens.shape[0], 0))
+    choice = nothing if others.keep_count == 0 else ask(others)
+    return _with_read(choice, read, tokens.shape[1])
+
+
+def _places(number: int, index: TokenIndex, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Places among `tokens` `[B, m]` of those that stay anyway `[B, R]`, and of the others."""
+    batch, read, free = tokens.shape[0], index.read, index.free
+    assert read is not None and free is not None
+    if number == 0:
+        return read.expand(batch, -1), free.expand(batch, -1)
+    place = torch.searchsorted(tokens, read.expand(batch, -1).contiguous())
+    return place, _others(place, tokens.shape[1])
+
+
+def _others(place: Tensor, size: int) -> Tensor:
+    """Indices in 0..size-1 that are not among `place` `[B, R]`, ascending: `[B, size - R]`."""
+    stays = torch.zeros(place.shape[0], size, dtype=torch.bool, device=place.device)
+    stays = stays.scatter(1, place, True)
+    return stays.int().sort(dim=1, stable=True).indices[:, : size - place.shape[1]]
+
+
+def _of_others(
+    evidence: Evidence,
+    rest: Tensor,
+    taken: int,
+    always: tuple[int, ...],
+    method: Method,
+    cuts: int,
+) -> Evidence:
+    """The evidence of the tokens at `rest` `[B, n]`, with the budget that `taken` tokens leave."""
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else take(tensor, rest, dim=1)
+
+    views: tuple[int, ...] = (rest.shape[1],)
+    if len(evidence.views) > 1 and method.budget == "view":
+        if cuts > 1:
+            raise refusals.read_under_views(method.name)
+        ends = list(accumulate(evidence.views))
+        views = tuple(
+            size - sum(end - size <= token < end for token in always)
+            for size, end in zip(evidence.views, ends, strict=True)
+        )
+    assert evidence.keep_count is not None
+    return replace(
+        evidence,
+        features=take(evidence.features, rest, dim=1),
+        semantic=part(evidence.semantic),
+        forecast=part(evidence.forecast),
+        views=views,
+        valid=part(evidence.valid),
+        scores={name: take(score, rest, dim=1) for name, score in evidence.scores.items()},
+        hidden=part(evidence.hidden),
+        tokens=part(evidence.tokens),
+        keep_count=min(max(evidence.keep_count - taken, 0), rest.shape[1]),
+    )
+
+
+def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
+    """A choice among the others, joined with the tokens `[B, R]` that stay anyway."""
+    batch, kept, rest = read.shape[0], choice.kept, _others(read, size)
+    joined, order = torch.cat([rest.gather(1, kept), read], dim=1).sort(dim=1)
+    if choice.merge is None:
+        return Choice(joined)
+    merge = choice.merge
+    whole = merge.new_zeros(batch, kept.shape[1], size)
+    whole = whole.scatter(2, rest[:, None].expand(-1, kept.shape[1], -1), merge)
+    alone = merge.new_zeros(batch, read.shape[1], size).scatter(2, read[..., None], 1.0)
+    both = torch.cat([whole, alone], dim=1)
+    return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))

@@ -1,0 +1,284 @@
+"""Sentences of what a session refuses: what was wrong, what was expected, what to do.
+
+Each function makes the exception that its caller raises, so that a step reads without them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+# -- calls ---------------------------------------------------------------------------------------
+
+
+def second_thread(owner: threading.Thread, other: threading.Thread) -> RuntimeError:
+    return RuntimeError(
+        f"this pruned model is being called by thread {owner.name!r} and now by {other.name!r}; a "
+        "session follows one call at a time. Put a lock around the calls, or give each thread its "
+        "own model and session."
+    )
+
+
+def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(stack).__name__} was called without any of {', '.join(names)}; pruning has to see "
+        "what goes into the decoder. See docs/adding-a-model.md."
+    )
+
+
+def guesses(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{name}`: guessing tokens ahead takes some back from the cache, which pruning does not "
+        "follow; generate without it."
+    )
+
+
+def chunked_prefill() -> NotImplementedError:
+    return NotImplementedError(
+        "`prefill_chunk_size`: an image that is split over several passes cannot be pruned as a "
+        "whole; generate without it (what pruning leaves needs less memory, too)."
+    )
+
+
+def checkpointing() -> NotImplementedError:
+    return NotImplementedError(
+        "gradient checkpointing runs layers twice, which pruning does not follow; call "
+        "`model.gradient_checkpointing_disable()` or `model.eval()`."
+    )
+
+
+def other_rows(named: int, batch: int) -> ValueError:
+    return ValueError(f"`session.episodes` named {named} rows, but this batch has {batch}.")
+
+
+# -- caches --------------------------------------------------------------------------------------
+
+
+def other_batch(filled: int, batch: int) -> ValueError:
+    return ValueError(
+        f"this cache was filled by {filled} rows and is continued with {batch}; batches cannot "
+        "change between prefill and decode while pruning."
+    )
+
+
+def other_session() -> RuntimeError:
+    return RuntimeError(
+        "this cache was filled and pruned in another session; continue it while that one is "
+        "attached, or prefill it again."
+    )
+
+
+def uneven_cache() -> RuntimeError:
+    return RuntimeError(
+        "this cache holds fewer tokens in some layers than in others and does not say why: it is a "
+        "copy, made by hand, of one that was pruned. Copy caches with `copy.deepcopy(cache)`, or "
+        "prefill again."
+    )
+
+
+def changed_cache(past: int) -> RuntimeError:
+    return RuntimeError(
+        f"this cache now holds {past} tokens, which is not what its prefill and the tokens after "
+        "it left there; it was cropped or rebuilt, which pruning does not follow. Prefill it again."
+    )
+
+
+def other_order() -> RuntimeError:
+    return RuntimeError(
+        "the rows of this cache stand in another order than their prefill left them, and belong to "
+        "different episodes, of which different tokens were kept; pruning does not follow that. "
+        "Keep the order (beams of one episode may be exchanged), or prefill again."
+    )
+
+
+def beyond_window(seen: int, window: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"this pass reaches {seen} tokens, and layers behind the cut look back on a sliding window "
+        f"of {window}, which removed tokens would shift. Keep prompt and answer within {window} "
+        "tokens, or use a model without sliding windows."
+    )
+
+
+# -- prefills ------------------------------------------------------------------------------------
+
+
+def split_image() -> NotImplementedError:
+    return NotImplementedError(
+        "an image began in one pass and goes on in the next; an image that is split over several "
+        "passes cannot be pruned as a whole. Give the prompt at once."
+    )
+
+
+def second_image() -> NotImplementedError:
+    return NotImplementedError(
+        'a second image in a cache whose first one was pruned needs `mode="drop"` and episodes '
+        "that are all at the same step; use one cache per episode, or begin anew."
+    )
+
+
+def second_image_at_0(method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"method {method!r} cuts before layer 0, where a second image in the same cache is not "
+        "supported; use `layer` >= 1, or give the whole prompt at once."
+    )
+
+
+def masks_of_kinds(decoder: nn.Module, cut: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(decoder).__name__} has layers of several kinds, and the mask of a kind is sized by "
+        f"its first layer, which lies behind the cut before layer {cut}; with a cache the masks "
+        "would not fit. Cut later (`layer`), or run without a cache."
+    )
+
+
+def no_text(method: str, adapter: Any) -> ValueError:
+    return ValueError(
+        f"method {method!r} needs to know which tokens are the instruction, and "
+        f"{type(adapter).__name__} does not say, or there is none; set `Layout.text_rows` in the "
+        "adapter, or use another method."
+    )
+
+
+def impossible_schedule(
+    method: str, counts: Sequence[int], cuts: Sequence[int], visual: int
+) -> ValueError:
+    return ValueError(
+        f"method {method!r} plans to leave {counts} tokens after its cuts before layers {cuts}; "
+        "expected one number for each, none larger than the one before or than the "
+        f"{visual} visual tokens."
+    )
+
+
+def other_cameras(name: Any, had: int, visual: int) -> ValueError:
+    return ValueError(
+        f"episode {name!r} had {had} visual tokens and now has {visual}; call `session.reset()` "
+        "when the cameras change."
+    )
+
+
+def no_motion(method: str, name: Any) -> ValueError:
+    return ValueError(
+        f"method {method!r} decides by the robot's motion, and none was reported for episode "
+        f"{name!r}; call `session.motion(distance)` after each step, or use another method."
+    )
+
+
+# -- layers --------------------------------------------------------------------------------------
+
+
+def flex_attention() -> NotImplementedError:
+    return NotImplementedError(
+        "flex_attention keeps its masks in blocks, which pruning cannot shorten; load the model "
+        'with attn_implementation="sdpa" or "eager".'
+    )
+
+
+def unhooked(cut: int) -> RuntimeError:
+    return RuntimeError(
+        f"the hooks of decoder layer {cut} did not run, so that nothing was cut: something has "
+        "replaced the layer since the session began, or runs a compiled copy. Attach vla-pruner "
+        "last."
+    )
+
+
+def unwatched(missing: int, expected: int, attention: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"{missing} of the {expected} layers whose action attention is watched "
+        f"({type(attention).__name__}) ran without showing it; use a decoder whose attention is "
+        "chosen by `config._attn_implementation`, or a method without action scores. If something "
+        "has replaced the layers since, attach vla-pruner last."
+    )
+
+
+def unseen(index: int, attention: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"the attention of layer {index} ({type(attention).__name__}) ran without showing its "
+        "queries and keys, so that its score is missing; use a decoder whose attention is chosen "
+        "by `config._attn_implementation`, or a method without scores (divprune, random). If "
+        "something has replaced the layer since, attach vla-pruner last."
+    )
+
+
+def unknown_attention(attention: nn.Module, name: str, value: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(attention).__name__} gives its attention function `{name}` {tuple(value.shape)}, "
+        "and what that does to the attention is unknown, so that it cannot be scored; use a method "
+        "without scores (divprune, random)."
+    )
+
+
+def unknown_argument(kind: str, name: str, shape: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"decoder layers ({kind}) get `{name}` {shape}, one entry per token, and it is unknown how "
+        'to shorten it; use `mode="mask"`, or open an issue with the model.'
+    )
+
+
+def unnamed_arguments(kind: str, given: int, named: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{kind} is called with {given} positional arguments, and its `forward` names {named}; "
+        "pruning has to know which is the mask and which the cache. Give the layer's `forward` "
+        "named parameters."
+    )
+
+
+def no_hidden_states(kind: str, first: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{kind} is not called with hidden states [B, S, D] first (`{first}`); pruning takes rows "
+        "out of them. See docs/adding-a-model.md for what a decoder has to hand its layers."
+    )
+
+
+def several_outputs(layer: nn.Module, count: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(layer).__name__} returns {count} things, which a skipped layer cannot make up; use "
+        "a method that skips none, or newer transformers."
+    )
+
+
+def no_mask_to_hide_in() -> NotImplementedError:
+    return NotImplementedError(
+        'hiding tokens (mode="mask", or a batch in which some episodes run on all tokens) needs '
+        'attn_implementation="sdpa" or "eager".'
+    )
+
+
+def no_rotary_tables() -> NotImplementedError:
+    return NotImplementedError(
+        'decoder layers get no rotary tables [B, S, D], which positions="compact" has to renumber; '
+        'use positions="keep".'
+    )
+
+
+def no_position_ids() -> NotImplementedError:
+    return NotImplementedError(
+        'decoder layers get no `position_ids`, which positions="compact" has to renumber; use '
+        'positions="keep".'
+    )
+
+
+# -- choices -------------------------------------------------------------------------------------
+
+
+def wrong_choice(method: str, shape: Any, number: int, expected: Any) -> ValueError:
+    return ValueError(
+        f"method {method!r} chose {tuple(shape)} at cut {number}; expected [B, k] = {expected}."
+    )
+
+
+def wrong_merge(method: str, shape: Any, number: int, expected: Any) -> ValueError:
+    return ValueError(
+        f"method {method!r} gave merge {tuple(shape)} at cut {number}; expected [B, k, m] = "
+        f"{expected}."
+    )
+
+
+def read_under_views(method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"method {method!r} cuts several times with a budget per view, and a visual token that the "
+        "caller reads stays beside it, so that the shares do not come out; use "
+        'budget="global" for prompts that end with the image or have labels behind it.'
+    )

@@ -1,0 +1,1 @@
+"""The protocols that robots speak: bytes to an episode's observation, and a reply to bytes."""

@@ -1,0 +1,163 @@
+"""HTTP/1.1 over asyncio and h11: a few connections, each bounded in bytes and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import h11
+
+from vla_pruner.doors.door import Listen
+
+logger = logging.getLogger(__name__)
+
+HEAD_S, BODY_S = 10.0, 30.0
+"""Seconds in which the first line and headers, and the body, have to have come."""
+HEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked; `read` gives the body, once."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    client: str
+    read: Callable[[], Awaitable[bytes]]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is answered."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+async def serve_http(answer: Answer, listen: Listen, ready: Callable[[int], None]) -> None:
+    """Listen until cancelled; `ready` is told the port. `answer` must not raise.
+
+    Raises:
+        OSError: the address is not free.
+    """
+    talking: set[asyncio.Task[None]] = set()
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        talking.add(task)
+        try:
+            if len(talking) <= listen.clients:
+                await _Connection(reader, writer, answer, listen).talk()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # the client went away, or is too slow
+        finally:
+            talking.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(5):
+                    await writer.wait_closed()
+
+    server = await asyncio.start_server(
+        meet, listen.host, listen.port, ssl=listen.tls(), limit=256 << 10
+    )
+    ready(server.sockets[0].getsockname()[1])
+    try:
+        await asyncio.Future()
+    finally:
+        server.close()
+        for task in list(talking):
+            task.cancel()
+        if talking:
+            await asyncio.wait(talking, timeout=5)
+
+
+class _Connection:
+    """One client: a request, its response, and so on."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        answer: Answer,
+        listen: Listen,
+    ) -> None:
+        self.reader, self.writer, self.answer, self.listen = reader, writer, answer, listen
+        self.state = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        self.claimed = 0
+        self.client = str((writer.get_extra_info("peername") or ("unknown",))[0])
+
+    async def talk(self) -> None:
+        """Until the client goes, or is to go."""
+        try:
+            while await self._exchange():
+                self.state.start_next_cycle()
+        except h11.RemoteProtocolError as error:
+            if self.state.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                said = b'{"error": "this is no HTTP/1.1"}'
+                await self._send(Response(getattr(error, "error_status_hint", 400), said), True)
+
+    async def _exchange(self) -> bool:
+        """One request and its response; whether another may follow."""
+        async with asyncio.timeout(HEAD_S):
+            head = await self._event()
+        if not isinstance(head, h11.Request):
+            return False
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in head.headers}
+        claimed = headers.get("content-length", "0")
+        self.claimed = int(claimed) if claimed.isdecimal() and len(claimed) < 20 else 0
+        path = head.target.decode("latin-1").partition("?")[0]
+        method = head.method.decode("ascii")
+        request = Request(method, path, headers, self.client, self._body)
+        response = await self.answer(request)
+        return await self._send(response, self.state.their_state is not h11.DONE)
+
+    async def _event(self) -> object:
+        while True:
+            found = self.state.next_event()
+            if found is not h11.NEED_DATA:
+                return found
+            if self.state.they_are_waiting_for_100_continue:
+                self._write(h11.InformationalResponse(status_code=100, headers=[]))
+                await self.writer.drain()
+            self.state.receive_data(await self.reader.read(64 << 10))
+
+    async def _body(self) -> bytes:
+        """The body of the request. Errors: Refused (too large), TimeoutError."""
+        self.listen.bounds.check(self.claimed)
+        parts, size = [], 0
+        async with asyncio.timeout(BODY_S):
+            while isinstance(part := await self._event(), h11.Data):
+                parts.append(bytes(part.data))
+                size += len(parts[-1])
+                self.listen.bounds.check(size)
+        return b"".join(parts)
+
+    def _write(self, event: h11.Event) -> None:
+        data = self.state.send(event)
+        if data:
+            self.writer.write(data)
+
+    async def _send(self, response: Response, last: bool) -> bool:
+        headers = {"content-length": str(len(response.body)), **response.headers}
+        if last:
+            headers["connection"] = "close"
+        self._write(
+            h11.Response(
+                status_code=response.status,
+                headers=[(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()],
+            )
+        )
+        self._write(h11.Data(data=response.body))
+        self._write(h11.EndOfMessage())
+        async with asyncio.timeout(BODY_S):
+            await self.writer.drain()
+        return not last and self.state.our_state is h11.DONE

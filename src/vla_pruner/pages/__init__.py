@@ -1,0 +1,1 @@
+"""Pages that open anywhere: one template engine, one stylesheet, one film player."""

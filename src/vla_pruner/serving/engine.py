@@ -1,0 +1,433 @@
+"""Between doors and a policy: passes of many episodes, in time, each answer with what it is worth.
+
+A door turns bytes into an episode and an observation; this runs the policy and knows nothing of
+bytes. All methods but `metrics` belong to one event loop; the policy runs in a thread, or in
+processes of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla_pruner._short import cut
+from vla_pruner.serving.ladder import Ladder
+from vla_pruner.serving.limits import Limits, Refused
+from vla_pruner.serving.metrics import Metrics
+from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
+from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Row, linger, next_pass
+from vla_pruner.serving.worker import Apart, Failed, Here, Hung
+
+__all__ = ["Busy", "Engine", "EpisodeKey", "Failed", "Hung", "Limits", "Refused", "Reply"]
+
+logger = logging.getLogger(__name__)
+
+
+class Busy(RuntimeError):
+    """The server takes no more: it is closing, or too many episodes are open."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """An answer to one observation.
+
+    Args:
+        actions: float32 `[H, dim]`, robot units, finite; `[0, dim]` if nothing is left.
+        late: the deadline passed; `actions` are the rest of the last chunk.
+        age_s: seconds since the observation came that the actions answer.
+        valid: steps of `actions` that may still be carried out.
+        keep, tokens: share and number of the visual tokens that were used; None: not known.
+        warm_up: all tokens were used, because the history was short.
+        infer_ms: milliseconds of the pass.
+        method: name of the method.
+    """
+
+    actions: np.ndarray
+    late: bool
+    age_s: float
+    valid: int
+    keep: float
+    tokens: int | None
+    warm_up: bool
+    infer_ms: float
+    method: str
+
+
+class Engine:
+    """One policy and one method for many episodes at once."""
+
+    def __init__(
+        self,
+        served: ServedPolicy | Callable[[], ServedPolicy],
+        limits: Limits | None = None,
+        *,
+        deadline_s: float | None = None,
+        ladder: Ladder | None = None,
+        batch: int = 16,
+        wait_s: float = 0.003,
+        execute: int | None = None,
+        watchdog_s: float = 30.0,
+        replicas: int = 1,
+    ) -> None:
+        """Nothing runs before `start`.
+
+        Args:
+            served: a policy, run by a thread of this process; or what makes one, picklable: then
+                each replica makes its own in a process, which is replaced when it hangs.
+            limits: what clients may send.
+            deadline_s: seconds within which every observation is answered; None: as long as it
+                takes.
+            ladder: budgets to step through when answers come close to the deadline.
+            batch: most rows of a pass.
+            wait_s: how long a pass waits for clients that are known to come back at once.
+            execute: steps of a chunk that clients carry out before they ask again; None: all.
+            watchdog_s: seconds after which a pass in a process counts as hung.
+            replicas: processes; each holds a whole policy.
+
+        Raises:
+            ValueError: a number that makes no sense, or several replicas of a policy in a thread.
+        """
+        if batch < 1 or replicas < 1 or (execute is not None and execute < 1):
+            raise ValueError("batch, replicas and execute are at least 1")
+        if wait_s < 0 or watchdog_s <= 0 or (deadline_s is not None and deadline_s <= 0):
+            raise ValueError("wait_s is at least 0; watchdog_s and deadline_s are above 0")
+        here = isinstance(served, ServedPolicy)
+        if here and replicas > 1:
+            raise ValueError(
+                "replicas run in processes of their own: give what makes the policy, not the policy"
+            )
+        self.served = served
+        self.limits = limits or Limits()
+        self.deadline_s, self.ladder = deadline_s, ladder
+        self.metrics = Metrics()
+        self._batch, self._wait_s, self._execute = batch, wait_s, execute
+        workers = [
+            Here(served) if isinstance(served, ServedPolicy) else Apart(served, watchdog_s)
+            for _ in range(replicas)
+        ]
+        self._lanes = [
+            Lane(worker, ThreadPoolExecutor(1, f"policy-{number}"))
+            for number, worker in enumerate(workers)
+        ]
+        self._episodes: dict[EpisodeKey, Episode] = {}
+        self._numbers = itertools.count()
+        self._width = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._draining = False
+
+    # -- life ------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Load what runs in processes, warm up, and take observations.
+
+        Raises:
+            RuntimeError, ValueError: the policy cannot be made, or does not run.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # The first start, or the loop before is over.
+            self._loop, self._draining, self._starting = loop, False, None
+            self._episodes.clear()
+            for lane in self._lanes:
+                lane.ended += lane.episodes
+                lane.episodes.clear()
+                lane.waiting.clear()
+                lane.wake, lane.running = asyncio.Event(), 0
+        if self._starting is None:
+            self._starting = loop.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(self._start_lane(lane) for lane in self._lanes))
+        self._tasks = [loop.create_task(self._run(lane)) for lane in self._lanes]
+        self.metrics.put("ready", 1)
+
+    async def _start_lane(self, lane: Lane) -> None:
+        loop = asyncio.get_running_loop()
+        lane.warm_up, self._width = await loop.run_in_executor(lane.thread, lane.worker.start)
+
+    @property
+    def ready(self) -> bool:
+        """Whether observations are taken: warmed up, and not closing."""
+        started = self._starting is not None and self._starting.done()
+        return started and not self._draining and not self._starting.cancelled()  # type: ignore[union-attr]
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more observations, let what runs finish, at most so long; then end."""
+        self._draining = True
+        self.metrics.put("ready", 0)
+        until = time.monotonic() + timeout_s
+        while any(lane.waiting or lane.running for lane in self._lanes):
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(0.005)
+        for task in self._tasks:
+            task.cancel()
+        for lane in self._lanes:
+            for row in lane.waiting:
+                self._fail(row, Busy("the server is closing"))
+            lane.waiting.clear()
+            lane.thread.submit(lane.worker.close)
+        self._tasks = []
+
+    # -- episodes --------------------------------------------------------------------------------
+    def open(self, label: str = "") -> EpisodeKey:
+        """A new episode, with nothing remembered.
+
+        Args:
+            label: task and initial state, for methods that draw at random.
+
+        Raises:
+            Busy: the server is closing, or too many are open.
+        """
+        if self._draining:
+            raise Busy("the server is closing")
+        if len(self._episodes) >= self.limits.episodes:
+            raise Busy(f"{len(self._episodes)} episodes are open, and no more are taken")
+        key = EpisodeKey(cut(label, 200))
+        lane = min(self._lanes, key=lambda lane: len(lane.episodes))
+        episode = Episode(next(self._numbers), key.label, lane, lane.warm_up)
+        self._episodes[key] = lane.episodes[episode.number] = episode
+        self.metrics.put("episodes", len(self._episodes))
+        return key
+
+    async def end(self, episode: EpisodeKey) -> None:
+        """Forget an episode; one that is forgotten already is no error."""
+        found = self._episodes.pop(episode, None)
+        if found is None:
+            return
+        lane = found.lane
+        lane.episodes.pop(found.number, None)
+        if found.row is not None and found.row in lane.waiting:
+            lane.waiting.remove(found.row)
+            self._fail(found.row, Refused("the episode has ended"))
+        lane.ended.append(found.number)
+        lane.wake.set()
+        self.metrics.put("episodes", len(self._episodes))
+
+    # -- observations ----------------------------------------------------------------------------
+    async def act(
+        self,
+        episode: EpisodeKey,
+        observation: Mapping[str, Any],
+        *,
+        deadline_s: float | None = None,
+    ) -> Reply:
+        """The answer to one observation.
+
+        Args:
+            episode: that `open` gave.
+            observation: as the policy's `predict_actions` takes it.
+            deadline_s: of this observation; None: the engine's.
+
+        Raises:
+            Refused: the observation, or an episode that is over or has one under way.
+            Busy: the server is closing.
+            Hung: the worker was replaced, and with it went the episode's history.
+            Failed: the policy gave no usable answer.
+        """
+        arrived = time.monotonic()
+        try:
+            if self._draining:
+                raise Busy("the server is closing")
+            if not self.ready:
+                await self.start()
+            found = self._episodes.get(episode)
+            if found is None:
+                raise Refused("the episode is over, or was never begun; start it first")
+            if found.waited_for:
+                raise Refused("an episode takes one observation at a time; wait for the answer")
+            self.limits.check(observation)
+            if found.lost is not None:
+                error, found.lost = found.lost, None
+                raise error
+            deadline = self.deadline_s if deadline_s is None else deadline_s
+            reply = await self._answer(found, observation, arrived, deadline)
+        except (Refused, Busy, Hung, Failed) as error:
+            self.metrics.add("errors_total", type(error).__name__.lower())
+            raise
+        self.metrics.add("answers_total", "late" if reply.late else "fresh")
+        if reply.warm_up and not reply.late:
+            self.metrics.add("warm_up_total")
+        took = time.monotonic() - arrived
+        self.metrics.observe("answer_seconds", took)
+        self._climb(took)
+        return reply
+
+    async def _answer(
+        self, episode: Episode, seen: Mapping[str, Any], arrived: float, deadline: float | None
+    ) -> Reply:
+        episode.think = arrived - episode.replied
+        episode.position += episode.handed
+        episode.handed = 0
+        row = self._put(episode, seen, arrived)
+        left = None if deadline is None else deadline - (time.monotonic() - arrived)
+        episode.waited_for = True
+        try:
+            async with asyncio.timeout(left):
+                step = await asyncio.shield(row.done)
+            reply = _reply(Chunk(step, arrived, row.position), row.position)
+        except TimeoutError:
+            reply = self._late(episode)
+        except asyncio.CancelledError:
+            if row in episode.lane.waiting:
+                episode.lane.waiting.remove(row)
+            raise
+        finally:
+            episode.waited_for = False
+            episode.replied = time.monotonic()
+        steps = len(reply.actions)
+        episode.handed = steps if self._execute is None else min(steps, self._execute)
+        return reply
+
+    def _put(self, episode: Episode, seen: Mapping[str, Any], arrived: float) -> Row:
+        """An observation in its place: that of an older one of its episode, if that still waits."""
+        lane, loop = episode.lane, asyncio.get_running_loop()
+        text = len(seen["instruction"].encode())
+        row = Row(episode, seen, arrived, episode.position, text, loop.create_future())
+        row.done.add_done_callback(_looked_at)
+        before = episode.row
+        if before is not None and before in lane.waiting:
+            lane.waiting[lane.waiting.index(before)] = row
+        else:
+            lane.waiting.append(row)
+        episode.row = row
+        lane.wake.set()
+        return row
+
+    def _late(self, episode: Episode) -> Reply:
+        chunk = episode.chunk
+        if chunk is None:
+            nothing = np.zeros((0, self._width), np.float32)
+            now = time.monotonic()
+            age = 0.0 if episode.row is None else now - episode.row.arrived
+            return Reply(nothing, True, age, 0, 1.0, None, False, 0.0, self._method())
+        return _reply(chunk, episode.position, late=True)
+
+    def _method(self) -> str:
+        if self.ladder is not None:
+            return self.ladder.rung.method
+        served = self.served
+        return served.name if isinstance(served, ServedPolicy) else ""
+
+    def _climb(self, took: float) -> None:
+        """Tell the ladder how long an answer took."""
+        ladder = self.ladder
+        if ladder is None or not (went := ladder.observe(took)):
+            return
+        self.metrics.add("rung_changes_total", "up" if went > 0 else "down")
+        self.metrics.put("rung", ladder.at)
+        logger.warning(
+            "budget %s: rung %d of %d, %s",
+            "up" if went > 0 else "down",
+            ladder.at + 1,
+            len(ladder.rungs),
+            ladder.rung.name,
+        )
+
+    # -- passes ----------------------------------------------------------------------------------
+    async def _run(self, lane: Lane) -> None:
+        """Pass after pass, as long as there is something to do."""
+        while True:
+            if not lane.waiting and not lane.ended:
+                lane.wake.clear()
+                await lane.wake.wait()
+            await linger(lane, self._batch, self._wait_s)
+            rows = next_pass(lane.waiting, self._batch)
+            for row in rows:
+                lane.waiting.remove(row)
+            ended, lane.ended = lane.ended, []
+            self.metrics.put("waiting", len(lane.waiting))
+            lane.running = len(rows)
+            try:
+                await self._pass(lane, rows, ended)
+            except Exception as error:
+                logger.exception("a pass ended in an error of the engine")
+                for row in rows:
+                    self._fail(row, Failed(f"the engine failed: {type(error).__name__}"))
+            finally:
+                lane.running = 0
+
+    async def _pass(self, lane: Lane, rows: list[Row], ended: list[int]) -> None:
+        loop = asyncio.get_running_loop()
+        rung = None if self.ladder is None else self.ladder.rung
+        sent = [(row.episode.number, row.episode.label, row.seen) for row in rows]
+        began = time.monotonic()
+        try:
+            found = await loop.run_in_executor(lane.thread, lane.worker.step, sent, rung, ended)
+        except Exception as error:
+            told = error if isinstance(error, Hung | Refused | Failed) else Failed(str(error))
+            for row in rows:
+                if isinstance(error, Hung) and not row.episode.waited_for:
+                    row.episode.lost = error  # Its client was told `late`, and has to hear of it.
+                self._fail(row, told)
+            if isinstance(error, Hung):
+                await self._replace(lane)
+            return
+        if not rows:
+            return
+        self.metrics.add("passes_total")
+        self.metrics.observe("pass_rows", len(rows))
+        self.metrics.observe("pass_seconds", time.monotonic() - began)
+        for row, step in zip(rows, found, strict=True):
+            if isinstance(step, Exception):
+                self._fail(row, step)
+                continue
+            row.episode.warm_up = step.warm_up_next
+            row.episode.chunk = Chunk(step, row.arrived, row.position)
+            self.metrics.put("keep_ratio", step.keep)
+            if not row.done.done():
+                row.done.set_result(step)
+
+    async def _replace(self, lane: Lane) -> None:
+        """A new worker for those that hung or died; its episodes have to warm up again."""
+        self.metrics.add("worker_restarts_total")
+        logger.error("a worker hung or died; it is replaced, its episodes warm up again")
+        for episode in lane.episodes.values():
+            episode.warm_up = lane.warm_up
+        while True:
+            try:
+                await self._start_lane(lane)
+                return
+            except Exception as error:
+                logger.error("the new worker did not start: %s", cut(str(error), 300))
+                for row in lane.waiting:
+                    self._fail(row, Hung("the policy's process does not start again"))
+                lane.waiting.clear()
+                await asyncio.sleep(1.0)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        if not row.done.done():
+            row.done.set_exception(error)
+
+
+def _reply(chunk: Chunk, position: int, *, late: bool = False) -> Reply:
+    """What is left of a chunk for an episode that has come so far."""
+    step = chunk.step
+    rest = step.actions[position - chunk.position :]
+    return Reply(
+        actions=rest,
+        late=late,
+        age_s=time.monotonic() - chunk.arrived,
+        valid=len(rest),
+        keep=step.keep,
+        tokens=step.tokens,
+        warm_up=step.warm_up,
+        infer_ms=1000 * step.seconds,
+        method=step.method,
+    )
+
+
+def _looked_at(future: asyncio.Future[Step]) -> None:
+    """An answer that came too late for anybody is no error that nobody fetched."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,193 @@
+"""Who runs the policy: this process, or one of its own that is replaced when it hangs or dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_pruner._short import cut
+from vla_pruner.serving.ladder import Rung
+from vla_pruner.serving.limits import Refused
+from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
+
+logger = logging.getLogger(__name__)
+
+START_S = 300.0
+"""Seconds that a process may take to load its policy and to warm up."""
+
+Rows = Sequence[tuple[int, str, Mapping[str, Any]]]
+"""Number and label of an episode, and its observation."""
+
+
+class Hung(RuntimeError):
+    """The worker hung or died and was replaced; the episode starts anew."""
+
+
+class Failed(RuntimeError):
+    """The policy gave no usable answer; the episode may go on."""
+
+
+class Worker(Protocol):
+    """Runs passes of one policy; called by one thread at a time."""
+
+    def start(self) -> tuple[bool, int]:
+        """Warm up. Whether an episode's first step runs on all tokens; entries of an action."""
+
+    def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
+        """One pass, after forgetting episodes that ended. Raises Hung: call `start` again."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Here:
+    """A policy in this process; nothing ends a pass that hangs."""
+
+    def __init__(self, served: ServedPolicy) -> None:
+        self.served = served
+        self._keys: dict[int, EpisodeKey] = {}
+
+    def start(self) -> tuple[bool, int]:
+        width = 0
+        key, blank = self.served.start("warm-up"), self.served.blank()
+        first = self.served.warm_up(key)
+        if blank is not None:
+            for _ in range(8):  # Until a pass has pruned: what is compiled, is compiled now.
+                step = self.served.step([key], [blank])[0]
+                width = step.actions.shape[-1]
+                if not step.warm_up_next:
+                    self.served.step([key], [blank])
+                    break
+            self.served.end(key)
+        return first, width
+
+    def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
+        for number in ended:
+            if (key := self._keys.pop(number, None)) is not None:
+                self.served.end(key)
+        if rung is not None:
+            self.served.change(rung.method, rung.keep)
+        keys = [self._keys.setdefault(n, self.served.start(label)) for n, label, _ in rows]
+        return self._isolated(keys, [seen for *_, seen in rows])
+
+    def _isolated(self, keys: list[EpisodeKey], seen: list[Any]) -> list[Step | Exception]:
+        """A pass; where it fails, each row by itself, so that only the one at fault has none."""
+        if not keys:
+            return []
+        try:
+            steps = self.served.step(keys, seen)
+        except Exception as error:
+            if len(keys) == 1:
+                return [_typed(error)]
+            return [self._isolated([key], [row])[0] for key, row in zip(keys, seen, strict=True)]
+        return [step if np.isfinite(step.actions).all() else _broken() for step in steps]
+
+    def close(self) -> None:
+        for key in self._keys.values():
+            self.served.end(key)
+        self._keys.clear()
+
+
+class Apart:
+    """A policy in a process of its own, killed when a pass takes longer than it may."""
+
+    def __init__(self, make: Callable[[], ServedPolicy], watchdog_s: float = 30.0) -> None:
+        """Nothing is started yet.
+
+        Args:
+            make: gives the policy, in the other process; picklable.
+            watchdog_s: seconds that a pass may take.
+        """
+        self._make, self._watchdog_s = make, watchdog_s
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._context = context
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def start(self) -> tuple[bool, int]:
+        self.close()
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=_apart, args=(theirs, self._make), daemon=True, name="vla-pruner policy"
+        )
+        self._process.start()
+        theirs.close()
+        found = self._answer(START_S, "start")
+        if isinstance(found, Exception):
+            self.close()
+            raise found
+        return found
+
+    def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
+        try:
+            self._pipe.send((rows, rung, ended))
+        except (OSError, AttributeError) as error:
+            raise self._lost(f"is gone ({error})") from None
+        found = self._answer(self._watchdog_s, "answer")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _answer(self, seconds: float, what: str) -> Any:
+        try:
+            if self._pipe.poll(seconds):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost("died") from None
+        raise self._lost(f"did not {what} within {seconds:g} s")
+
+    def _lost(self, what: str) -> Hung:
+        self.close()
+        return Hung(f"the policy's process {what} and is replaced; start the episode anew")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+        self._process = self._pipe = None
+
+
+def _apart(pipe: Any, make: Callable[[], ServedPolicy]) -> None:
+    """The other process: answer until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        try:
+            here = Here(make())
+            pipe.send(here.start())
+        except Exception as error:
+            pipe.send(RuntimeError(f"the policy cannot be served: {_said(error)}"))
+            return
+        while True:
+            rows, rung, ended = pipe.recv()
+            try:
+                found: Any = here.step(rows, rung, ended)
+            except Exception as error:
+                found = _typed(error)
+            pipe.send(found)
+
+
+def _said(error: Exception) -> str:
+    return cut(f"{type(error).__name__}: {error}", 400)
+
+
+def _typed(error: Exception) -> Exception:
+    """What a client is told of an error of the policy."""
+    if isinstance(error, ValueError | TypeError):
+        return Refused(cut(str(error), 400))
+    number = uuid.uuid4().hex[:8]
+    logger.warning("the policy failed (%s): %s", number, _said(error))
+    return Failed(f"the policy failed ({number}): {_said(error)}")
+
+
+def _broken() -> Exception:
+    return Failed("the policy's actions are NaN or infinite: none is given")

@@ -1,0 +1,1 @@
+"""Methods that compare a step with earlier ones, by more than what actions looked at."""

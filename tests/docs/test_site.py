@@ -1,0 +1,36 @@
+"""Pages for newcomers: their Python runs, and the site's list of pages is whole."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "index.md", *sorted((DOCS / "policies").glob("*.md"))]
+
+
+def python_blocks(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page_runs_as_it_is(page: Path) -> None:
+    names: dict[str, object] = {}
+    for number, block in enumerate(python_blocks(page), start=1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    assert "policy" in names and not names["policy"]._forward_hooks
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/-]+\.md", text.partition("\nnav:")[2]))
+    found = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert "METHODS" in text
+    methods = {page for page in found if page.startswith("methods/")}
+    assert named == found - methods
+    assert yaml.safe_load(text.partition("\nnav:")[0])["strict"] is True
