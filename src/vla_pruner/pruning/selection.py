@@ -13,6 +13,11 @@ from torch import Tensor
 from vla_pruner import _flags as flags
 from vla_pruner.pruning import native
 
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.pruning import triton_search as _greedy
+except ImportError:
+    _greedy = None  # type: ignore[assignment]
+
 First = Literal["second-nearest", "nearest"]
 
 
@@ -164,6 +169,13 @@ def _search_on_device(features: Tensor, candidates: Tensor, k: int, nearest: boo
     others = distance.masked_fill(~candidates[:, None], float("inf"))
     others.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     score = others.amin(dim=-1) if nearest else _second_smallest(others)
+    if features.is_cuda and _greedy is not None and features.shape[1] <= _greedy.LARGEST:
+        return _greedy.greedy(distance, score, candidates, k)
+    return _greedy_by_operators(distance, score, candidates, k)
+
+
+def _greedy_by_operators(distance: Tensor, score: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """The k steps of the search: `[B, k]`; four operators each."""
     best = torch.full_like(score, float("inf")).masked_fill_(~candidates, float("-inf"))
     pick = score.masked_fill(~candidates, float("-inf")).argmax(dim=1, keepdim=True)
     picks = [pick]
