@@ -45,6 +45,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not inside.startswith("..") and not inside.endswith(".py"):
             return match[0]
         path = inside.removeprefix("../") if inside.startswith("..") else f"docs/{inside}"
-        return f"`{path}`" if text.strip("`").endswith(posixpath.basename(path)) else f"{text} (`{path}`)"
+        return (
+            f"`{path}`"
+            if text.strip("`").endswith(posixpath.basename(path))
+            else f"{text} (`{path}`)"
+        )
 
     return _LINK.sub(replace, markdown)
