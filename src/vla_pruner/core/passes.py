@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.caches import Caches
@@ -187,6 +188,7 @@ class Passes:
     # ------------------------------------------------------------------ prefills
     def _prefill(self, now: Pass, layout: Layout, continued: Step | None) -> Step:
         """A prefill that shows an image: a new step, or one more pass of the step in progress."""
+        self.cut.flags.raise_noted()  # The step before is over, and so is the wait for it.
         frames, self.frames = self.frames, None
         known = self._what_follows(layout, now)
         whole = TokenSet(layout.views, known.index.tokens, layout.visual, offset=now.past)
@@ -222,10 +224,10 @@ class Passes:
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
         if prefill.mode == "hide" and any(full):
-            prefill.full_rows = torch.tensor(full, dtype=torch.bool, device=device)
+            prefill.full_rows = on_device(full, device, bool)
         if len(set(ids)) < len(ids):
             leaders = [ids.index(name) for name in ids]
-            prefill.leader = torch.tensor(leaders, dtype=torch.int64, device=device)
+            prefill.leader = on_device(leaders, device)
         if all(full) and prefill.mode == "drop":
             prefill.given = all_kept(prefill, len(ids))
 
