@@ -37,9 +37,9 @@ EXTRA_OF = {
     "vla_eval": "serve",
     "anyio": "serve",
     "jsonargparse": "serve",
-    "websockets": "doors",
-    "msgpack": "doors",
-    "h11": "doors",
+    "websockets": "serve",
+    "msgpack": "serve",
+    "h11": "serve",
     "zmq": "doors",
     "grpc": "doors",
     "libero": "libero",
@@ -49,7 +49,6 @@ EXTRA_OF = {
     "easydict": "libero",
     "cloudpickle": "libero",
     "future": "libero",
-    "matplotlib": "tune",
     "av": "tune",
 }
 
