@@ -28,10 +28,13 @@ JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$
 # (its own list for GR00T builds flash-attn, which these tests do not need). LEROBOT_PATCH=FOLDER copies
 # files over those of transformers, which pi0 of lerobot 0.4 asks for (docs/lerobot.md).
 LEROBOT_PYTHON ?= python3.12
-LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
+LEROBOT ?= lerobot[pi,smolvla,groot,async,core-scripts,evaluation]==0.6.1
 LEROBOT_WITH ?=
 LEROBOT_PATCH ?=
 LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
+# Clients of robots with pins of their own (openpi-client wants numpy below 2).
+CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "pyzmq>=26" msgpack "websockets>=14" "numpy<2"
+CLIENTS_ENV := $(VENV)-clients
 DOCS_ENV := $(VENV)-docs
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
@@ -42,7 +45,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -56,8 +59,12 @@ test: lint  ## lint, types and tests on the CPU
 test-all: lint  ## the same, with the tests that compile or try a great many inputs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
+test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVLA and GR00T against our doors, 200 observations each
+	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
+
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
-	OMP_NUM_THREADS=1 $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
+	OMP_NUM_THREADS=1 $(if $(wildcard $(PY)),VLA_PRUNER_PYTHON=$(PY)) \
+	  $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
 	  tests/models/pi0/test_pi0_originals.py --record $(ARGS)
 
 test-openpi: export PYTHONPATH := $(PYTHONPATH):$(OPENPI)/src
@@ -106,7 +113,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -114,6 +121,11 @@ $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
 	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
 	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
+	@touch $@
+
+$(CLIENTS_ENV)/.installed: Makefile
+	$(if $(PYTHON),$(PYTHON),python3) -m venv $(CLIENTS_ENV)
+	$(CLIENTS_ENV)/bin/python -m pip install --disable-pip-version-check $(CLIENTS)
 	@touch $@
 
 $(DOCS_ENV)/.installed: Makefile

@@ -1,4 +1,4 @@
-"""What the documentation site needs beyond its pages: links that leave docs/, and the list of methods.
+"""What the documentation site needs beyond its pages: outward links, and the list of methods.
 
 Pages link to sources as they would on a code host (`../src/...`). The site has no sources: such a
 link becomes the path itself.

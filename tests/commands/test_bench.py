@@ -199,7 +199,7 @@ def test_a_variant_that_does_not_fit_is_named_before_anything_is_measured(
 ) -> None:
     job = replace(workload(oft_folder), step=lambda *_: pytest.fail("a step was made"))
     for method, message in (
-        (build("fastv", keep=9999), r"fastv 9999: `keep=9999` asks for more than the"),
+        (build("fastv", keep=9999), r"fastv 9999: keeping 9999 tokens asks for more than the"),
         (build("fastv", layer=77), r"fastv 0.25: .*decoder has 6"),
         (build("fitprune", keep=0.5), r"fitprune 0.5: .*needs a calibration recipe"),
     ):

@@ -23,6 +23,7 @@ from vla_pruner.commands.options import (
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import locate
+from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.engine import Engine
 from vla_pruner.serving.options import engine_from, engine_options
 from vla_pruner.serving.policy import ServedPolicy
@@ -132,10 +133,16 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     console = Console()
     if args.host not in LOOPBACK and args.token_file is None:
-        console.print("anybody who reaches this machine can ask: no --token-file", soft_wrap=True)
+        console.print(
+            "anybody who reaches this machine can ask: no --token-file",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def say(name: str, address: str) -> None:
-        console.print(f"serving {what}: {name} on {address} (Ctrl-C ends)", soft_wrap=True)
+        console.print(
+            f"serving {what}: {name} on {address} (Ctrl-C ends)", highlight=False, soft_wrap=True
+        )
 
     asyncio.run(open_doors(engine, doors, say))
     return 0
@@ -182,7 +189,8 @@ def opened(
         make = partial(
             _make_served, args.policy, args.device, args.dtype, condition.method, settings
         )
-    engine = engine_from(args, make, execute=execute)
+    weights = None if args.ladder is None else fingerprint(model)
+    engine = engine_from(args, make, execute=execute, weights=weights)
     doors = [
         _door(name, port, args, engine, robot, model if name == "vla-eval" else None, execute)
         for name, port in protocols

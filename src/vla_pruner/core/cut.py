@@ -271,7 +271,7 @@ class Cut:
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
-            **guides(prefill, left, hidden, self.plan.needs_text),
+            **(guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
 
     def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class Episodes:
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and motion.
+        Fills in the prefill's forecast, motion and seeds.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.

@@ -167,12 +167,12 @@ def votes(
     spec: ScoreSpec, prefill: Prefill, left: TokenSet, like: Tensor
 ) -> tuple[Voting, Tensor | None]:
     """Query rows that vote in a token set, and their weights `[B, n]`; `like` `[B, ..., ...]`."""
+    if spec.rows == "action":
+        return action_rows(prefill, left), None
     if spec.rows == "last":
         return place(left, prefill.index.last_row), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
-    if spec.rows == "action":
-        return action_rows(prefill, left), None
     return _some_rows(spec, prefill, left, like)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -151,16 +151,18 @@ class Robot:
         return keys.cameras[: self.cameras]
 
 
-def with_gripper(
-    actions: np.ndarray, written: Gripper, read: Gripper | Literal["robosuite", "rlds"] | None
-) -> np.ndarray:
-    """The last entry of actions `[..., D]`: +1 close and -1 open, or 0 close and 1 open."""
-    if read is None or read == written:
+def with_gripper(actions: np.ndarray, written: Gripper, read: Gripper | None) -> np.ndarray:
+    """The last entry of actions `[..., D]`: +1 close and -1 open, or 0 close and 1 open; clipped.
+
+    `read=None`: as the policy writes it.
+    """
+    if read is None:
         return actions
-    turned = actions.copy()
-    last = actions[..., -1]
-    turned[..., -1] = 1 - 2 * last if read == "robosuite" else (1 - last) / 2
-    return turned
+    made, last = actions.copy(), actions[..., -1]
+    if read != written:
+        last = 1 - 2 * last if read == "robosuite" else (1 - last) / 2
+    made[..., -1] = np.clip(last, -1 if read == "robosuite" else 0, 1)
+    return made
 
 
 def find(message: Mapping[Any, Any], name: str) -> Any:

@@ -21,8 +21,8 @@ Censored = Literal["zero", "carry"]
 class HistorySpec:
     """How a method remembers the action scores of an episode.
 
-    The memory is a tensor `[B, slots, M]` (newest first) and a number of observations `[B]`, both
-    zero when an episode starts.
+    The memory is a tensor `history` `[B, slots, M]`, newest first, and `count` `[B]` int64, the
+    observations so far in each row's episode; both are zero when an episode starts.
 
     Args:
         kind: "window", the decaying window of Eq. 7, or "ema", the moving average of Eq. 6.
@@ -94,13 +94,12 @@ class HistorySpec:
         """Remember the action score of a finished step.
 
         Args:
-            history: `[B, slots, M]`.
-            count: observations so far in each row's episode.
+            history, count: the memory.
             observed: `[B, M]`.
             kept: `[B, M]` bool, tokens that all observed layers could see; None: all tokens.
 
         Returns:
-            The new `history` and `count` (count is not capped at `slots`).
+            The new memory (count is not capped at `slots`).
         """
         cut = None if kept is None or self.censored == "zero" else ~kept.to(history.device)
         if cut is not None:
@@ -114,15 +113,7 @@ class HistorySpec:
         return forecast[:, None].to(history.dtype), count + 1
 
     def forecast(self, history: Tensor, count: Count) -> Tensor:
-        """Action score expected at the next step.
-
-        Args:
-            history: `[B, slots, M]`.
-            count: observations so far in each row's episode.
-
-        Returns:
-            `[B, M]` fp32; 0 before the first observation.
-        """
+        """Action score expected at the next step: `[B, M]` fp32, 0 before any observation."""
         if self.kind == "ema":
             return _where(count, history[:, 0].float(), torch.zeros_like(history[:, 0]).float())
         return decaying_window(

@@ -256,6 +256,9 @@ def _probabilities(
     """
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
+    if query.dtype != key.dtype:  # Under autocast RoPE may widen the one and not the other.
+        common = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(common), key.to(common)
     folded = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     logits = torch.matmul(folded, key.transpose(-1, -2)).view(batch, heads, rows, keys)
     logits = logits.float().mul_(scale)

@@ -12,7 +12,7 @@ LARGEST = 4096
 
 
 @triton.jit
-def greedy_kernel(distance, score, candidates, picks, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
+def greedy_kernel(distance, score, candidates, picks, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block per row of the batch; ties go to the lowest index."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
