@@ -27,7 +27,7 @@ def test_a_session_in_words() -> None:
         assert 50 < float(after.what["cost"].split(" %")[0]) < 75
         assert str(after).count("\n") == len(after.what) - 1
     assert "removed" in vp.explain(session).what["model"]
-    with pytest.raises(TypeError, match="what `vp.prune` returned"):
+    with pytest.raises(TypeError, match=r"what `vp\.prune` returned"):
         vp.explain(policy)
 
 
