@@ -283,12 +283,17 @@ def column_mean(
     scale: float,
     causal: bool,
     softcap: float | None,
-) -> Tensor:
+) -> Tensor | None:
     """`scores.attention_column_mean` of CPU tensors (see there), with `rows` spelled out.
+
+    None: C cannot read these tensors, or is not compiled.
 
     Raises:
         ValueError: a row or a column that is not there.
     """
+    named = rows if isinstance(rows, Tensor) else None
+    if not readable(query, key, columns, named, mask, row_weight, sinks):
+        return None
     return _mean(
         _compiled(), query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap
     )

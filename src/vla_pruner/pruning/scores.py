@@ -154,10 +154,8 @@ def _column_mean(
     else:
         chosen = range(query.shape[2])[slice(None) if rows is None else rows]
         count = len(chosen)
-    listed = rows if isinstance(rows, Tensor) else None
-    in_c = query.dtype in _IN_C and key.dtype == query.dtype and count > 0
-    if in_c and native.readable(query, key, columns, listed, mask, row_weight, sinks):
-        return native.column_mean(
+    if query.dtype in _IN_C and key.dtype == query.dtype and count > 0:
+        received = native.column_mean(
             query,
             key,
             columns,
@@ -169,6 +167,8 @@ def _column_mean(
             causal=causal,
             softcap=softcap,
         )
+        if received is not None:
+            return received
     return _column_mean_by_operators(
         query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
     )
