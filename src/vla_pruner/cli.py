@@ -160,9 +160,9 @@ COMMANDS = {
     "serve": Command(
         "answer robots and evaluation harnesses with a pruned policy",
         "Loads a policy, attaches a pruning method, and answers clients of vla-eval, openpi, "
-        "OpenVLA's /act, GR00T or lerobot until Ctrl-C or SIGTERM, several protocols at once. Every "
-        "episode has its own history, also where several clients share a pass of the model. See "
-        "docs/serve/README.md and docs/serving.md.",
+        "OpenVLA's /act, GR00T or lerobot until Ctrl-C or SIGTERM, several protocols at once. "
+        "Every episode has its own history, also where several clients share a pass of the model. "
+        "See docs/serve/README.md and docs/serving.md.",
         _file("serve"),
     ),
 }
