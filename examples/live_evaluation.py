@@ -1,4 +1,4 @@
-"""Success with all and with a quarter of the tokens, from Python: python examples/live_evaluation.py [SCENES]"""
+"""Success with all and with a quarter of the tokens: python examples/live_evaluation.py [SCENES]"""
 
 import sys
 from contextlib import nullcontext

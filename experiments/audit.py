@@ -124,11 +124,12 @@ def robustness(source: Source, names: Sequence[str], conditions: Sequence[str]) 
     arms, table = [FULL, *conditions], []
     for name in names:
         before, after = [[Counter4() for _ in conditions] for _ in range(2)]
-        for change in everywhere if name == "all five" else [name]:
+        for number, change in enumerate(everywhere if name == "all five" else [name]):
             suite = base if change == "untouched" else f"{base}+{change}"
             cells = {(s, c): solved(source.cell(c, s)) for s in (base, suite) for c in arms}
             common = sorted(set.intersection(*(set(cell) for cell in cells.values())))
-            for place, counters in ((base, before), (suite, after)):
+            untouched = [(base, before)] if number == 0 else []  # The same scenes each time.
+            for place, counters in [*untouched, (suite, after)]:
                 for condition, counter in zip(conditions, counters, strict=True):
                     pair = (cells[place, arm] for arm in (FULL, condition))
                     counter.add(*([cell[s] for s in common] for cell in pair))

@@ -2,7 +2,7 @@
 
     python experiments/pitfalls.py --scenes 40
 
-Each mistake is one that runs without any error. Writes `results/pitfalls.csv`, continues one that is
+Each mistake runs without any error. Writes `results/pitfalls.csv`, continues one that is
 there, and prints the table of docs/pitfalls.md.
 """
 

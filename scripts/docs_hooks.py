@@ -1,4 +1,4 @@
-"""What the documentation site needs beyond its pages: links that leave docs/, and the list of methods.
+"""What the documentation site needs beyond its pages: outward links, and the list of methods.
 
 Pages link to sources as they would on a code host (`../src/...`). The site has no sources: such a
 link becomes the path itself.
@@ -45,6 +45,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not inside.startswith("..") and not inside.endswith(".py"):
             return match[0]
         path = inside.removeprefix("../") if inside.startswith("..") else f"docs/{inside}"
-        return f"`{path}`" if text.strip("`").endswith(posixpath.basename(path)) else f"{text} (`{path}`)"
+        return (
+            f"`{path}`"
+            if text.strip("`").endswith(posixpath.basename(path))
+            else f"{text} (`{path}`)"
+        )
 
     return _LINK.sub(replace, markdown)

@@ -188,7 +188,8 @@ def test_an_install_without_extras_works_or_names_the_extra(tmp_path: Path) -> N
     """What the wheel alone brings: the packages of all extras cannot be imported."""
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     commands = [list(words) for words in NEEDS]
-    script = BARE.format(packages=set(cli.EXTRA_OF), commands=commands)
+    extra = set(cli.EXTRA_OF) - {"h11"}  # which newer clients of the hub bring along
+    script = BARE.format(packages=extra, commands=commands)
     result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

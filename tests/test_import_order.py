@@ -29,6 +29,7 @@ ORDER = (
     "pages",
     "calibration",
     "analysis",
+    "tuning",
     "serving",
     "doors",
     "reference",
@@ -54,6 +55,7 @@ ROOMS = (
     "measure",
     "analysis",
     "calibration",
+    "tuning",
     "serving",
     "doors",
 )

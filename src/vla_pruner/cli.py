@@ -37,8 +37,8 @@ EXTRA_OF = {
     "vla_eval": "serve",
     "anyio": "serve",
     "jsonargparse": "serve",
-    "websockets": "doors",
-    "msgpack": "doors",
+    "websockets": "serve",
+    "msgpack": "serve",
     "zmq": "doors",
     "grpc": "doors",
     "libero": "libero",
@@ -48,6 +48,7 @@ EXTRA_OF = {
     "easydict": "libero",
     "cloudpickle": "libero",
     "future": "libero",
+    "av": "tune",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -149,6 +150,14 @@ COMMANDS = {
         "matter. This command makes it from what a policy sees, and the recipe is refused for any "
         "other model. Use it with vp.prune(model, METHOD, recipe=FILE).",
         _file("calibrate"),
+    ),
+    "tune": Command(
+        "which budget is safe, from recorded observations, without a simulator",
+        "Replays recorded episodes on all visual tokens and under every method and budget, says "
+        "how far the actions are apart and how long a call takes, and recommends the cheapest "
+        "budget within a tolerance. The receipt that it writes is read by `vla-pruner serve` and "
+        "`vla-pruner doctor`. See docs/tune.md.",
+        _file("tune"),
     ),
     "doctor": Command(
         "check that a model sees its images and can be pruned faithfully",

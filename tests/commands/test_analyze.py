@@ -161,7 +161,7 @@ def test_columns_of_numbers_stand_to_the_right(analysis: Path) -> None:
     table = text[text.index("Errors of forecasts") :].partition("</table>")[0]
     cells = re.findall(r"<td([^>]*)>([^<]*)</td>", table)
     assert len(cells) >= 10
-    assert all('class="num"' in attributes for attributes, _ in cells)
+    assert all('class="num tight"' in attributes for attributes, _ in cells)
     decimals = {len(cell.partition(".")[2]) for _, cell in cells if "." in cell}
     assert decimals == {3}
 
@@ -186,7 +186,7 @@ def test_impossible_requests_are_refused(policy: str, analysis: Path, tmp_path: 
         (["--methods", "fastv,fastv"], "there twice"),
         (["--methods", "fast"], "fast"),
         (["--resume"], "nothing to continue"),
-        (["--keep", "400"], r"vla-pruner@400: `keep=400` asks for more than the 32 visual"),
+        (["--keep", "400"], r"vla-pruner@400: keeping 400 tokens asks for more than the 32 visual"),
         (["--methods", "fitprune"], r"fitprune@0\.25: .*needs a calibration recipe"),
         (["--layer", "4"], "vla-pruner@0.25: .*4 layers"),
     ):

@@ -31,7 +31,7 @@ def test_whole_graphs_that_are_used_again(make, embeds, attention, cached, prove
     adapter = vp.models.Decoder(visual=slice(1, 21), action_rows=action_rows)
     for compiled in (False, True):
         logits, made = [], []
-        with vp.prune(model, keep=6, layer=1, window=WARM_UP, adapter=adapter) as session:
+        with vp.prune(model, tokens=6, layer=1, window=WARM_UP, adapter=adapter) as session:
             if compiled:
                 session.compile(backend="eager")
             for step in range(STEPS):

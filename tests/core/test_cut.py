@@ -24,7 +24,9 @@ def decoder(**options):
 
 
 def prune(model, method="fastv", **options):
-    return vp.prune(model, method, **{"keep": KEEP, "layer": CUT, "adapter": decoder(), **options})
+    budget = {} if "keep" in options else {"tokens": KEEP}
+    options = {**budget, "layer": CUT, "adapter": decoder(), **options}
+    return vp.prune(model, method, **options)
 
 
 def close(one, other):
@@ -453,7 +455,7 @@ def test_gradient_checkpointing_is_refused(make, embeds):
     ("options", "message"),
     [
         (dict(layer=6), "6 layers"),
-        (dict(keep=21), "keep=21"),
+        (dict(tokens=21), "21 tokens"),
         (dict(keep=0.0), "keep"),
         (dict(mode="erase"), "mode"),
     ],

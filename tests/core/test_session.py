@@ -22,7 +22,9 @@ def decoder(**options):
 def prune(model, method="vla-pruner", **options):
     if method == "vla-pruner":
         options = {"window": 2, **options}
-    return vp.prune(model, method, **{"keep": KEEP, "layer": CUT, "adapter": decoder(), **options})
+    budget = {} if "keep" in options else {"tokens": KEEP}
+    options = {**budget, "layer": CUT, "adapter": decoder(), **options}
+    return vp.prune(model, method, **options)
 
 
 def same_report(one, other, row=0, other_row=0):

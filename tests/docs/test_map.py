@@ -1,4 +1,4 @@
-"""The map's reading list is as long as it says, and a pruned step runs through no more lines."""
+"""A pruned step runs through no more of the package than the map says."""
 
 from __future__ import annotations
 
@@ -8,22 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_LINES, MOST_FILES = 2200, 10
-
-
-def test_the_reading_list_is_as_long_as_it_says() -> None:
-    text = (ROOT / "docs" / "map.md").read_text("utf-8")
-    rows = re.findall(r"^\| \d+ \| `([\w./]+)` \| (\d+) \|", text, flags=re.MULTILINE)
-    (total,) = re.findall(r"^\| \| sum \| (\d+) \|", text, flags=re.MULTILINE)
-    lengths = {}
-    for name, _ in rows:
-        path = ROOT / name if name.startswith("docs/") else ROOT / "src" / "vla_pruner" / name
-        lengths[name] = len(path.read_text("utf-8").splitlines())
-    for name, lines in rows:
-        assert abs(int(lines) - lengths[name]) <= max(5, 0.05 * lengths[name]), name
-    assert int(total) == sum(int(lines) for _, lines in rows)
-    assert sum(lengths.values()) <= MOST_LINES
-    assert 5 <= len(rows) <= MOST_FILES
 
 
 def test_a_pruned_step_is_no_longer_than_the_map_promises() -> None:

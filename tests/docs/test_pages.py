@@ -120,7 +120,7 @@ def test_the_reading_list_of_the_map_is_as_long_as_it_says() -> None:
     part = text.partition("## One pruned step")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| (\d+) \| (.*) \|$", part, flags=re.MULTILINE)
     (total,) = re.findall(r"^\| \| sum \| (\d+) \|", part, flags=re.MULTILINE)
-    assert 5 < len(rows) <= 10 and sum(int(count) for _, count, _ in rows) == int(total)
+    assert 5 < len(rows) <= 10 and sum(int(count) for _, count, _ in rows) == int(total) <= 2200
     for file, count, look_for in rows:
         home = DOCS.parent if file.startswith("docs/") else source
         found = (home / file).read_text(encoding="utf-8")

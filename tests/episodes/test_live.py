@@ -5,6 +5,7 @@ import pytest
 from torch import nn
 
 from toy_task import CAMERAS, STEP_LIMIT, ToyScene, rollout, tiny_policy, toy_task
+from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.episode import Running
 from vla_pruner.scenes.clock import EVERY, Clock, Latency
@@ -114,3 +115,37 @@ def test_a_clock_belongs_to_what_makes_episodes_comparable():
     setup = Setup("toy+live5:350ms:ahead", "p", "w", CONTROL, 12, ("a",), clock=suite.clock)
     assert Setup.from_dict(setup.as_dict()) == setup
     assert suite.base == "toy"
+
+
+def test_what_is_left_of_a_chunk_guides_the_next_one():
+    made = chunks()
+    for pace, jacobian in (("rtc", "identity"), ("rtc-full", "full")):
+        running = Running(2, clock(0, pace))
+        assert running.guide() is None  # Nothing is under way.
+        running.next(next(made), 3)
+        guide = running.guide()
+        assert (guide.delay, guide.jacobian) == (3, jacobian)
+        assert (guide.left[:, 0] % 100).tolist() == [2, 3, 4, 5]
+        running.next(next(made), 3)
+        assert (running.guide().left[:, 0] % 100).tolist() == [3, 4, 5]
+    running = Running(2, clock(0, "ahead"))
+    running.next(next(made), 3)
+    assert running.guide() is None
+
+
+def test_a_policy_that_cannot_continue_a_chunk_is_refused_before_the_first_episode():
+    from dataclasses import replace
+
+    from vla_pruner.runs.matrix import Cell
+    from vla_pruner.runs.plan import plan
+
+    def refused(clock: Clock, condition: str = "none") -> str:
+        suite = replace(toy_task(), clock=clock)
+        cell = Cell("toy", suite.name, Condition.parse(condition), 1)
+        with pytest.raises(ValueError) as error:
+            plan([cell], {suite.name: suite}, lambda name: tiny_policy())
+        return str(error.value)
+
+    assert "OpenVLAOFT cannot continue a chunk" in refused(clock(200, "rtc"))
+    only = Clock(5, (Latency("none", 1, 1),))
+    assert "say nothing of fastv@0.5, only of none" in refused(only, "fastv@0.5")

@@ -15,13 +15,13 @@ import vla_pruner as vp
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "fastv": {"keep": 8, "layer": 2},
-    "vla-pruner": {"keep": 8, "layer": 2, "window": 1},
-    "efficientvla": {"keep": 8, "layer": 2, "parts": "tokens"},
+    "fastv": {"tokens": 8, "layer": 2},
+    "vla-pruner": {"tokens": 8, "layer": 2, "window": 1},
+    "efficientvla": {"tokens": 8, "layer": 2, "parts": "tokens"},
     "sparsevlm": {"keep": 0.6, "count": "behind"},
-    "divprune": {"keep": 8},
-    "holov": {"keep": 8},
-    "vla-cache": {"keep": 8, "layers": (1, 2)},
+    "divprune": {"tokens": 8},
+    "holov": {"tokens": 8},
+    "vla-cache": {"tokens": 8, "layers": (1, 2)},
 }
 ON_PI0 = ("none", "fastv", "vla-pruner", "efficientvla")
 

@@ -124,7 +124,7 @@ def test_fast_with_tokens_removed(policies, cached, proves):
         seen = []
         head = model.paligemma_with_expert.paligemma.lm_head
         hook = head.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out[:, -1]))
-        with vp.prune(model, keep=8, layer=2, window=1, mode=mode) as session:
+        with vp.prune(model, tokens=8, layer=2, window=1, mode=mode) as session:
             for shift in (0.0, 0.1):
                 shown = [image + shift for image in images]
                 getattr(model, sample)(shown, masks, *words, max_decoding_steps=4)

@@ -289,12 +289,12 @@ def check_counts(family: Family, method: Method, report: Any) -> None:
     )
 
 
-METHODS = pytest.mark.parametrize("name", list(vp.methods()))
+METHODS = pytest.mark.parametrize("name", list(vp.list_methods()))
 FAMILIES = pytest.mark.parametrize("on", ["openvla", "oft", "llava", "decoder", "pi0"])
 
 
 def test_the_matrix_knows_every_method():
-    assert set(OPTIONS) == set(vp.methods())
+    assert set(OPTIONS) == set(vp.list_methods())
 
 
 @METHODS

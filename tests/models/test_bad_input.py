@@ -12,7 +12,9 @@ M, KEEP = 20, 6
 
 def attach(model, **options):
     adapter = vp.models.Decoder("model.layers", visual=slice(1, 1 + M))
-    return vp.prune(model, **{"keep": KEEP, "layer": 2, "window": 1, "adapter": adapter, **options})
+    return vp.prune(
+        model, **{"tokens": KEEP, "layer": 2, "window": 1, "adapter": adapter, **options}
+    )
 
 
 def show(model, image, words=9):
@@ -65,7 +67,7 @@ def test_a_second_episode_without_reset_goes_on_with_the_history(decoders, embed
 
 def test_fewer_visual_tokens_than_the_budget(decoders, embeds):
     model = decoders()
-    with attach(model, keep=M + 1), pytest.raises(ValueError, match=rf"keep={M + 1}.*{M}"):
+    with attach(model, tokens=M + 1), pytest.raises(ValueError, match=rf"{M + 1} tokens.*{M}"):
         show(model, embeds(1))
 
 
@@ -91,7 +93,7 @@ def test_flow_steps_are_left_out_of_action_experts_alone(decoders, embeds):
     model = decoders()
     adapter = vp.models.Decoder("model.layers", visual=slice(1, 1 + M))
     with pytest.raises(ValueError, match="action expert"):
-        vp.prune(model, "efficientvla", keep=KEEP, adapter=adapter, flow_interval=2)
+        vp.prune(model, "efficientvla", tokens=KEEP, adapter=adapter, flow_interval=2)
     with attach(model):
         show(model, embeds(1))
 

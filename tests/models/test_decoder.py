@@ -65,7 +65,9 @@ def test_positions_that_are_not_contiguous(decoders, embeds):
     visual = torch.tensor([2, 5, 6, 9, 20])
     model, logits = decoders(), []
     for mode in ("drop", "mask"):
-        with vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual), mode=mode) as session:
+        with vp.prune(
+            model, "fastv", tokens=2, adapter=Decoder(visual=visual), mode=mode
+        ) as session:
             logits.append(model(inputs_embeds=embeds()).logits[:, -1])
         assert session.last.kept_mask.sum() == 2
     near(*logits)
@@ -75,11 +77,11 @@ def test_positions_of_each_row(decoders, embeds):
     model, logits = decoders(), []
     visual = torch.tensor([[1, 2, 3, 4], [11, 12, 13, 20]])
     for mode in ("drop", "mask"):
-        with vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual), mode=mode):
+        with vp.prune(model, "fastv", tokens=2, adapter=Decoder(visual=visual), mode=mode):
             logits.append(model(inputs_embeds=embeds(batch=2)).logits[:, -1])
     near(*logits)
     with (
-        vp.prune(model, "fastv", keep=2, adapter=Decoder(visual=visual)),
+        vp.prune(model, "fastv", tokens=2, adapter=Decoder(visual=visual)),
         pytest.raises(ValueError, match="B=3"),
     ):
         model(inputs_embeds=embeds(batch=3))
@@ -90,7 +92,7 @@ def test_decoder_called_with_token_ids(decoders):
     results = []
     for arguments in ((ids,), ()):
         adapter = Decoder("layers", visual=slice(1, 6))
-        with vp.prune(model.model, "fastv", keep=2, adapter=adapter) as session:
+        with vp.prune(model.model, "fastv", tokens=2, adapter=adapter) as session:
             results.append(model.model(*arguments, **({} if arguments else {"input_ids": ids}))[0])
         assert session.last.kept_mask.sum() == 2
     assert torch.equal(*results)
@@ -145,8 +147,8 @@ def test_families_of_other_packages(installed, decoders, embeds):
         make=lambda model: Decoder(visual=slice(1, 6)),
     )
     installed(Entry("llama-robot", family))
-    assert vp.models()["llama-robot"] is family
-    with vp.prune(decoders(), "fastv", keep=2) as session:
+    assert vp.list_models()["llama-robot"] is family
+    with vp.prune(decoders(), "fastv", tokens=2) as session:
         decoders()(inputs_embeds=embeds())
     assert session.last.visual_kept == 2
 
@@ -163,4 +165,4 @@ def test_families_that_cannot_be_used(installed, entry, message):
     installed(entry)
     before = {family.name for family in built_in()}
     with pytest.warns(UserWarning, match=message):
-        assert before == set(vp.models())
+        assert before == set(vp.list_models())

@@ -223,7 +223,7 @@ def test_generate_with_tokens_removed(vlm, attention, proves):
     inputs["pixel_values"][: len(inputs["pixel_values"]) // 2] += 0.5
     found, reports = [], []
     for mode in ("drop", "mask"):
-        with vp.prune(vlm.model, keep=KEEP, layer=2, window=1, mode=mode) as session:
+        with vp.prune(vlm.model, tokens=KEEP, layer=2, window=1, mode=mode) as session:
             for step in range(2):
                 frame = {**inputs, "pixel_values": inputs["pixel_values"] + step}
                 found.append(generate(vlm.model, frame))
@@ -249,7 +249,7 @@ def test_keeping_everything_and_leaving_nothing_behind(vlm, proves):
     with vp.prune(vlm.model, keep=1.0, layer=2, window=1):
         for _ in range(2):
             assert torch.equal(vlm.model(**inputs).logits, expected)
-    with vp.prune(vlm.model, keep=KEEP, layer=2, window=1) as session:
+    with vp.prune(vlm.model, tokens=KEEP, layer=2, window=1) as session:
         for _ in range(2):
             pruned = vlm.model(**inputs).logits
         assert session.last.visual_kept == KEEP
@@ -266,7 +266,7 @@ def test_text_alone_is_left_alone(vlm):
         if name in inspect.signature(vlm.model.forward).parameters:
             text[name] = torch.zeros_like(ids)
     before = generate(vlm.model, text)
-    with vp.prune(vlm.model, keep=KEEP, layer=2) as session:
+    with vp.prune(vlm.model, tokens=KEEP, layer=2) as session:
         inside = generate(vlm.model, text)
         assert session.last is None
         generate(vlm.model, inputs_for(vlm.model, vlm.ids, vlm.pixels))
@@ -282,7 +282,7 @@ def test_left_padding(proves):
     padded["attention_mask"] = (torch.arange(len(ids) + 3) >= 3).long()[None]
     kept, logits = [], []
     for arguments in (inputs, padded):
-        with vp.prune(model, "fastv", keep=KEEP, layer=2) as session:
+        with vp.prune(model, "fastv", tokens=KEEP, layer=2) as session:
             logits.append(torch.stack(generate(model, arguments).logits))
             kept.append(session.last.kept_mask)
     assert torch.equal(*kept)
@@ -303,7 +303,7 @@ def test_each_image_is_a_view(proves):
 def test_image_tokens_without_an_image():
     model, ids, _ = llava()
     with (
-        vp.prune(model.eval(), "fastv", keep=KEEP, layer=2) as session,
+        vp.prune(model.eval(), "fastv", tokens=KEEP, layer=2) as session,
         pytest.raises(ValueError, match="16 of 16 image tokens hold no image features"),
     ):
         model(input_ids=torch.tensor([ids]))
@@ -315,7 +315,7 @@ def test_different_numbers_of_image_tokens():
     adapter = vp.models.ImageTokenVLM(model)
     rows = torch.tensor([ids, [1, 5] + [7] * M + [7, 8, 9]])
     with (
-        vp.prune(model, "fastv", keep=KEEP, layer=2, adapter=adapter),
+        vp.prune(model, "fastv", tokens=KEEP, layer=2, adapter=adapter),
         pytest.raises(ValueError, match=r"\[16, 0\] image tokens"),
     ):
         model(input_ids=rows, pixel_values=torch.randn(1, *pixels))
@@ -324,8 +324,8 @@ def test_different_numbers_of_image_tokens():
 def test_early_layers_that_get_image_features_see_every_token():
     model, *_ = qwen("3")
     with pytest.raises(ValueError, match="use `layer` >= 2"):
-        vp.prune(model, "fastv", keep=KEEP, layer=1)
-    vp.prune(model, "fastv", keep=KEEP, layer=2).remove()
+        vp.prune(model, "fastv", tokens=KEEP, layer=1)
+    vp.prune(model, "fastv", tokens=KEEP, layer=2).remove()
 
 
 def test_image_token_may_be_given():

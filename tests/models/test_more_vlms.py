@@ -16,6 +16,7 @@ LLAMA, QWEN2 = {"model_type": "llama", **TEXT}, {"model_type": "qwen2", **TEXT}
 MISTRAL = {"model_type": "mistral", "sliding_window": None, **TEXT}
 ROPE = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 AXES = {**TEXT, "rope_scaling": ROPE, "rope_parameters": ROPE}
+ONES = torch.ones(1, 64, dtype=torch.long)
 MARKS = dict(image_token_id=IMAGE, video_token_id=91)
 PATCHES = dict(pixel_values=(64, 3 * 2 * 14 * 14), image_grid_thw=torch.tensor([[1, 8, 8]]))
 
@@ -133,6 +134,19 @@ def glm4v():
     return T.Glm4vForConditionalGeneration(config), 16, PATCHES
 
 
+def lfm2_vl():
+    kinds = ["conv", "full_attention", "full_attention", "full_attention", "full_attention"]
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = T.Lfm2VlConfig(
+        vision_config={"model_type": "siglip2_vision_model", "patch_size": 14, **vision},
+        text_config={"model_type": "lfm2", "layer_types": kinds, **TEXT},
+        image_token_id=IMAGE,
+        projector_hidden_size=32,
+    )
+    call = dict(pixel_values=(1, 64, 3 * 14 * 14), spatial_shapes=torch.tensor([[8, 8]]))
+    return T.Lfm2VlForConditionalGeneration(config), 16, {**call, "pixel_attention_mask": ONES}
+
+
 BUILD = (
     llava_next,
     llava_onevision,
@@ -143,6 +157,7 @@ BUILD = (
     got_ocr2,
     qwen3_vl_moe,
     glm4v,
+    lfm2_vl,
 )
 
 

@@ -32,7 +32,9 @@ def test_a_count_is_taken_as_it_is():
 
 
 def test_too_much_is_refused_with_the_view_that_lacks_it():
-    with pytest.raises(ValueError, match=r"`keep=300` asks for more than the 256 visual tokens"):
+    with pytest.raises(
+        ValueError, match=r"keeping 300 tokens asks for more than the 256 visual tokens"
+    ):
         Budget(300).resolve((256,))
     with pytest.raises(ValueError, match=r"the 64 visual tokens of view 1; .* at most 64"):
         Budget(100, "view").resolve((256, 64))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import vla_pruner as vp
 from checks import near
 from vla_pruner.models import load
+from vla_pruner.models.loading import shipped
 from vla_pruner.models.openvla.processing import PROMPT
 from vla_pruner.models.pi0.gemma import SharedKV
 from vla_pruner.reference import policies
@@ -271,7 +272,14 @@ def test_the_exported_folder_acts(trained, tmp_path, name):
     assert actions.shape == ((8, 7) if name == "mini-oft" else (7,))
     assert actions.dtype == np.float32 and np.isfinite(actions).all()
     control = json.loads((tmp_path / "config.json").read_text())["control"]
-    assert control["cameras"] == policies.CONTROL[name]["cameras"]
+    assert control == policies.CONTROL[name] and control["suites"] == ["robosuite_pickplace"]
+
+
+def test_shipped_policies_say_where_they_act() -> None:
+    for name, folder in shipped().items():
+        said = json.loads((folder / "config.json").read_text("utf-8"))["control"]
+        # One may be older than the rule that its suites are named.
+        assert {"suites": policies.CONTROL[name]["suites"], **said} == policies.CONTROL[name]
 
 
 def test_the_loss_reads_actions_as_the_policy_writes_them(trained, data):

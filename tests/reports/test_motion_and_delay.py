@@ -10,7 +10,8 @@ from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.motion import Motion
 from vla_pruner.episodes.policy_runner import Call
 from vla_pruner.reports.compare import Group, across_delays, robustness
-from vla_pruner.reports.document import to_latex, to_markdown
+from vla_pruner.reports.document import to_markdown
+from vla_pruner.reports.latex import to_latex
 from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
 from vla_pruner.runs.job import Setup
 from vla_pruner.scenes.clock import EVERY, Clock, Latency
@@ -37,8 +38,9 @@ def group(suite, solved, *, clock=None, **options) -> Group:
 
 
 def text_of(*groups: Group) -> str:
-    assert "Fail" not in to_latex(blocks_of(groups))
-    return to_markdown(blocks_of(groups))
+    blocks = blocks_of(groups)
+    assert to_latex(groups, blocks).isascii()
+    return to_markdown(blocks)
 
 
 def test_motion_is_compared_where_both_solved():

@@ -145,7 +145,7 @@ def test_every_impossible_cell_is_named_before_the_first_episode(policy, tmp_pat
         run_cells(matrix, tmp_path / "out", Processes(1))
     message = str(caught.value)
     where = f"{policy} in toy_task:toy_task, "
-    assert f"{where}fastv@400: `keep=400` asks for more than the 32" in message
+    assert f"{where}fastv@400: keeping 400 tokens asks for more than the 32" in message
     assert f"{where}divprune@33: " in message
     assert "none" not in message.partition("\n")[2] and "vla-pruner@0.5" not in message
     assert not (tmp_path / "out").exists()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pruner[serve]'")
 pytest.importorskip("scipy", reason="scipy comes with the simulator: pip install 'vla-pruner[sim]'")
@@ -316,3 +320,23 @@ def test_libero_messages_of_one_camera_reach_a_policy_of_one_camera(
             return await act(connection, [1])
 
     assert ask(server, talk)[0].shape == (7,)
+
+
+def test_the_yaml_of_the_documentation_gives_different_episodes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    entries = [
+        entry
+        for block in blocks
+        for entry in (yaml.safe_load(block) or {}).get("benchmarks", [])
+        if entry["benchmark"].endswith("SimplerEnvBenchmark")
+    ]
+    assert len(entries) == 3
+    for entry in entries:
+        benchmark = SimplerEnvBenchmark(**entry["params"])
+        count = entry["episodes_per_task"]
+        places = [benchmark._build_va_reset_kwargs({"episode_idx": n}) for n in range(count)]
+        assert len({str(place) for place in places}) == count
+        assert entry["params"]["env_build_kwargs"]["robot"] == "google_robot_static"
+        turn = benchmark._va_grid[0][1]["robot_rot_quat"]
+        assert np.isclose(np.linalg.norm(turn), 1, atol=1e-4) and turn[3] > 0.99

@@ -17,7 +17,7 @@ if find_spec("robosuite") is None:  # Importing it here would choose how MuJoCo 
 from vla_eval.orchestrator import Orchestrator
 from wire import serving
 
-from vla_pruner.serving.pickplace import SUITE, PickPlaceBenchmark
+from vla_pruner.serving.pickplace import SUITE, LiveLIBERO, PickPlaceBenchmark
 from vla_pruner.serving.server import PolicyServer
 
 PLUG_IN = "vla_pruner.serving.pickplace:PickPlaceBenchmark"
@@ -91,3 +91,12 @@ def test_the_harness_evaluates_a_pruned_policy(
     assert len({row["images"][0].tobytes() for row in seen}) == 5
     assert server.served.session.last.visual_kept == 50
     assert not server._episodes
+
+
+def test_the_robot_holds_still_in_live_mode():
+    for benchmark in (PickPlaceBenchmark(), LiveLIBERO()):
+        assert benchmark.get_hold_action(None) == {"actions": [0.0] * 6 + [-1.0]}
+        closed = {"actions": np.array([0.3, 0, 0, 0, 0, 0.1, 1.0], dtype=np.float32)}
+        assert benchmark.get_hold_action(closed) == {"actions": [0.0] * 6 + [1.0]}
+    with pytest.raises(ValueError, match="drop `absolute_action`"):
+        LiveLIBERO(absolute_action=True).get_hold_action(None)

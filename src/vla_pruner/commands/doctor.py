@@ -7,15 +7,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from vla_pruner.commands.options import add_device, device_of
 from vla_pruner.episodes.control import said_by
-from vla_pruner.measure.doctor import act_of, examine
+from vla_pruner.measure.doctor import Finding, act_of, examine
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.preflight import preflight
 from vla_pruner.measure.workloads import DTYPES
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import load, locate
+from vla_pruner.runs.job import fingerprint
+from vla_pruner.tuning.receipt import Receipt, load_receipt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--keep", type=float, default=0.25, help="fraction kept when dropping")
+    parser.add_argument(
+        "--receipt", type=Path, help="of `vla-pruner tune`: is it of this model and this machine?"
+    )
     parser.add_argument("--instruction", default="pick up the can", help="what the model is told")
 
 
 def run(args: argparse.Namespace) -> int:
     """Examine and report; 1 if something is wrong."""
+    if args.receipt is not None:
+        load_receipt(args.receipt)  # Raises: it cannot be read.
     device, console = device_of(args.device), Console()
     with console.status(f"loading {args.model}") as status:
         dtype = DTYPES[args.dtype] if args.dtype else None
@@ -49,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             adapter = find_adapter(model)
             adapter.bind(model)
             findings += preflight(model, adapter, act, said_by(folder_of), folder_of)
+    if args.receipt is not None:
+        findings.append(_of_receipt(load_receipt(args.receipt), model, str(device)))
     wrong = sum(finding.well is False for finding in findings)
     table = Table("check", "", "found", *(["what to do"] if wrong else []))
     marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "skipped"}
@@ -63,3 +73,15 @@ def run(args: argparse.Namespace) -> int:
         return 1
     console.print("[green]nothing wrong found[/green]")
     return 0
+
+
+def _of_receipt(receipt: Receipt, model: nn.Module, device: str) -> Finding:
+    """Whether a receipt of `vla-pruner tune` holds for this model, here."""
+    found = f"{receipt.recommended} within a deviation of {receipt.tolerance:g}"
+    try:
+        receipt.check(fingerprint(model))
+    except ValueError as error:
+        return Finding("receipt", False, found, str(error))
+    if other := receipt.differences(device):
+        found += f"; latencies are of another machine: {', '.join(other)}"
+    return Finding("receipt", True, found)

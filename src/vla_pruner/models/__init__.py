@@ -6,7 +6,7 @@ from vla_pruner.models.decoder import Decoder
 from vla_pruner.models.folder import CheckpointError
 from vla_pruner.models.hf_vlm import ImageTokenVLM
 from vla_pruner.models.loading import load
-from vla_pruner.models.port import NonFiniteActionError
+from vla_pruner.models.port import NonFiniteActionError, Policy
 
 __all__ = [
     "Adapter",
@@ -16,6 +16,7 @@ __all__ = [
     "ImageTokenVLM",
     "Layout",
     "NonFiniteActionError",
+    "Policy",
     "find_adapter",
     "list_models",
     "load",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .checks import listed
 from .folder import CheckpointError, is_finite, read_json, reading
+from .port import Policy
 
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 
@@ -35,7 +35,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Policy:
     """A model ready to act, in evaluation mode.
 
     Args:
@@ -87,7 +87,8 @@ def load(
     broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor)]
     if broken:
         raise CheckpointError(f"{where}: NaN or infinite numbers in {listed(broken)}")
-    return model.to(device).eval()
+    ready: Policy = model.to(device).eval()
+    return ready
 
 
 def _read_config(where: str) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from torch import nn
 
 from .folder import CheckpointError
 
-__all__ = ["ATTENTION", "CheckpointError", "NonFiniteActionError", "Port", "default_dtype"]
+__all__ = [
+    "ATTENTION",
+    "CheckpointError",
+    "NonFiniteActionError",
+    "Policy",
+    "Port",
+    "default_dtype",
+]
 
 ATTENTION = ("sdpa", "eager")
 
@@ -21,7 +28,19 @@ class NonFiniteActionError(RuntimeError):
     """A policy worked out NaN or infinite numbers; none of them is handed on."""
 
 
-class Port(nn.Module):
+class Policy(nn.Module):
+    """What `vp.models.load` gives, for those who check types: a module that acts.
+
+    The ports of this package are policies. A vision-language model of transformers is handed on as
+    it is, and has no `predict_action`.
+    """
+
+    def predict_action(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Actions `[chunk, D]` or `[D]` for one observation, in the units of the robot."""
+        raise NotImplementedError
+
+
+class Port(Policy):
     """A policy whose sizes are a configuration; `reset_parameters` makes its weights random."""
 
     def reset_parameters(self) -> None:

@@ -56,8 +56,8 @@ class Budget:
             return max(1, round(self.keep * size))
         if self.keep > size:
             raise ValueError(
-                f"`keep={self.keep}` asks for more than the {what}; "
-                f"use a fraction in (0, 1] or at most {size}."
+                f"keeping {self.keep} tokens asks for more than the {what}; use at most {size}, or "
+                "a share in (0, 1]."
             )
         return self.keep
 

@@ -37,14 +37,18 @@ _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'-\n▁"
 
 
+_PICK_PLACE = ["robosuite_pickplace"]
+_LIBERO = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
+_BOTH = ["agentview", "wrist"]
+
 CONTROL: dict[str, dict[str, Any]] = {
-    "mini-openvla": {"cameras": ["agentview"], "execute": 1},
-    "mini-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
-    "mini-oft-libero": {"cameras": ["agentview", "wrist"], "execute": 8},
-    "mini-pi0": {"cameras": ["agentview", "wrist"], "execute": 2},
-    "smol-oft": {"cameras": ["agentview", "wrist"], "execute": 2},
+    "mini-openvla": {"suites": _PICK_PLACE, "cameras": ["agentview"], "execute": 1},
+    "mini-oft": {"suites": _PICK_PLACE, "cameras": _BOTH, "execute": 2},
+    "mini-oft-libero": {"suites": _LIBERO, "cameras": _BOTH, "execute": 8},
+    "mini-pi0": {"suites": _PICK_PLACE, "cameras": _BOTH, "execute": 2},
+    "smol-oft": {"suites": _PICK_PLACE, "cameras": _BOTH, "execute": 2},
 }
-"""How each policy is driven; `evaluation.episode.Control` says what the entries mean."""
+"""How each policy is driven, and where; `episodes.control.Control` says what the entries mean."""
 
 STATISTICS = {
     "mini-openvla": "pick_place",

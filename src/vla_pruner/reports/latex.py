@@ -28,6 +28,7 @@ _SIGNS: Mapping[int, str] = str.maketrans(
         '"': r"\textquotedbl{}",
         "−": "$-$",  # noqa: RUF001
         "±": r"$\pm$",
+        "³": "$^3$",
         "×": r"$\times$",  # noqa: RUF001
     }
 )

@@ -1,6 +1,7 @@
 """The task of the reference policies as a vla-eval benchmark: evaluate without downloads.
 
-In a vla-eval configuration: `benchmark: vla_pruner.serving.pickplace:PickPlaceBenchmark`.
+In a vla-eval configuration: `benchmark: vla_pruner.serving.pickplace:PickPlaceBenchmark`. It and
+`LiveLIBERO` also run in vla-eval's live mode, in which the simulator does not wait.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
+from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 from vla_eval.render import configure_mujoco_render
 from vla_eval.specs import (
     GRIPPER_CLOSE_POS,
@@ -28,8 +30,31 @@ from vla_pruner.scenes.pick_place_task import (
     INSTRUCTION_TEMPLATES,
     OBJECT_NAMES,
 )
+from vla_pruner.scenes.scene import hold_delta
 
 SUITE = "robosuite_pickplace"
+
+
+def hold_action(last_action: Action | None) -> Action:
+    """What is commanded in live mode while no action has come: the arm stays, the gripper, too.
+
+    For benchmarks whose actions are differences of poses, with the gripper last, -1 open.
+    """
+    last = None if last_action is None else np.asarray(last_action["actions"], dtype=np.float64)
+    return {"actions": hold_delta(last).tolist()}
+
+
+class LiveLIBERO(LIBEROBenchmark):
+    """vla-eval's LIBERO for its live mode, which that class cannot run in.
+
+    Raises:
+        ValueError: `absolute_action`, for which holding still is another command.
+    """
+
+    def get_hold_action(self, last_action: Action | None) -> Action:
+        if self.absolute_action:
+            raise ValueError("LiveLIBERO: live mode is for differences; drop `absolute_action`")
+        return hold_action(last_action)
 
 
 class PickPlaceBenchmark(StepBenchmark):
@@ -107,6 +132,9 @@ class PickPlaceBenchmark(StepBenchmark):
         if self._send_state:
             observation["states"] = self._scene.proprio()
         return observation
+
+    def get_hold_action(self, last_action: Action | None) -> Action:
+        return hold_action(last_action)
 
     def get_step_result(self, step_result: StepResult) -> EpisodeResult:
         return {"success": step_result.done}

@@ -53,28 +53,21 @@ class RememberingCut(Cut):
         super().attach(undo)
         late = self.remembering.late_layer(self.plan.depth)
         if late is not None:
-            scores.watch(self._attention(late), partial(self._see_late, late), undo)
+            scores.watch(self.attention(late), partial(self._see_late, late), undo)
 
     # ------------------------------------------------------------------ steps
     def begin(
-        self,
-        prefill: Prefill,
-        ids: tuple[Hashable, ...],
-        full: list[bool],
-        *,
-        mode: Mode,
-        frames: Tensor | None,
-        kwargs: Mapping[str, Any],
+        self, step: Step, mode: Mode, frames: Tensor | None, kwargs: Mapping[str, Any]
     ) -> Mode | None:
         """Look up what each row remembers; the method says which rows need all tokens."""
-        for name in dict.fromkeys(ids):
+        for name in dict.fromkeys(step.ids):
             self._settle(name)
-        memories = tuple(self.memories.get(name) for name in ids)
-        full[:] = [
+        memories = tuple(self.memories.get(name) for name in step.ids)
+        step.full = tuple(
             given or self.remembering.starts_full(memory)
-            for given, memory in zip(full, memories, strict=True)
-        ]
-        prefill.note = Note(memories, self._frames(frames, prefill, len(ids)))
+            for given, memory in zip(step.full, memories, strict=True)
+        )
+        step.prefill.note = Note(memories, self._frames(frames, step.prefill, len(step.ids)))
         return None
 
     def again(self, prefill: Prefill, first: Prefill) -> None:
@@ -163,13 +156,10 @@ class RememberingCut(Cut):
             return
         left = prefill.sets[0 if prefill.mode == "full" else self.plan.number[index]]
         assert left.columns is not None
-        queries = query.shape[2]
-        causal = scores.hides_future(self, attention, mask, queries, kwargs)
-        keys = left.offset + queries
-        seen = scores.Seen.of(attention, query, key, mask, kwargs, keys=keys, causal=causal)
+        shown = (attention, query, key, mask, kwargs)
+        seen = scores.Seen.of(self, shown, left.offset + query.shape[2])
         rows, weight = scores.votes(ScoreSpec(layer=index, rows="text"), prefill, left, query)
-        columns = (left.columns + left.offset).expand(query.shape[0], -1)
-        received = seen.received(columns, rows, weight)
+        received = seen.received(left.columns + left.offset, rows, weight)
         prefill.note.late = scores.spread(prefill, left, received)
 
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:

@@ -69,7 +69,7 @@ def test_the_chunk_votes_in_the_steps_that_are_asked_for(policy):
 
 
 def test_missing_cameras_are_candidates_of_nothing(policy):
-    with vp.prune(policy, "fastv", keep=8, layer=2) as session:
+    with vp.prune(policy, "fastv", tokens=8, layer=2) as session:
         act(policy, 1)
     assert session.last.kept_mask[0, M:].any() and not session.last.kept_mask[1, M:].any()
 

@@ -80,7 +80,7 @@ def test_openvla_with_tokens_removed(openvla, method, proves):
             lambda module, args, output, seen=seen: seen.append(output.logits[:, -1])
         )
         options = {"window": 1} if method == "vla-pruner" else {}
-        with vp.prune(openvla, method, keep=KEEP, layer=2, mode=mode, **options) as session:
+        with vp.prune(openvla, method, tokens=KEEP, layer=2, mode=mode, **options) as session:
             for seed in (1, 2):
                 act(openvla, frame(seed))
         hook.remove()
@@ -95,7 +95,7 @@ def test_a_class_that_puts_the_image_elsewhere(openvla):
     def swapped(module, args, output):
         return output.flip(1).clone()
 
-    with vp.prune(openvla, "fastv", keep=KEEP, layer=2):
+    with vp.prune(openvla, "fastv", tokens=KEEP, layer=2):
         hook = openvla.projector.register_forward_hook(swapped)
         with pytest.raises(ValueError, match="did not put its 16 image tokens"):
             act(openvla, frame(1))

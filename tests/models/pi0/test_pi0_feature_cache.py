@@ -57,7 +57,7 @@ def test_with_pruning_dropped_still_equals_masked(kind, cache_first):
     for mode in ("drop", "mask"):
         cache, session = (
             feature_cache(model, every=2),
-            lambda mode=mode: vp.prune(model, "vla-pruner", keep=5, layer=2, window=1, mode=mode),
+            lambda mode=mode: vp.prune(model, "vla-pruner", tokens=5, layer=2, window=1, mode=mode),
         )
         if cache_first:
             with cache, session():

@@ -72,7 +72,7 @@ def test_cuts_before_the_first_layer_and_one_score_methods(kind, method):
     extra = {"positions": "keep"} if method == "divprune" else {}
     found = []
     for mode in ("drop", "mask"):
-        with vp.prune(model, method, keep=4, mode=mode, **layer, **extra) as session:
+        with vp.prune(model, method, tokens=4, mode=mode, **layer, **extra) as session:
             found.append(run(model, session, [(), ()]))
             assert session.last.visual_kept == 4 or mode == "mask"
     for one, other in zip(*found, strict=True):
@@ -113,7 +113,7 @@ def test_removed_after_an_error():
 def test_missing_cameras_are_no_candidates(kind):
     model = make(kind, cameras=CAMERAS)
     for method in ("vla-pruner", "fastv", "random"):
-        with vp.prune(model, method, keep=9, layer=2) as session:
+        with vp.prune(model, method, tokens=9, layer=2) as session:
             run(model, session, [(1,), (0,)], steps=4)
             kept = session.last.kept_mask.view(2, 3, 9).sum(dim=2)
         assert kept[0, 1] == kept[1, 0] == 0
@@ -190,7 +190,7 @@ def test_the_expert_keeps_its_positions_and_reads_short_keys(monkeypatch):
     model.sample(inputs)
     full = positions[0]
     lengths.clear()
-    with vp.prune(model, "fastv", keep=4, layer=2) as session:
+    with vp.prune(model, "fastv", tokens=4, layer=2) as session:
         model.sample(inputs)
         total, left = session.last.tokens_full, session.last.tokens_kept
     assert all(torch.equal(p, full) for p in positions)
@@ -259,7 +259,7 @@ def test_a_changed_number_of_cameras_is_explained():
 
 
 def test_the_family_is_listed_and_described():
-    family = vp.models()["pi0"]
+    family = vp.list_models()["pi0"]
     model = make()
     assert family.matches(model) and "GemmaStack, 4 layers" in family.make(model).describe()
     found = model.predict_action(*observation().values())
