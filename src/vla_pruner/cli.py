@@ -39,7 +39,6 @@ EXTRA_OF = {
     "jsonargparse": "serve",
     "websockets": "serve",
     "msgpack": "serve",
-    "h11": "serve",
     "zmq": "doors",
     "grpc": "doors",
     "libero": "libero",
@@ -168,10 +167,11 @@ COMMANDS = {
         _file("doctor"),
     ),
     "serve": Command(
-        "answer an evaluation harness with a pruned policy: LIBERO, SIMPLER, PickPlace",
-        "Loads a policy, attaches a pruning method, and answers the clients of vla-eval "
-        "(vla-evaluation-harness) over a WebSocket until Ctrl-C. Every episode has its own "
-        "history, also where several clients share a pass of the model. See docs/serving.md.",
+        "answer robots and evaluation harnesses with a pruned policy",
+        "Loads a policy, attaches a pruning method, and answers clients of vla-eval, openpi, "
+        "OpenVLA's /act, GR00T or lerobot until Ctrl-C or SIGTERM, several protocols at once. "
+        "Every episode has its own history, also where several clients share a pass of the model. "
+        "See docs/serve/README.md and docs/serving.md.",
         _file("serve"),
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -118,7 +119,9 @@ def _add_doors(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    from vla_pruner.doors.run import open_doors, wanted
+    if any(each.partition(":")[0] == "vla-eval" for each in args.protocol or ["vla-eval"]):
+        importlib.import_module("vla_eval")  # first, so that its extra is the one that is named
+    from vla_pruner.doors.run import wanted
 
     device_of(args.device)
     if args.port is not None and not 0 <= args.port <= 65535:
@@ -144,8 +147,15 @@ def run(args: argparse.Namespace) -> int:
             f"serving {what}: {name} on {address} (Ctrl-C ends)", highlight=False, soft_wrap=True
         )
 
-    asyncio.run(open_doors(engine, doors, say))
+    _serve(engine, doors, say)
     return 0
+
+
+def _serve(engine: Engine, doors: list[Any], say: Callable[[str, str], None]) -> None:
+    """Answer until the process is ended."""
+    from vla_pruner.doors.run import open_doors
+
+    asyncio.run(open_doors(engine, doors, say))
 
 
 def opened(
