@@ -28,7 +28,7 @@ JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$
 # (its own list for GR00T builds flash-attn, which these tests do not need). LEROBOT_PATCH=FOLDER copies
 # files over those of transformers, which pi0 of lerobot 0.4 asks for (docs/lerobot.md).
 LEROBOT_PYTHON ?= python3.12
-LEROBOT ?= lerobot[pi,smolvla,groot]==0.6.1
+LEROBOT ?= lerobot[pi,smolvla,groot,async,core-scripts,evaluation]==0.6.1
 LEROBOT_WITH ?=
 LEROBOT_PATCH ?=
 LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
@@ -63,7 +63,8 @@ test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVL
 	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
 
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
-	OMP_NUM_THREADS=1 $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
+	OMP_NUM_THREADS=1 $(if $(wildcard $(PY)),VLA_PRUNER_PYTHON=$(PY)) \
+	  $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
 	  tests/models/pi0/test_pi0_originals.py --record $(ARGS)
 
 test-openpi: export PYTHONPATH := $(PYTHONPATH):$(OPENPI)/src

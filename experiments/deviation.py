@@ -2,6 +2,7 @@
 
     python experiments/deviation.py mini-oft 6 OUT.csv fastv@0.25 scope@0.25 ...
 
+(also MODULE:CLASS(OPTION=VALUE, ...) of a file beside this one, such as quick:Quick(keep=0.25))
 records six episodes of the unpruned policy once (into OUT-observations), and appends a row for each
 condition. Scenes are training scenes that the shipped policies did not learn from; none of those
 that are kept for evaluation. Deviation is the mean over a chunk's actions and dimensions of the
@@ -11,6 +12,7 @@ absolute difference, each dimension divided by its standard deviation over all f
 from __future__ import annotations
 
 import csv
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,14 @@ COLUMNS = (
 )
 EVERY = 1000
 """Moments of an episode that are kept: all."""
+
+
+def made(condition: str) -> Any:
+    """A method by its short form, or from a class of a module."""
+    module, colon, call = condition.partition(":")
+    if not (colon and call.endswith(")")):
+        return condition
+    return eval(call, dict(vars(importlib.import_module(module))))  # of one's own command line
 
 
 def main(name: str, count: int, out: Path, conditions: list[str]) -> None:
@@ -53,7 +63,7 @@ def main(name: str, count: int, out: Path, conditions: list[str]) -> None:
     calls = sum(map(len, episodes))
     for condition in conditions:
         deviation, kept = [], []
-        with vp.prune(policy, condition) as session:
+        with vp.prune(policy, made(condition)) as session:
             for episode, expected in zip(episodes, full, strict=True):
                 session.reset()
                 for seen, wanted in zip(episode, expected, strict=True):

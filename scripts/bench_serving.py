@@ -5,7 +5,12 @@
 Two servers, `vla-pruner serve --batch 1` and `--batch N`, take turns; clients of this process speak
 vla-eval's protocol with raw images and ask again as soon as they are answered, in episodes of
 random length. Printed for each: answers per second, per second of the server's CPU time, and
-quartiles of latency; medians over rounds.
+quantiles of latency; medians over rounds.
+
+    python scripts/bench_serving.py --passes
+
+No server: CPU milliseconds per row of passes of one and of N rows, of warm-up rows, of pruned rows,
+and of a pass where one of them is a warm-up row. CPU time does not depend on who else computes.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,24 +35,23 @@ import websockets
 CHUNK = 1
 
 
-def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[str], str]:
+def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[bytes], str]:
     """A server, warmed up, and its address."""
     words = f"-m vla_pruner serve --benchmark pickplace --port 0 --policy {args.policy}".split()
     words += ["--method", args.method, "--keep", str(args.keep), "--chunk-size", str(CHUNK)]
-    process = subprocess.Popen(
-        [sys.executable, *words, "--batch", str(batch)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "listening on" in line:
-            return process, line.split("listening on ")[1].strip()
-    raise SystemExit("the server did not start")
+    with tempfile.NamedTemporaryFile("r+", suffix=".log", delete=False) as log:
+        process = subprocess.Popen(
+            [sys.executable, *words, "--batch", str(batch)], stdout=log, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            said = Path(log.name).read_text()
+            if "listening on" in said:
+                return process, said.split("listening on ")[1].split()[0]
+            time.sleep(0.2)
+    raise SystemExit(f"the server did not start, see {log.name}")
 
 
-def cpu_seconds(process: subprocess.Popen[str]) -> float:
+def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
     """Processor time that a process has used so far."""
     words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / 100
@@ -99,7 +104,7 @@ async def client(address: str, number: int, args: argparse.Namespace, until: flo
 
 
 async def measure(
-    process: subprocess.Popen[str], address: str, args: argparse.Namespace
+    process: subprocess.Popen[bytes], address: str, args: argparse.Namespace
 ) -> dict[str, float]:
     """One round at one server."""
     began, used = time.monotonic(), cpu_seconds(process)
@@ -117,6 +122,38 @@ async def measure(
     }
 
 
+def passes(args: argparse.Namespace) -> dict[str, float]:
+    """CPU milliseconds per row, by kind of pass and number of rows."""
+    from vla_pruner.models.loading import load
+    from vla_pruner.serving.policy import ServedPolicy
+
+    served = ServedPolicy(load(args.policy), args.method, keep=args.keep)
+    random, found = np.random.default_rng(0), {}
+    blank = served.blank()
+    assert blank is not None
+    size = (args.side, args.side, 3)
+    views = [random.integers(0, 256, size, dtype=np.uint8) for _ in blank["images"]]
+
+    def timed(keys: list[Any]) -> float:
+        began = time.process_time()
+        served.step(keys, [blank | {"images": views}] * len(keys))
+        return 1000 * (time.process_time() - began) / len(keys)
+
+    for rows in (int(size) for size in args.batches.split(",")):
+        taken: dict[str, list[float]] = {"warm-up": [], "pruned": [], "one warm-up row": []}
+        for _ in range(args.rounds):
+            keys = [served.start(str(row)) for row in range(rows)]
+            while served.warm_up(keys[0]):
+                taken["warm-up"].append(timed(keys))
+            taken["pruned"] += [timed(keys) for _ in range(3)]
+            fresh = [served.start("fresh"), *keys[1:]]
+            taken["one warm-up row"].append(timed(fresh))
+            for key in {*keys, *fresh}:
+                served.end(key)
+        found |= {f"{kind}, {rows}": statistics.median(each) for kind, each in taken.items()}
+    return found
+
+
 def main() -> None:
     """Measure, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,7 +166,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each round")
     parser.add_argument("--spread", type=float, default=2.0, help="seconds in which clients start")
     parser.add_argument("--side", type=int, default=160, help="pixels of an image's side")
+    parser.add_argument("--passes", action="store_true", help="only passes, without a server")
     args = parser.parse_args()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2] for line in lines if "model name" in line), "?").strip()
+    print(f"{cpu}, torch {torch.__version__}, Python {platform.python_version()}")
+    if args.passes:
+        print(f"{args.policy}, {args.method}@{args.keep}, CPU ms per row, {args.rounds} rounds")
+        for kind, value in passes(args).items():
+            print(f"{kind} rows in a pass: {value:.1f}")
+        return
     sizes = [int(size) for size in args.batches.split(",")]
     servers = {size: start(args, size) for size in sizes}
     rows: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
@@ -140,10 +186,7 @@ def main() -> None:
     finally:
         for process, _ in servers.values():
             process.terminate()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2] for line in lines if "model name" in line), "?").strip()
     print(f"{args.policy}, {args.method}@{args.keep}, {args.clients} clients, {args.rounds} rounds")
-    print(f"{cpu}, torch {torch.__version__}, Python {platform.python_version()}")
     result = {
         size: {name: statistics.median(row[name] for row in found) for name in found[0]}
         for size, found in rows.items()

@@ -46,7 +46,10 @@ async def episodes(
 ) -> list[float]:
     """Episode after episode on one connection; how far each answer was from its own."""
     dice, off = random.Random(seed), []
-    async with websockets.connect(f"ws://{address}", compression=None, max_size=None) as socket:
+    await asyncio.sleep(seed / 10)  # Not all at once at the door.
+    async with websockets.connect(
+        f"ws://{address}", compression=None, max_size=None, open_timeout=None, ping_timeout=None
+    ) as socket:
         while time.monotonic() < until:
             number = dice.randrange(len(wanted))
             sent = observations(number, 160)

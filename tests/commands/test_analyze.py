@@ -161,7 +161,7 @@ def test_columns_of_numbers_stand_to_the_right(analysis: Path) -> None:
     table = text[text.index("Errors of forecasts") :].partition("</table>")[0]
     cells = re.findall(r"<td([^>]*)>([^<]*)</td>", table)
     assert len(cells) >= 10
-    assert all('class="num"' in attributes for attributes, _ in cells)
+    assert all('class="num tight"' in attributes for attributes, _ in cells)
     decimals = {len(cell.partition(".")[2]) for _, cell in cells if "." in cell}
     assert decimals == {3}
 

@@ -113,8 +113,17 @@ def test_the_command_prints_a_table_and_writes_json_and_markdown(
     assert "interleaved rounds" in " ".join(capsys.readouterr().out.split())
 
     values = json.loads(Path(out[0]).read_text())
-    assert [row["name"] for row in values["rows"]] == ["full", "fastv 0.5", "fastv 8"]
-    assert values["rows"][2]["visual"] == 8
+    full, half, eight, ideal, ideal_of_eight = values["rows"]
+    assert [row["name"] for row in (full, half, eight)] == ["full", "fastv 0.5", "fastv 8"]
+    assert ideal_of_eight["name"] == "ideal 8 K=3" and eight["visual"] == 8
+    # The ideal cuts as the method does, and does less.
+    for one, best in ((half, ideal), (eight, ideal_of_eight)):
+        assert (one["tokens"], one["flops"]) == (best["tokens"], best["flops"])
+        assert best["scoring_ms"] is None and best["of_ideal"]["median"] == 1.0
+        assert one["of_ideal"]["median"] > 0
+        assert full["operators"] < best["operators"] < one["operators"]
+        assert one["operators_by_part"]["scoring"] > best["operators_by_part"].get("scoring", 0)
+        assert one["waits"] == {} == full["waits"]
     assert values["environment"]["torch"] == torch.__version__
     assert values["settings"]["repeats"] == 2
     assert set(values["selection_128_of_512_ms"]) == {"bfloat16", "float32"}
@@ -154,7 +163,8 @@ def test_a_method_that_never_cuts_is_measured_once(oft_folder: Path, tmp_path: P
     argv = ["bench", "--model", str(oft_folder), "--methods", "none,random", "--keep", "0.5,0.25"]
     assert main([*argv, "--repeats", "1", "--out", str(out)]) == 0
     names = [row["name"] for row in json.loads(out.read_text())["rows"]]
-    assert names == ["full", "none", "random 0.5", "random 0.25"]
+    assert names[:4] == ["full", "none", "random 0.5", "random 0.25"]
+    assert [name.split()[0] for name in names[4:]] == ["ideal", "ideal"]
 
 
 def test_keep_takes_fractions_and_counts() -> None:

@@ -22,10 +22,12 @@ from vla_pruner.commands import (
     bench,
     calibrate,
     demo,
+    doctor,
     latency,
     report,
     running,
     serve,
+    tune,
     watch,
 )
 from vla_pruner.runs import execute
@@ -116,6 +118,9 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     monkeypatch.setattr(latency, "Store", reach)
     monkeypatch.setattr(report, "read_runs", reach)
     monkeypatch.setattr(watch, "read_runs", reach)
+    monkeypatch.setattr(doctor, "load_receipt", reach)
+    monkeypatch.setattr(tune, "record_source", reach)
+    monkeypatch.setattr(tune, "open_source", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "_serve", reach)
 

@@ -11,34 +11,11 @@ import torch
 pytest.importorskip("lerobot.policies", reason="needs lerobot; run `make test-lerobot`")
 pytest.importorskip("datasets", reason="lerobot's eval command needs lerobot[dataset]")
 
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.scripts import lerobot_eval
-from tiny_env import SIZE, STEPS
-from tiny_lerobot import smolvla
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_env import STEPS
 
 import vla_pruner.lerobot
 from vla_pruner.lerobot import PrunedConfig, PrunedPolicy
-
-
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    """A policy as lerobot saves it, with its processors and a tokenizer of a few words."""
-    words = {word: i for i, word in enumerate(["<unk>", "<pad>", "pick", "up", "the", "can"])}
-    core = Tokenizer(models.WordLevel(words, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(tmp_path / "words")
-    size = (SIZE, SIZE)  # lerobot 0.4 cannot read back that there is none
-    words = str(tmp_path / "words")
-    policy = smolvla(monkeypatch, vlm_model_name=words, resize_imgs_with_padding=size)
-    folder = tmp_path / "policy"
-    policy.save_pretrained(folder)
-    for processor in make_pre_post_processors(policy.config):
-        processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def run(decoders, embeds, rollout, steps, **options):
     """Kept tokens and whether the step was full, by step, and the reports and costs."""
     model, reports, calls = decoders(), [], []
     adapter = vp.models.Decoder("model.layers", visual=VISUAL)
-    settings = dict(keep=15, gamma=0.1, layer=2, window=2, **options)
+    settings = dict(tokens=15, gamma=0.1, layer=2, window=2, **options)
     with vp.prune(model, "vla-pruner", adapter=adapter, **settings) as session:
         for step in range(steps):
             rollout(model, embeds(step), steps=1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from literally import ROUNDING, worst_step
 from torch import Tensor
 
+from vla_pruner.pruning import compiled as compiled_by
 from vla_pruner.pruning import native
 from vla_pruner.pruning.selection import _search_in_numpy, max_min_filter
 
@@ -173,16 +174,16 @@ def test_without_a_compiler_the_plain_search_does_it(state, tmp_path):
 
 @compiled
 def test_the_compiler_finds_nothing_to_warn_of():
-    flags = [flag for flag in native._FLAGS if flag != "-shared"]
-    native._run(
+    flags = [flag for flag in compiled_by.FLAGS if flag != "-shared"]
+    compiled_by._run(
         [
-            *native._compiler(),
+            *compiled_by._compiler(),
             *flags,
             "-Wall",
             "-Wextra",
             "-Werror",
             "-fsyntax-only",
-            str(native._SOURCE),
+            *map(str, compiled_by.SOURCES),
         ]
     )
 
@@ -209,7 +210,7 @@ def test_what_a_run_before_left_is_built_again_unless_it_is_as_built(state, tmp_
     empty = tmp_path / "empty.c"
     empty.write_text("int nothing;\n")
     foreign = tmp_path / "foreign.so"
-    subprocess.run([*native._compiler(), "-shared", "-fPIC", empty, "-o", foreign], check=True)
+    subprocess.run([*compiled_by._compiler(), "-shared", "-fPIC", empty, "-o", foreign], check=True)
     folder = tmp_path / "vla-pruner"
     first = state(XDG_CACHE_HOME=str(tmp_path))
     (path,) = folder.iterdir()
@@ -269,7 +270,7 @@ def test_any_compiler_may_fail(state, tmp_path):
     """Words that cannot be read, output that is no text, libraries with another or no search."""
     features = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     expected = plain(features, 9, False)
-    (gcc,) = native._compiler()
+    (gcc,) = compiled_by._compiler()
 
     def script(name: str, lines: str) -> str:
         path = tmp_path / name
@@ -286,7 +287,10 @@ def test_any_compiler_may_fail(state, tmp_path):
         copy = f'while [ $# -gt 0 ]; do [ "$1" = -o ] && cp {library} "$2"; shift; done'
         return script(name, copy)
 
-    head = "long memory_words(long n) { return 99; }\nint reads_bf16(void) { return 0; }\n"
+    words = ("memory_words", "choice_words", "column_mean_words")
+    others = ("reads_bf16", "top_k", "combine_then_filter", "column_mean")
+    head = "".join(f"long {name}(void) {{ return 99; }}\n" for name in words)
+    head += "".join(f"int {name}(void) {{ return 0; }}\n" for name in others)
     for cc, reason in {
         'gcc "': "No closing quotation",
         script("bytes", r"printf '\377\376'"): "No such file",

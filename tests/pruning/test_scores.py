@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks import near
-from vla_pruner.pruning.scores import attention_column_mean, attention_rows
+from vla_pruner.pruning.scores import (
+    _column_mean_by_operators,
+    attention_column_mean,
+    attention_rows,
+)
 
 
 def full_softmax(query, key, scale, allowed, softcap=None) -> Tensor:
@@ -118,6 +122,8 @@ def test_column_mean_equals_the_full_softmax(case):
     got = attention_column_mean(query, key, columns, **options)
     assert got.dtype == torch.float32
     near(got.double(), expected)
+    plain = _column_mean_by_operators(query, key, columns, sinks=None, **options)
+    near(plain.double(), expected)
 
 
 @settings(max_examples=60, deadline=None)

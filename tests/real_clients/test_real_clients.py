@@ -127,3 +127,40 @@ def test_200_answers_of_vla_eval(
         return made
 
     assert near(asyncio.run(run()), with_gripper(direct[:, 0], "rlds", "robosuite"))
+
+
+PAGES = {
+    "client": ("openpi", sys.executable, "ws://127.0.0.1:8000"),
+    "gr00t": ("gr00t", sys.executable, "tcp://127.0.0.1:5555"),
+    "openpi": ("openpi", PYTHON, "ws://127.0.0.1:8000"),
+    "act": ("act", PYTHON, "http://127.0.0.1:8000/act"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_example_of_its_page_runs(served: Any, page: str) -> None:
+    root = Path(__file__).parents[2]
+    door, python, usual = PAGES[page]
+    if python is None:
+        pytest.skip("this client needs its own environment: make test-clients")
+    text = (root / "docs" / "serve" / f"{page}.md").read_text("utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert usual in code
+
+    async def run() -> tuple[int, str]:
+        engine = Engine(served)
+        await engine.start()
+        async with opened(DOORS[door](engine)) as address:
+            client = await asyncio.create_subprocess_exec(
+                python,
+                "-c",
+                code.replace(usual, address),
+                env={**os.environ, "PYTHONPATH": str(root / "clients/python/src")},
+                stdout=asyncio.subprocess.PIPE,
+            )
+            said, _ = await client.communicate()
+            return client.returncode or 0, said.decode()
+
+    status, said = asyncio.run(run())
+    assert status == 0
+    assert {"client": "vla-pruner", "gr00t": "(1, 4, 1) 1.0"}.get(page, " 1.0") in said

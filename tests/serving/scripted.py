@@ -36,7 +36,7 @@ class Scripted(ServedPolicy):
     def blank(self) -> dict[str, Any] | None:
         return seen(0.0)
 
-    def change(self, method: str, keep: float) -> None:
+    def change(self, method: str, keep: float, options: Any = None) -> None:
         if not self.budgets or self.budgets[-1] != (method, keep):
             self.budgets.append((method, keep))
 

@@ -70,9 +70,43 @@ def test_only_rungs_that_the_receipt_allows_are_used(tmp_path: Path, wrap: Any) 
     assert [rung.name for rung in ladder.rungs] == ["none", "vla-pruner@0.25"]
 
 
+def test_a_receipt_of_tune_is_read_and_compared_with_the_policy(tmp_path: Path) -> None:
+    def rung(method: str, keep: Any, p99: float | None, allowed: bool) -> dict[str, Any]:
+        return {"method": method, "keep": keep, "options": {}, "p50_ms": p99, "p99_ms": p99,
+                "deviation": 0.1, "allowed": allowed}  # fmt: skip
+
+    receipt = {
+        "kind": "vla-pruner tune",
+        "schema": 1,
+        "policy": {"name": "mini-oft", "weights": "abc"},
+        "tolerance": 0.2,
+        "recommended": "vla-pruner@0.5",
+        "ladder": [
+            rung("none", 1.0, None, True),
+            rung("vla-pruner", 0.5, None, True),
+            rung("vla-pruner", 40, None, True),
+            rung("vla-pruner", 0.125, None, False),
+        ],
+        "environment": {},
+    }
+    (tmp_path / "receipt.json").write_text(json.dumps(receipt), "utf-8")
+    for path in (tmp_path, tmp_path / "receipt.json"):
+        ladder = Ladder.read(path, 0.1, weights="abc", patience=20)
+        assert [rung.name for rung in ladder.rungs] == ["none", "vla-pruner@0.5", "vla-pruner@40"]
+    for _ in range(30):
+        ladder.observe(0.2)
+    assert ladder.at == 2
+    for _ in range(300):
+        ladder.observe(0.001)
+    assert ladder.at == 0
+    with pytest.raises(ValueError, match=r"weights abc, these are xyz: run `vla-pruner tune`"):
+        Ladder.read(tmp_path, 0.1, weights="xyz")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ('{"ladder": []}', "no receipt of"),
         ("{", "cannot be read as a receipt"),
         ("{}", "holds no list of rungs"),
         ("[]", "allows no rung"),

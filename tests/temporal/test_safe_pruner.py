@@ -285,6 +285,7 @@ def test_refresh_asks_for_a_key_step_now_and_then(policy):
             policy.predict_action(**seen_at(0))
             kept.append(session.last.visual_kept)
     assert kept == [visual, 9, visual, 9, visual]
+    assert build("safe-pruner").warmup == build("specprune-vla").warmup == 1
 
 
 @pytest.mark.parametrize(

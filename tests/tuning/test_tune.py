@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from toy_task import save_policy, toy_task
 from vla_pruner import cli
 from vla_pruner.commands import tune as command
 from vla_pruner.runs.job import fingerprint
+from vla_pruner.serving.ladder import Ladder
 from vla_pruner.tuning.deviation import compare
 from vla_pruner.tuning.expectation import shipped_expectation
 from vla_pruner.tuning.receipt import ladder_rows, load_receipt, receipt_of, save_receipt
@@ -158,6 +160,23 @@ def test_a_receipt_comes_back_as_it_was(policy, source, found, tmp_path):
         read.check("0123")
 
 
+def test_a_server_steps_through_the_budgets_that_the_receipt_allows(policy, source, tmp_path):
+    keeps = ["random@0.5", "random@0.25"]
+    found = tune(policy, conditions_of(keeps, []), source, execute=2, tolerance=9, rounds=1)
+    values = receipt(found, source, policy)
+    save_receipt(values, tmp_path / "receipt.json")
+    ladder = Ladder.read(tmp_path, 0.1)
+    assert [rung.name for rung in ladder.rungs] == ["none", *keeps]
+    assert [rung.p99_ms for rung in ladder.rungs] == [row.latency.p99_ms for row in found.rows]
+    values["ladder"][1]["allowed"] = False
+    save_receipt(values, tmp_path / "receipt.json")
+    assert [rung.name for rung in Ladder.read(tmp_path, 0.1).rungs] == ["none", "random@0.25"]
+    values["ladder"][2]["options"] = {"layer": 1}
+    save_receipt(values, tmp_path / "receipt.json")
+    with pytest.raises(ValueError, match="a ladder changes budgets of a method"):
+        Ladder.read(tmp_path, 0.1)
+
+
 def test_the_ladder_is_of_one_method_from_many_tokens_to_few(policy, source):
     methods = ["random@4:layer=1", "random@16:layer=1", "fastv@8:layer=1", "random@8:layer=1"]
     found = tune(policy, conditions_of(methods, []), source, execute=2, tolerance=99, rounds=0)
@@ -250,6 +269,18 @@ def test_one_command_records_replays_and_answers(folder, tmp_path):
         load_receipt(out).values["observations"]["digest"] == read.values["observations"]["digest"]
     )
     assert all(len(line) <= 80 for line in again.splitlines())
+
+
+def test_a_dataset_that_lerobot_wrote(folder, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pip install 'vla-pruner[tune]'")
+    pytest.importorskip("av", reason="needs pip install 'vla-pruner[tune]'")
+    dataset = Path(__file__).with_name("dataset-v3")
+    words = ("--observations", dataset, "--cameras", "hand", "front", "--out", tmp_path)
+    text = tuned(folder, *words, "--rounds", 0, "--execute", 3, "--keep", 0.5)
+    assert "spreads from the recorded actions" in re.sub(r"\s+", " ", text)
+    seen = load_receipt(tmp_path).values["observations"]
+    assert (seen["kind"], seen["episodes"], seen["calls"]) == ("lerobot v3.0", [0, 1, 2], 8)
+    assert seen["unpruned_from_recorded"] > 0
 
 
 def test_the_picture_shows_what_was_found(found, tmp_path):

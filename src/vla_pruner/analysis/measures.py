@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vla_pruner.pruning.history import HistorySpec
+from vla_pruner.pruning.history import Count, HistorySpec
 from vla_pruner.pruning.selection import top_k
 
 
@@ -65,7 +65,7 @@ def forecasts(observed: np.ndarray, spec: HistorySpec) -> np.ndarray:
     """
     steps, tokens = observed.shape
     history = torch.zeros(1, spec.slots, tokens, dtype=torch.float32)
-    count = torch.zeros(1, dtype=torch.int64)
+    count: Count = 0
     predicted = np.zeros((steps, tokens), dtype=np.float32)
     for step, row in enumerate(torch.from_numpy(np.asarray(observed, dtype=np.float32))):
         predicted[step] = spec.forecast(history, count)[0].numpy()

@@ -26,7 +26,14 @@ from vla_pruner.commands.options import (
 )
 from vla_pruner.commands.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
-from vla_pruner.measure.comparison import Comparison, VariantRow, compare, steps_to_prepare
+from vla_pruner.measure.comparison import (
+    Comparison,
+    VariantRow,
+    compare,
+    ideals_of,
+    steps_to_prepare,
+)
+from vla_pruner.measure.parts import SCORING, SELECTION
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.measure.workloads import DTYPES, PUBLISHED, build_workload
 from vla_pruner.methods import Method
@@ -105,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
             dtype=DTYPES[args.dtype] if args.dtype else None,
             device=device,
         )
-    steps = sum(steps_to_prepare(method, args.compile) for method in [None, *methods])
-    steps += repeats * (1 + len(methods))
+    measured = [None, *methods, *ideals_of(workload, methods).values()]
+    steps = sum(repeats + steps_to_prepare(method, args.compile) for method in measured)
     with progress_bar(console) as bar:
         task = bar.add_task("measuring", total=steps)
         result = compare(
@@ -115,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             names=list(named),
             repeats=repeats,
             compile_decoder=args.compile,
+            ideals=True,
             tick=lambda: bar.advance(task),
         )
     console.print(_headline(result), markup=False, highlight=False)
@@ -161,7 +169,17 @@ def variants_of(
 # -- what is shown -------------------------------------------------------------------------------
 
 
-NARROW = ("variant", "tokens", "prefill ms", "speed-up", "bound", "of bound", "share", "step ms")
+NARROW = (
+    "variant",
+    "tokens",
+    "prefill ms",
+    "speed-up",
+    "bound",
+    "of bound",
+    "of ideal",
+    "share",
+    "step ms",
+)
 """Columns for a terminal of 80 characters; all of them need `WIDE`."""
 WIDE = 120
 
@@ -178,14 +196,27 @@ def _cells(row: VariantRow, full: VariantRow) -> dict[str, str]:
         "speed-up": f"{row.speedup}",
         "bound": f"{row.bound:.2f}",
         "of bound": f"{row.of_bound:.3f}",
+        "of ideal": f"{row.of_ideal.median:.3f}" if row.of_ideal else "",
         "score ms": f"{row.scoring_ms.median:.2f}" if row.scoring_ms else "",
         "select ms": f"{row.selection_ms.median:.2f}" if row.selection_ms else "",
         "share": f"{100 * sum(parts) / passes:.2f} %" if parts else "",
         "decode ms": str(row.decode_ms) if row.decode_ms else "",
         "step ms": str(row.total_ms) if beyond_prefill else "",
         "step speed-up": f"{row.total_speedup}" if beyond_prefill else "",
+        "ops": _operators(row, full),
+        "waits": "" if row.waits is None else str(sum(row.waits.values())),
         "peak MB": "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
     }
+
+
+def _operators(row: VariantRow, full: VariantRow) -> str:
+    """Operators of the full model's step; of others, what is added to it (scoring + selection)."""
+    if row.operators is None or full.operators is None:
+        return ""
+    if row is full:
+        return str(row.operators)
+    parts = " + ".join(str(row.operators_by_part.get(part, 0)) for part in (SCORING, SELECTION))
+    return f"{row.operators - full.operators:+d} ({parts})"
 
 
 def _grid(result: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -228,7 +259,10 @@ def _notes(result: Comparison) -> str:
     return (
         "Median [quartiles]; speed-up: ratio of the medians [95 % interval]. "
         "Bound: prefill FLOPs of the full model over those of the variant. "
+        "Ideal: the same cut, its tokens chosen beforehand, nothing scored. "
         "Share: scoring and selection alone, of the full model's passes. "
+        "Ops: operators of a step, or added to it (of these, in scoring + selection); waits: those "
+        "that a host with a GPU would wait for. "
         "Peak: held on top of the weights.\n"
         f"Greedy search, 128 of 512 candidates, 4096 wide: {searches}.\n"
         f"{stamp}"

@@ -23,6 +23,7 @@ from vla_pruner.commands.options import (
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import locate
+from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.engine import Engine
 from vla_pruner.serving.options import engine_from, engine_options
 from vla_pruner.serving.policy import ServedPolicy
@@ -188,7 +189,8 @@ def opened(
         make = partial(
             _make_served, args.policy, args.device, args.dtype, condition.method, settings
         )
-    engine = engine_from(args, make, execute=execute)
+    weights = None if args.ladder is None else fingerprint(model)
+    engine = engine_from(args, make, execute=execute, weights=weights)
     doors = [
         _door(name, port, args, engine, robot, model if name == "vla-eval" else None, execute)
         for name, port in protocols

@@ -203,6 +203,8 @@ def _leaves(value: Any) -> list[Any]:
 def take(tensor: Tensor, index: Tensor, *, dim: int, batch_dim: int = 0) -> Tensor:
     """Rows `index` `[B, n]` of a tensor along `dim`; a batch of 1 serves every row of `index`."""
     dim %= tensor.ndim
+    if index.shape[0] == 1 and tensor.shape[batch_dim] == 1:
+        return tensor.index_select(dim, index[0])  # Whole rows at once, not number by number.
     shape, target = [1] * tensor.ndim, list(tensor.shape)
     shape[batch_dim], shape[dim] = index.shape
     target[batch_dim] = max(index.shape[0], tensor.shape[batch_dim])

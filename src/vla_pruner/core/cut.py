@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._flags import Flags
 from vla_pruner.core import dead_slots, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
 from vla_pruner.core.cleanup import after, before, replace
@@ -45,6 +46,7 @@ class Cut:
         self.prefill: Prefill | None = None
         self.static_cache = False
         self.eager = False
+        self.flags = Flags()
         self.tuples = False  # Whether layers return tuples.
         self.weighted = any(r.spec.rows == "weighted" for r in self.plan.readings)
         compact = method.positions == "compact"
@@ -222,7 +224,7 @@ class Cut:
 
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
-        chosen = self.method.select(evidence)
+        chosen = self._select(evidence)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         kept, merge, (batch, size) = choice.kept, choice.merge, evidence.features.shape[:2]
         name, number, count = self.method.name, evidence.number, evidence.keep_count
@@ -235,6 +237,13 @@ class Cut:
         if merge is not None and merge.shape != (*kept.shape, size):
             raise refusals.wrong_merge(name, merge.shape, number, (*kept.shape, size))
         return choice
+
+    def _select(self, evidence: Evidence) -> Tensor | Choice:
+        """What the method says; what is broken is noted where looking at it would mean waiting."""
+        if torch.compiler.is_compiling():
+            return self.method.select(evidence)
+        with self.flags.collect():
+            return self.method.select(evidence)
 
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
         left, text_valid = prefill.sets[number], prefill.index.text_valid
@@ -262,7 +271,7 @@ class Cut:
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
-            **guides(prefill, left, hidden, self.plan.needs_text),
+            **(guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
 
     def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:

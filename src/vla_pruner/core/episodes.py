@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.layout import Layout
 from vla_pruner.core.plan import Plan
@@ -125,7 +126,7 @@ class Episodes:
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
         """The last step of these episodes is over, and the next begins with `prefill`.
 
-        Fills in the prefill's forecast and motion.
+        Fills in the prefill's forecast, motion and seeds.
 
         Raises:
             ValueError: a method that needs motion gets none; or the cameras changed.
@@ -192,7 +193,10 @@ class Episodes:
         blank = torch.zeros(shape, dtype=torch.float32, device=device)
         memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
         counts = [episode.observations for episode in episodes]
-        count = torch.tensor(counts, dtype=torch.int64, device=device)
+        if len(set(counts)) == 1:
+            history = memory[0][None] if len(memory) == 1 else torch.stack(memory)
+            return self._spec.forecast(history, counts[0])
+        count = on_device(counts, device)
         return self._spec.forecast(torch.stack(memory), count)
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
@@ -223,10 +227,11 @@ class Episodes:
         # A broken frame (NaN, infinity) is remembered as the last good one was.
         good = observed.isfinite().all()
         observed = torch.where(good, observed, episode.memory[:1])
-        seen = step.kept(rows[0], self.plan.action_cuts)
+        carried = spec.censored != "zero"
+        seen = step.kept(rows[0], self.plan.action_cuts) if carried else None
         memory, _ = spec.update(
             episode.memory[None],
-            torch.tensor([episode.observations], dtype=torch.int64, device=observed.device),
+            episode.observations,
             observed,
             kept=None if seen is None else seen[None],
         )
@@ -238,4 +243,4 @@ def _seeds(ids: Sequence[Hashable], numbers: Sequence[int], device: torch.device
     """[B] a number for each row's step, the same in every process."""
     steps = zip(ids, numbers, strict=True)
     made = [zlib.crc32(f"{name!r}/{number}".encode()) for name, number in steps]
-    return torch.tensor(made, dtype=torch.int64, device=device)
+    return on_device(made, device)

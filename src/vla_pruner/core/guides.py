@@ -10,10 +10,8 @@ from vla_pruner.core.scores import action_rows, place
 from vla_pruner.core.tokens import Prefill, TokenSet
 
 
-def guides(prefill: Prefill, left: TokenSet, hidden: Tensor, wanted: bool) -> dict[str, Tensor]:
-    """`Evidence.guides` and `guides_valid`, from `hidden` `[B, n, D]`; nothing if not wanted."""
-    if not wanted:
-        return {}
+def guides(prefill: Prefill, left: TokenSet, hidden: Tensor) -> dict[str, Tensor]:
+    """`Evidence.guides` and `guides_valid`, from `hidden` `[B, n, D]`."""
     index, batch = prefill.index, hidden.shape[0]
     assert index.text_rows is not None and index.text_valid is not None
     text = place(left, index.text_rows.expand(batch, -1))

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.caches import Caches
@@ -26,6 +26,7 @@ from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.cut import Cut, all_kept
 from vla_pruner.core.episodes import Episodes, Step
 from vla_pruner.core.layout import Adapter, Layout
+from vla_pruner.core.plan import budgets
 from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
 
@@ -187,6 +188,7 @@ class Passes:
     # ------------------------------------------------------------------ prefills
     def _prefill(self, now: Pass, layout: Layout, continued: Step | None) -> Step:
         """A prefill that shows an image: a new step, or one more pass of the step in progress."""
+        self.cut.flags.raise_noted()  # The step before is over, and so is the wait for it.
         frames, self.frames = self.frames, None
         known = self._what_follows(layout, now)
         whole = TokenSet(layout.views, known.index.tokens, layout.visual, offset=now.past)
@@ -222,10 +224,10 @@ class Passes:
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
         if prefill.mode == "hide" and any(full):
-            prefill.full_rows = torch.tensor(full, dtype=torch.bool, device=device)
+            prefill.full_rows = on_device(full, device, bool)
         if len(set(ids)) < len(ids):
             leaders = [ids.index(name) for name in ids]
-            prefill.leader = torch.tensor(leaders, dtype=torch.int64, device=device)
+            prefill.leader = on_device(leaders, device)
         if all(full) and prefill.mode == "drop":
             prefill.given = all_kept(prefill, len(ids))
 
@@ -249,29 +251,9 @@ class Passes:
         if known is None or known.layout is not layout or (known.batch, known.length) != shape:
             with torch.inference_mode(False):  # They may be saved for a backward pass later.
                 index = TokenIndex.of(layout, *shape)
-            known = self._known = _Known(layout, *shape, index, *self._budgets(layout))
+            counts, views = budgets(self.method, self.adapter, self.plan, layout)
+            known = self._known = _Known(layout, *shape, index, counts, views)
         return known
-
-    def _budgets(self, layout: Layout) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """Visual tokens that each cut has to leave, in all and of each camera.
-
-        Raises:
-            ValueError: a budget that does not fit these cameras, or a layout that does not say
-                which rows are text to a method that needs it.
-        """
-        method, cuts, views = self.method, self.plan.cuts, layout.views
-        if self.plan.needs_text and layout.text_rows is None:
-            raise refusals.no_text(method.name, self.adapter)
-        counts = tuple(method.schedule(views, self.plan.depth)) if cuts else ()
-        falling = (sum(views), *counts)
-        if len(counts) != len(cuts) or any(not 0 <= b <= a for a, b in pairwise(falling)):
-            raise refusals.impossible_schedule(method.name, counts, cuts, sum(views))
-        counts, shares = tuple(max(count, len(layout.read)) for count in counts), []
-        for number, count in enumerate(counts):
-            per_view = method.budget == "view" and not method.adaptive
-            views = method.split(views, count, number) if per_view else (count,)
-            shares.append(views)
-        return counts, tuple(shares)
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
         names = self.ids

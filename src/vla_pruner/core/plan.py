@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.core.layout import Adapter
+from vla_pruner.core import refusals
+from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.methods.base import Method, ScoreSpec
 from vla_pruner.pruning.history import HistorySpec
 
@@ -129,6 +130,30 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
         window=window,
         one_mask=_masks_start_early(config, behind, depth),
     )
+
+
+def budgets(
+    method: Method, adapter: Adapter, plan: Plan, layout: Layout
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Visual tokens that each cut has to leave, in all and of each camera.
+
+    Raises:
+        ValueError: a budget that does not fit these cameras, or a layout that does not say which
+            rows are text to a method that needs it.
+    """
+    cuts, views = plan.cuts, layout.views
+    if plan.needs_text and layout.text_rows is None:
+        raise refusals.no_text(method.name, adapter)
+    counts = tuple(method.schedule(views, plan.depth)) if cuts else ()
+    falling = (sum(views), *counts)
+    if len(counts) != len(cuts) or any(not 0 <= b <= a for a, b in pairwise(falling)):
+        raise refusals.impossible_schedule(method.name, counts, cuts, sum(views))
+    counts, shares = tuple(max(count, len(layout.read)) for count in counts), []
+    for number, count in enumerate(counts):
+        per_view = method.budget == "view" and not method.adaptive
+        views = method.split(views, count, number) if per_view else (count,)
+        shares.append(views)
+    return counts, tuple(shares)
 
 
 def _check_needs(method: Method, adapter: Adapter) -> None:

@@ -70,17 +70,19 @@ class Seen:
     def received(
         self, columns: Tensor, rows: Voting, weight: Tensor | None = None, heads: str = "mean"
     ) -> Tensor:
-        """Attention that `columns` `[B|1, m]` get from `rows`: `[B, m]` fp32."""
+        """Attention that `columns` `[B|1, m]` (-1: none) get from `rows`: `[B, m]` fp32."""
         query, key, mask = self.query, self.key, self.mask
         columns = columns.expand(query.shape[0], -1)
         if columns.shape[1] == 0:
             return columns.float()
         own: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         if rows is None:
-            # The last row has no future to hide, and one row takes few operations.
             mask = None if mask is None else mask[:, :, -1:]
-            last = attention_rows(query[:, :, -1:], key, mask=mask, **own)[:, :, 0]
-            return (last.mean(1) if heads == "mean" else last.amax(1)).gather(1, columns)
+            last_row = query[:, :, -1:]  # It has no future to hide.
+            if heads == "mean":
+                return attention_column_mean(last_row, key, columns, mask=mask, **own)
+            last = attention_rows(last_row, key, mask=mask, **own)[:, :, 0]
+            return last.amax(1).gather(1, columns)
         mean = attention_column_mean if heads == "mean" else attention_column_max
         own |= dict(mask=mask, causal=self.causal, rows=rows, row_weight=weight)
         return mean(query, key, columns, **own)
@@ -129,10 +131,7 @@ class Watched:
                 return
         else:
             rows = slice(None) if queries > 1 else None
-        if left.rows is None:
-            received = seen.received(_keys(prefill.layout.visual, left), rows)
-        else:
-            received = spread(prefill, left, seen.received(_keys(left.columns, left), rows))
+        received = seen.received(_places(prefill, left), rows)
         prefill.observed = received if prefill.observed is None else prefill.observed + received
         prefill.watched += 1
 
@@ -141,6 +140,17 @@ def _keys(columns: Tensor | None, left: TokenSet) -> Tensor:
     """`[1|B, m]` where a set's rows `columns` are among the keys of its layers."""
     assert columns is not None
     return columns + left.offset if left.offset else columns
+
+
+def _places(prefill: Prefill, left: TokenSet) -> Tensor:
+    """`[1|B, M]` where each visual token is among the keys of a set's layers; -1 if it was cut."""
+    if left.rows is None:
+        return _keys(prefill.layout.visual, left)
+    if left.places is None:
+        assert left.tokens is not None
+        nowhere = left.tokens.new_full((len(left.tokens), prefill.layout.visual.shape[1]), -1)
+        left.places = nowhere.scatter(1, left.tokens, _keys(left.columns, left))
+    return left.places
 
 
 def hides_future(
@@ -157,9 +167,10 @@ def votes(
     spec: ScoreSpec, prefill: Prefill, left: TokenSet, like: Tensor
 ) -> tuple[Voting, Tensor | None]:
     """Query rows that vote in a token set, and their weights `[B, n]`; `like` `[B, ..., ...]`."""
-    if spec.rows in ("last", "action"):
-        acting, last = spec.rows == "action", prefill.index.last_row
-        return action_rows(prefill, left) if acting else place(left, last), None
+    if spec.rows == "action":
+        return action_rows(prefill, left), None
+    if spec.rows == "last":
+        return place(left, prefill.index.last_row), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
     return _some_rows(spec, prefill, left, like)

@@ -192,8 +192,14 @@ class Session(Attached):
     # ------------------------------------------------------------------ what happened
     @property
     def last(self) -> StepReport | None:
-        """What the last step did; None before the first. `print` shows it in one line."""
+        """What the last step did; None before the first. `print` shows it in one line.
+
+        Raises:
+            ValueError: the step met scores or features that are NaN, which on a GPU is not looked
+                at before somebody asks: here, or when the next step begins.
+        """
         latest = self._passes.latest
+        self._cut.flags.raise_noted()
         return None if latest is None else report(latest, self._cut)
 
     @property

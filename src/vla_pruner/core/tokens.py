@@ -88,6 +88,8 @@ class TokenSet:
     """[B, m] visual tokens, indices in 0..M-1, ascending."""
     columns: Tensor | None = None
     """[B, m] where they are among the rows that these layers get."""
+    places: Tensor | None = None
+    """[B, M] where each visual token is among the keys of these layers, -1 if it was cut."""
     rows: Tensor | None = None
     """[B, n] rows of the prefill that these layers get; None: all S of them."""
     retained: Tensor | None = None

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import h11
 
+from vla_pruner._short import short
 from vla_pruner.doors.door import Listen
+from vla_pruner.serving.engine import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +136,16 @@ class _Connection:
         """The body of the request. Errors: Refused (too large), TimeoutError."""
         self.listen.bounds.check(self.claimed)
         parts, size = [], 0
-        async with asyncio.timeout(BODY_S):
-            while isinstance(part := await self._event(), h11.Data):
-                parts.append(bytes(part.data))
-                size += len(parts[-1])
-                self.listen.bounds.check(size)
+        try:
+            async with asyncio.timeout(BODY_S):
+                while isinstance(part := await self._event(), h11.Data):
+                    parts.append(bytes(part.data))
+                    size += len(parts[-1])
+                    self.listen.bounds.check(size)
+        except h11.RemoteProtocolError as error:
+            raise Refused(
+                f"the body did not come as it was announced: {short(str(error))}"
+            ) from error
         return b"".join(parts)
 
     def _write(self, event: h11.Event) -> None:

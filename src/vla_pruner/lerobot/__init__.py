@@ -80,9 +80,9 @@ class PrunedConfig(PreTrainedConfig):
         self.__dict__["_inner"] = inner
         for name in _SHOWN:
             setattr(self, name, copy.deepcopy(getattr(inner, name)))
-        self.use_amp = self.use_amp or inner.use_amp
+        self.use_amp: bool = bool(self.use_amp or inner.use_amp)
         if hasattr(inner, "use_peft"):  # lerobot 0.4 has none
-            self.use_peft = self.use_peft or inner.use_peft
+            self.use_peft: bool = bool(self.use_peft or inner.use_peft)
 
     def inner(self, name: str | Path, revision: str | None = None) -> PreTrainedConfig:
         """What the policy that is pruned is made from, with what lerobot has set here since."""

@@ -15,10 +15,12 @@ from vla_pruner.core.session import Session
 from vla_pruner.measure import timing
 from vla_pruner.measure.doctor import check_budget
 from vla_pruner.measure.environment import stamp
+from vla_pruner.measure.operators import Operators
 from vla_pruner.measure.parts import SCORING, SELECTION, measure_parts
 from vla_pruner.measure.timing import PassClock, Spread
 from vla_pruner.measure.workloads import Workload
-from vla_pruner.methods import Method
+from vla_pruner.methods import Method, build
+from vla_pruner.methods.base import OneCut
 from vla_pruner.methods.none import NoPruning
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
@@ -37,7 +39,10 @@ class VariantRow:
     `speedup` and `total_speedup` are ratios of the medians that are printed, their ends those of a
     95 % bootstrap interval over rounds; `bound` is the ratio of FLOPs, `of_bound` their quotient: 1
     means that every FLOP saved was time saved. `overhead_ms` is what the prefill takes beyond full
-    time / bound. `memory_mb` is what one step held on top of weights.
+    time / bound. `of_ideal` is what the same cut with tokens chosen beforehand takes, over what
+    this variant does; None where there is no such row. `operators` are those of a step
+    (`measure.operators`), also by part; `waits` are those of them that a host with a GPU would wait
+    for. `memory_mb` is what one step held on top of weights.
     """
 
     name: str
@@ -57,6 +62,10 @@ class VariantRow:
     scoring_ms: Spread | None
     selection_ms: Spread | None
     memory_mb: float | None
+    of_ideal: Spread | None = None
+    operators: int | None = None
+    operators_by_part: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, int] | None = None
 
 
 @dataclass
@@ -87,6 +96,10 @@ class _Variant:
     memory_mb: float | None = None
     scoring_ms: Spread | None = None
     selection_ms: Spread | None = None
+    ideal: str | None = None
+    operators: int | None = None
+    by_part: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, int] | None = None
     total_ms: list[float] = field(default_factory=list)
     prefill_ms: list[float] = field(default_factory=list)
     decode_ms: list[float] = field(default_factory=list)
@@ -111,10 +124,18 @@ class _Variant:
                 self.step()
                 tick()
             method = self.session.method
-            found = measure_parts(method, self._dropping_step, self.device)
-            self.scoring_ms = _spread(found.get(SCORING))
-            self.selection_ms = _spread(found.get(SELECTION))
-            tick()
+            found = measure_parts(
+                method, self.step, self.device, dropped=lambda: not self._was_full()
+            )
+            self.scoring_ms = _spread(found.ms.get(SCORING))
+            self.selection_ms = _spread(found.ms.get(SELECTION))
+            self.operators, self.by_part = found.operators, found.by_part
+            self.waits = found.waits
+        else:
+            with Operators() as counter:
+                self.step()
+            self.operators, self.waits = counter.count, dict(counter.waits)
+        tick()
         if compile_decoder:
             if self.session is None:
                 decoder.forward = torch.compile(decoder.forward, fullgraph=True)
@@ -144,11 +165,6 @@ class _Variant:
         if decode:
             self.decode_ms.append(sum(decode))
 
-    def _dropping_step(self) -> bool:
-        """A step; whether it dropped tokens."""
-        self.step()
-        return not self._was_full()
-
     def _was_full(self) -> bool:
         """Whether a method that drops tokens dropped none in the last step."""
         if self.session is None or self.session.last is None or not self.cuts:
@@ -164,7 +180,7 @@ class _Variant:
 
 def steps_to_prepare(method: Method | None, compile_decoder: bool) -> int:
     """Steps that a variant takes before it is timed."""
-    return (method.warmup + 1 if method else 0) + (2 if compile_decoder else 0) + 1
+    return (method.warmup if method else 0) + 1 + (2 if compile_decoder else 0) + 1
 
 
 def compare(
@@ -174,6 +190,7 @@ def compare(
     names: Sequence[str] | None = None,
     repeats: int,
     compile_decoder: bool = False,
+    ideals: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Measure the full model and each method in turn, `repeats` rounds.
@@ -184,6 +201,8 @@ def compare(
         names: of their rows, all different; None: method and `keep`.
         repeats: rounds; each times every variant once.
         compile_decoder: compile the decoder of every variant, the full one included.
+        ideals: measure each cut once more, with as many tokens that were chosen beforehand: what
+            pruning could be if nothing were scored or selected.
         tick: called after every step, for a progress bar.
 
     Raises:
@@ -198,7 +217,10 @@ def compare(
         if name in variants:
             raise ValueError(f"two variants are called {name!r}; give them different `names`")
         variants[name] = _Variant(name, workload, method, device)
+    for name, ideal in ideals_of(workload, methods).items() if ideals else ():
+        variants[name] = _Variant(name, workload, ideal, device)
     for variant in variants.values():
+        variant.ideal = _ideal_name(workload, variant.method)
         variant.attach()
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)
@@ -220,7 +242,9 @@ def compare(
             "dtype": str(workload.policy.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in workload.policy.parameters()),
         },
-        rows=[_row(variant, full) for variant in variants.values()],
+        rows=[
+            _row(variant, full, variants.get(variant.ideal or "")) for variant in variants.values()
+        ],
         selection_128_of_512_ms={
             str(dtype).removeprefix("torch."): _selection_reference(device, dtype)
             for dtype in (torch.bfloat16, torch.float32)
@@ -239,7 +263,31 @@ def _name(method: Method) -> str:
     return method.name if isinstance(method, NoPruning) else f"{method.name} {method.keep}"
 
 
-def _row(variant: _Variant, full: _Variant) -> VariantRow:
+def ideals_of(workload: Workload, methods: Sequence[Method]) -> dict[str, Method]:
+    """For each cut that some of these methods make, by name: tokens chosen beforehand, evenly."""
+    found: dict[str, Method] = {}
+    views = workload.policy.config.views
+    for method in methods:
+        name = _ideal_name(workload, method)
+        if name is not None and isinstance(method, OneCut):
+            count, total = method.kept(views), sum(views)
+            evenly = tuple(place * total // count for place in range(count))
+            found[name] = build("fixed", indices=evenly, layer=method.layer)
+    return found
+
+
+def _ideal_name(workload: Workload, method: Method | None) -> str | None:
+    """The row that shows what a method's cut could be; None: it cuts in another way, or not."""
+    if not isinstance(method, OneCut) or method.adaptive or type(method).hooks is not Method.hooks:
+        return None
+    if method.skipped(workload.policy.language_model.config.num_hidden_layers):
+        return None
+    views = workload.policy.config.views
+    count = method.kept(views)
+    return f"ideal {count} K={method.layer}" if 0 < count < sum(views) else None
+
+
+def _row(variant: _Variant, full: _Variant, ideal: _Variant | None) -> VariantRow:
     workload, text = variant.workload, variant.workload.policy.language_model.config
     tokens, visual, layers = workload.tokens, workload.visual, text.num_hidden_layers
     kept, per_layer = visual, (tokens,) * layers
@@ -272,6 +320,10 @@ def _row(variant: _Variant, full: _Variant) -> VariantRow:
         scoring_ms=variant.scoring_ms,
         selection_ms=variant.selection_ms,
         memory_mb=variant.memory_mb,
+        of_ideal=None if ideal is None else _ratio(ideal.prefill_ms, variant.prefill_ms),
+        operators=variant.operators,
+        operators_by_part=variant.by_part,
+        waits=variant.waits,
     )
 
 

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
 
+from vla_pruner.measure.operators import Operators
 from vla_pruner.measure.timing import synchronize
 from vla_pruner.methods import Method
 
@@ -39,6 +41,8 @@ class Parts:
         self._found: dict[Where, str] = {}
         self._inside = False
         self._ms: dict[str, float] = {}
+        self._ops: dict[str, int] = {}
+        self._counter: Operators | None = None
 
     def discover(self, step: Callable[[], object]) -> None:
         """Run a step, and note which functions the model's hooks call."""
@@ -70,6 +74,18 @@ class Parts:
                     setattr(owner, name, self._timed(found, part))
             yield self._take
 
+    def operators(self, step: Callable[[], object]) -> tuple[Operators, dict[str, int]]:
+        """What a step runs, and how many operators of it each part."""
+        self._ops = {}
+        with self.timed() as take, Operators() as counter:
+            self._counter = counter
+            try:
+                step()
+            finally:
+                self._counter = None
+                take()
+        return counter, self._ops
+
     def _part(self, frame: FrameType) -> str | None:
         module = str(frame.f_globals.get("__name__"))
         if (
@@ -91,7 +107,8 @@ class Parts:
         def clocked(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return found(*args, **kwargs)
-            self._inside = True
+            self._inside, counter = True, self._counter
+            before = 0 if counter is None else counter.count
             synchronize(self._device)
             started = time.perf_counter()
             try:
@@ -100,6 +117,8 @@ class Parts:
                 synchronize(self._device)
                 spent = 1e3 * (time.perf_counter() - started)
                 self._ms[part] = self._ms.get(part, 0.0) + spent
+                if counter is not None:
+                    self._ops[part] = self._ops.get(part, 0) + counter.count - before
                 self._inside = False
 
         return clocked
@@ -109,40 +128,62 @@ class Parts:
         return taken
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was found of a pruned step.
+
+    Args:
+        ms: what each part took in each timed step; a part that no step has is left out.
+        operators: of one whole step.
+        by_part: of each part of it.
+        waits: for what the host would wait, by operator.
+    """
+
+    ms: dict[str, Sequence[float]]
+    operators: int
+    by_part: dict[str, int]
+    waits: dict[str, int]
+
+
 def measure_parts(
     method: Method,
-    step: Callable[[], bool],
+    step: Callable[[], object],
     device: torch.device,
     *,
-    repeats: int = 7,
+    dropped: Callable[[], bool] = lambda: True,
+    repeats: int = 3,
     tries: int = 12,
-) -> dict[str, Sequence[float]]:
-    """ms that each part took in each of `repeats` steps; a part that no step has is left out.
+) -> Measured:
+    """What the parts of a step cost: `2 + repeats` steps.
 
     Args:
         method: as the session has it.
-        step: makes a step; whether it dropped tokens. Those that did not are not counted.
+        step: makes a step.
         device: of the model.
-        repeats: timed steps, after one that is not counted.
+        dropped: whether the last step dropped tokens; those that did not are not counted.
+        repeats: timed steps, after the two in which functions are found and operators counted.
         tries: steps that may go by without one that drops tokens.
     """
     parts = Parts(method, device)
     for _ in range(tries):
-        dropped: list[bool] = []
-        parts.discover(lambda: dropped.append(step()))  # noqa: B023
-        if dropped[0]:
+        parts.discover(step)
+        if dropped():
+            break
+    for _ in range(tries):
+        counter, by_part = parts.operators(step)
+        if dropped():
             break
     samples: dict[str, list[float]] = {}
     with parts.timed() as take:
-        for number in range(1 + repeats):
+        for _ in range(repeats):
             for _ in range(tries):
                 take()
-                if step():
+                step()
+                if dropped():
                     break
-            if number > 0:
-                for part, spent in take().items():
-                    samples.setdefault(part, []).append(spent)
-    return dict(samples)
+            for part, spent in take().items():
+                samples.setdefault(part, []).append(spent)
+    return Measured(dict(samples), counter.count, dict(by_part), dict(counter.waits))
 
 
 def _codes(kind: type) -> Iterator[CodeType]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor
 
+from vla_pruner._numbers import on_device
 from vla_pruner.methods.base import Evidence, OneCut
 from vla_pruner.pruning.options import require_int
 
@@ -78,7 +78,7 @@ class Fixed(OneCut):
             raise ValueError(
                 f"`indices` name {len(self.sets)} sets, but this batch has {batch} rows."
             )
-        chosen = torch.tensor(self.sets, dtype=torch.int64, device=device)
+        chosen = on_device(self.sets, device)
         return chosen.expand(batch, -1)
 
 

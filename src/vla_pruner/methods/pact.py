@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vla_pruner.methods.base import Evidence, OneCut, SemanticRows
 from vla_pruner.pruning.coverage import conflict, covering_level, shares
-from vla_pruner.pruning.history import HistorySpec
+from vla_pruner.pruning.history import Count, HistorySpec
 from vla_pruner.pruning.options import require_int
 from vla_pruner.pruning.selection import top_k
 
@@ -127,6 +127,6 @@ class _Normalised(HistorySpec):
     """Every step's action score is remembered as shares that sum to 1."""
 
     def update(
-        self, history: Tensor, count: Tensor, observed: Tensor, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, history: Tensor, count: Count, observed: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Count]:
         return super().update(history, count, shares(observed), kept)

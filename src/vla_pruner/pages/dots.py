@@ -216,7 +216,7 @@ def _speed_axis(paces: Sequence[Pace]) -> Axis:
     high = math.ceil(max(values) * 4 + 1e-9) / 4
     low, high = (low, high) if high > low else (low - 0.25, high + 0.25)
     axis = Axis("Speed-up", low, high, ())
-    one = axis.place(1.0)
-    ends = [Tick(0.0, f"{low:g}"), Tick(one, "1"), Tick(100.0, f"{high:g}x")]
-    ticks = [tick for tick in ends if tick.text == "1" or abs(tick.at - one) > 24]
-    return Axis("Speed-up", low, high, tuple(ticks), one)
+    unit = axis.place(1.0)
+    ends = [Tick(0.0, f"{low:g}"), Tick(unit, "1"), Tick(100.0, f"{high:g}x")]
+    ticks = [tick for tick in ends if tick.text == "1" or abs(tick.at - unit) > 24]
+    return Axis("Speed-up", low, high, tuple(ticks), unit)

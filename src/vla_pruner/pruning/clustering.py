@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vla_pruner.pruning.selection import top_k
@@ -152,15 +151,20 @@ def keep_and_recycle(
     centres, cluster = density_peaks(
         hidden.gather(1, index), clusters, noise=of_pool(noise), valid=real
     )
-    member = F.one_hot(cluster, clusters).float()  # [B, pool, clusters]
+    member = _one_hot(cluster, clusters)  # [B, pool, clusters]
     if real is not None:
         itself = torch.zeros_like(real).scatter(1, centres, True)
         member = member * (real | itself)[..., None]
     mean = (member / member.sum(dim=1, keepdim=True)).transpose(1, 2)
     kept = torch.cat([stay, best.gather(1, centres)], dim=1)
     rows = torch.zeros(batch, k, m, dtype=torch.float32, device=score.device)
-    rows[:, :verbatim] = F.one_hot(stay, m).float()
+    rows[:, :verbatim] = _one_hot(stay, m)
     spread = best[:, None].expand(-1, clusters, -1)
     rows[:, verbatim:] = torch.zeros_like(rows[:, verbatim:]).scatter(2, spread, mean)
     kept, order = kept.sort(dim=1)
     return kept, rows.gather(1, order[..., None].expand(-1, -1, m))
+
+
+def _one_hot(index: Tensor, count: int) -> Tensor:
+    """fp32 `[..., count]`, 1 at `index` `[...]`; F.one_hot makes the host wait for the largest."""
+    return (index[..., None] == torch.arange(count, device=index.device)).float()

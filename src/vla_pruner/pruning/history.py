@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vla_pruner.pruning.options import require_choice, require_int
 
+Count = Tensor | int
+"""Observations of each row's episode: `[B]` int64, or one number for all."""
+
 Censored = Literal["zero", "carry"]
 """What to remember of tokens that no action query could see."""
 
@@ -86,8 +89,8 @@ class HistorySpec:
         return chosen
 
     def update(
-        self, history: Tensor, count: Tensor, observed: Tensor, kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, history: Tensor, count: Count, observed: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Count]:
         """Remember the action score of a finished step.
 
         Args:
@@ -98,10 +101,9 @@ class HistorySpec:
         Returns:
             The new memory (count is not capped at `slots`).
         """
-        started = (count > 0).to(history.device)[:, None]
         cut = None if kept is None or self.censored == "zero" else ~kept.to(history.device)
         if cut is not None:
-            remembered = torch.where(started, history[:, 0], 0.0)
+            remembered = _where(count, history[:, 0], torch.zeros_like(history[:, 0]))
             observed = uncensor(observed, ~cut, remembered)
         if self.kind == "window":
             return push(history, observed), count + 1
@@ -110,18 +112,17 @@ class HistorySpec:
             forecast = torch.where(cut, observed, forecast)
         return forecast[:, None].to(history.dtype), count + 1
 
-    def forecast(self, history: Tensor, count: Tensor) -> Tensor:
+    def forecast(self, history: Tensor, count: Count) -> Tensor:
         """Action score expected at the next step: `[B, M]` fp32, 0 before any observation."""
         if self.kind == "ema":
-            started = (count > 0).to(history.device)[:, None]
-            return torch.where(started, history[:, 0].float(), 0.0)
+            return _where(count, history[:, 0].float(), torch.zeros_like(history[:, 0]).float())
         return decaying_window(
             history, count, gamma=self.gamma, newest_heaviest=self.newest_heaviest
         )
 
 
 def decaying_window(
-    history: Tensor, count: Tensor, *, gamma: float, newest_heaviest: bool = True
+    history: Tensor, count: Count, *, gamma: float, newest_heaviest: bool = True
 ) -> Tensor:
     """Weighted sum of the last w observations, `sum_i gamma^i S^(t-i)` (Eq. 7).
 
@@ -130,7 +131,8 @@ def decaying_window(
 
     Args:
         history: `[B, w, M]`, newest first.
-        count: `[B]`, how many entries of each row are real; the others are ignored, NaN or not.
+        count: how many entries of each row are real (as many as there are, if it is more); the
+            others are ignored, NaN or not.
         gamma: decay rate in [0, 1].
         newest_heaviest: True as in the paper, i-th newest entry weighs `gamma ** i`. False as in
             the public release: the oldest of the `count` entries weighs 1, the newest
@@ -140,30 +142,48 @@ def decaying_window(
         `[B, M]` fp32; 0 where nothing was observed. The scale means nothing: scores are ranked.
     """
     window = history.shape[1]
-    age = torch.arange(1, window + 1, device=history.device)
-    count = count.to(history.device)[:, None]
-    power = age.expand(count.shape[0], window) if newest_heaviest else count - age
+    if isinstance(count, int):
+        real = min(count, window)
+        newest = 0 if gamma == 0 else 1
+        ages = range(newest, real + newest) if newest_heaviest else range(real - 1, -1, -1)
+        total = torch.zeros_like(history[:, 0], dtype=torch.float32)
+        for entry, age in zip(history.unbind(1), ages, strict=False):
+            total = total.add(entry, alpha=gamma**age)
+        return total
+    place = torch.arange(1, window + 1, device=history.device)
+    known = count.to(history.device).clamp(max=window)[:, None]
+    power = place.expand(known.shape[0], window) if newest_heaviest else known - place
     if gamma == 0 and newest_heaviest:
         power = power - 1  # 0 ** 0 is 1
     weight = torch.full_like(power, gamma, dtype=torch.float32).pow(power.clamp(min=0))
-    real = (age <= count)[..., None]
-    return torch.where(real, history.float() * weight[..., None], 0.0).sum(dim=1)
+    there = (place <= known)[..., None]
+    return torch.where(there, history.float() * weight[..., None], 0.0).sum(dim=1)
 
 
-def ema_update(previous: Tensor, observed: Tensor, alpha: float, first: Tensor) -> Tensor:
+def _where(count: Count, begun: Tensor, new: Tensor) -> Tensor:
+    """`begun` in rows whose episode has observations, `new` in the others."""
+    if isinstance(count, int):
+        return begun if count > 0 else new
+    return torch.where((count > 0).to(begun.device)[:, None], begun, new)
+
+
+def ema_update(previous: Tensor, observed: Tensor, alpha: float, first: Tensor | bool) -> Tensor:
     """One step of the exponential moving average, `(1 - alpha) previous + alpha observed` (Eq. 6).
 
     Args:
         previous: `[B, M]`, the forecast so far.
         observed: `[B, M]`, what the finished step showed.
         alpha: weight of the observation, in [0, 1].
-        first: `[B]` bool, True where there is no forecast yet: the observation starts it.
+        first: bool, `[B]` or for all rows, True where there is no forecast yet: the observation
+            starts it.
 
     Returns:
         `[B, M]` fp32.
     """
     observed = observed.float()
     mixed = (1.0 - alpha) * previous.float() + alpha * observed
+    if isinstance(first, bool):
+        return observed if first else mixed
     return torch.where(first.to(observed.device)[:, None], observed, mixed)
 
 

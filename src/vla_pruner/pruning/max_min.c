@@ -1,130 +1,26 @@
-/* Greedy max-min search (Algorithm 1), compiled on first use by native.py.
+/* Greedy max-min search (Algorithm 1), alone and among the best of two scores (Algorithm 2): native.py
+ * compiles it.
  *
- * Features are rows of 32-bit words: one fp32 number each, divided by the row's length before it is
- * multiplied, or two bf16 numbers where the processor multiplies those (their products are exact,
- * their sums fp32; lengths divide the sums). Only the lower triangle of the Gram matrix is computed,
- * in tiles of ROWS x COLUMNS that stay in registers. Every sum runs over the words in ascending
- * order, so neither the tiles nor the number of threads change it.
+ * fp32 features are divided by their length before they are multiplied; where pairs of bf16 numbers
+ * are, lengths divide the sums. Only the lower triangle of the Gram matrix is computed.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define ROWS 8
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 4
-#else
-#define LANES 4
-#define ROWS 4
-#endif
-#define COLUMNS (2 * LANES)     /* a panel: a multiple of ROWS */
 #define DEPTH 128               /* words added up at once, as MKL does: the same rounding */
 #define SHORTEST 1e-12f         /* see native.lengths */
 #define SMALL (1L << 21)        /* multiplications that are not worth a second thread */
 
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef float floats __attribute__((vector_size(4 * LANES)));
+PRODUCT(product_fp32, FP32, add)
+PRODUCT(product_bf16, BF16, add)
 
-/* A square of LANES x LANES words, in place. */
-static inline void transpose(words *v)
+int reads_bf16(void)
 {
-#ifdef __clang__                /* knows shuffles by constants only */
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < i; j++) {
-            uint32_t word = v[i][j];
-            v[i][j] = v[j][i];
-            v[j][i] = word;
-        }
-#else
-#pragma GCC unroll 4
-    for (int half = 1; half < LANES; half *= 2) {       /* exchange squares of half x half */
-        words low, high;
-        for (uint32_t lane = 0; lane < LANES; lane++) {
-            low[lane] = lane & half ? LANES + lane - half : lane;
-            high[lane] = lane & half ? LANES + lane : lane + half;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & half)) {
-                words upper = v[i], lower = v[i + half];
-                v[i] = __builtin_shuffle(upper, lower, low);
-                v[i + half] = __builtin_shuffle(upper, lower, high);
-            }
-    }
-#endif
-}
-
-/* Stores `depth` words of LANES rows side by side, with COLUMNS words from one to the next; fp32 is
- * divided by the length of its row. Rows that are NULL are zero. */
-static void pack(const uint32_t *const *rows, const float *length, int bf16, long depth,
-                 uint32_t *panel)
-{
-    for (long w = 0; w < depth; w += LANES) {
-        long count = depth - w < LANES ? depth - w : LANES;
-        words v[LANES];
-        for (int i = 0; i < LANES; i++) {
-            v[i] = (words){0};
-            if (!rows[i]) continue;
-            if (count == LANES)
-                memcpy(&v[i], rows[i] + w, sizeof v[i]);
-            else
-                memcpy(&v[i], rows[i] + w, count * sizeof **rows);
-            if (!bf16) v[i] = (words)((floats)v[i] / length[i]);
-        }
-        transpose(v);
-        for (int i = 0; i < count; i++) memcpy(panel + (w + i) * COLUMNS, &v[i], sizeof v[i]);
-    }
-}
-
-static inline void add(float *to, floats sum)
-{
-    floats old;
-    memcpy(&old, to, sizeof old);
-    old += sum;
-    memcpy(to, &old, sizeof old);
-}
-
-/* Adds to a tile the products of ROWS tokens of one panel and all COLUMNS of another, both stored
- * [depth][COLUMNS]. */
-#define PRODUCT(NAME, MULTIPLY_ADD)                                                                \
-    static void NAME(const uint32_t *rows, const uint32_t *columns, long depth, float *tile,       \
-                     long stride)                                                                  \
-    {                                                                                              \
-        floats sum[ROWS][2];                                                                       \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                                    \
-            sum[r][0] = sum[r][1] = (floats){0};                                                   \
-        for (long w = 0; w < depth; w++) {                                                         \
-            words left, right;                                                                     \
-            memcpy(&left, columns + w * COLUMNS, sizeof left);                                     \
-            memcpy(&right, columns + w * COLUMNS + LANES, sizeof right);                           \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                              \
-                words row = (words){0} + rows[w * COLUMNS + r];                                    \
-                sum[r][0] = MULTIPLY_ADD(row, left, sum[r][0]);                                    \
-                sum[r][1] = MULTIPLY_ADD(row, right, sum[r][1]);                                   \
-            }                                                                                      \
-        }                                                                                          \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                  \
-            add(tile + r * stride, sum[r][0]);                                                     \
-            add(tile + r * stride + LANES, sum[r][1]);                                             \
-        }                                                                                          \
-    }
-
-#define FP32(a, b, sum) ((floats)(a) * (floats)(b) + (sum))
-PRODUCT(product_fp32, FP32)
 #ifdef __AVX512BF16__
-#define BF16(a, b, sum) ((floats)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(a), (__m512bh)(b)))
-PRODUCT(product_bf16, BF16)
-int reads_bf16(void) { return 1; }
+    return 1;
 #else
-#define product_bf16 product_fp32
-int reads_bf16(void) { return 0; }
+    return 0;
 #endif
+}
 
 /* Turns a row of cosines (of products, where lengths are given) into distances; what it returns
  * decides the first token. */
@@ -154,6 +50,8 @@ static long argmax(const float *x, long n)
 
 static long whole_panels(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
+static float no_shorter(float length) { return length < SHORTEST ? SHORTEST : length; }
+
 /* How many words of memory a search among n rows needs. */
 long memory_words(long n)
 {
@@ -162,8 +60,8 @@ long memory_words(long n)
 }
 
 /* features: `rows` rows of `width` words, `stride` words apart; index [n]: those to choose from;
- * length: of each of these, read for fp32 and written for bf16; memory: see above; picks [k]: where
- * in `index` the chosen ones stand, in the order picked, if all lengths are finite. Returns 1; 0, with
+ * length [n]: theirs, read for fp32 and written for bf16; memory: see above; picks [k]: where in
+ * `index` the chosen ones stand, in the order picked, if all lengths are finite. Returns 1; 0, with
  * nothing read or written, if k or an index is out of range. */
 int max_min_search(const uint32_t *features, const int64_t *index, float *length, long rows, long n,
                    long width, long stride, int bf16, long k, int nearest, int threads,
@@ -188,7 +86,7 @@ int max_min_search(const uint32_t *features, const int64_t *index, float *length
                 const uint32_t *lane[LANES];
                 for (long i = 0; i < LANES; i++)
                     lane[i] = start + i < n ? features + index[start + i] * stride + done : 0;
-                pack(lane, length + start, bf16, depth,
+                pack(lane, bf16 ? 0 : length + start, depth,
                      panels + start / COLUMNS * COLUMNS * DEPTH + start % COLUMNS);
             }
 #pragma omp for schedule(dynamic)
@@ -210,10 +108,7 @@ int max_min_search(const uint32_t *features, const int64_t *index, float *length
             }
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++)
-            if (bf16) {
-                length[i] = sqrtf(distance[i * all + i]);
-                if (length[i] < SHORTEST) length[i] = SHORTEST;
-            }
+            if (bf16) length[i] = no_shorter(sqrtf(distance[i * all + i]));
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++)
             score[i] = finish(distance + i * all, bf16 ? length : 0, n, i, nearest);
@@ -227,5 +122,91 @@ int max_min_search(const uint32_t *features, const int64_t *index, float *length
         score[picks[step - 1]] = -INFINITY;
         picks[step] = argmax(score, n);
     }
+    return 1;
+}
+
+/* A number that is ordered as x is, which is not NaN. */
+static inline uint32_t rank_of(float x)
+{
+    uint32_t bits;
+    x += 0.0f;                  /* -0 is 0 */
+    memcpy(&bits, &x, sizeof bits);
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+/* Counts a vote for the k largest of n scores, the first ones of those that are equal; what is not
+ * valid comes last. Returns 0 if a score is NaN. */
+static int vote_for_best(const float *score, const uint8_t *valid, long n, long k, uint32_t *rank,
+                         uint8_t *votes)
+{
+    uint32_t least = 0;
+    long above = 0, equal = 0;
+    for (long i = 0; i < n; i++) {
+        float x = valid && !valid[i] ? -INFINITY : score[i];
+        if (x != x) return 0;
+        rank[i] = rank_of(x);
+    }
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {     /* the k-th largest, bit by bit */
+        long count = 0;
+        for (long i = 0; i < n; i++) count += rank[i] >= (least | bit);
+        if (count >= k) least |= bit;
+    }
+    for (long i = 0; i < n; i++) above += rank[i] > least;
+    for (long i = 0; i < n; i++)
+        if (rank[i] > least || (rank[i] == least && equal++ < k - above)) votes[i]++;
+    return 1;
+}
+
+/* Words of memory for the two functions below, among n rows. */
+long choice_words(long n, long k)
+{
+    long most = 2 * k < n ? 2 * k : n;
+    return memory_words(most) + 2 * most + most + 2 * k + n + (n + 3) / 4;
+}
+
+/* The k largest of n scores, ascending: picks [k]. Returns 1; 0 for a k out of range, -1 for NaN. */
+int top_k(const float *score, const uint8_t *valid, long n, long k, uint32_t *memory,
+          int64_t *picks)
+{
+    if (k < 1 || k > n) return 0;
+    uint8_t *votes = (uint8_t *)(memory + n);
+    memset(votes, 0, n);
+    if (!vote_for_best(score, valid, n, k, memory, votes)) return -1;
+    for (long i = 0, found = 0; i < n; i++)
+        if (votes[i]) picks[found++] = i;
+    return 1;
+}
+
+/* Algorithm 2: of the k best of both scores, the k least alike, ascending. `valid` may be NULL; `own`
+ * [n] are the lengths of fp32 features; what else there is: see max_min_search. Returns 1; 0 for a k out of range, -1 for scores that are NaN,
+ * -2 for features that are not finite. */
+int combine_then_filter(const float *semantic, const float *action, const uint8_t *valid,
+                        const uint32_t *features, const float *own, long n, long width, long stride, int bf16, long k,
+                        int nearest, int threads, uint32_t *memory, int64_t *picks)
+{
+    if (k < 1 || k > n) return 0;
+    long most = 2 * k < n ? 2 * k : n, count = 0;
+    int64_t *index = (int64_t *)memory, *order = index + most;
+    uint32_t *rank = (uint32_t *)(order + k), *rest = rank + n;
+    float *length = (float *)rest;
+    uint32_t *search = rest + most;
+    uint8_t *votes = (uint8_t *)(search + memory_words(most));
+    memset(votes, 0, n);
+    if (!vote_for_best(semantic, valid, n, k, rank, votes)) return -1;
+    if (!vote_for_best(action, valid, n, k, rank, votes)) return -1;
+    for (long i = 0; i < n; i++)
+        if (votes[i]) {
+            if (!bf16) length[count] = no_shorter(own[i]);
+            index[count++] = i;
+        }
+    if (!max_min_search(features, index, length, n, count, width, stride, bf16, k, nearest, threads,
+                        search, order))
+        return 0;
+    for (long i = 0; i < count; i++)
+        if (!isfinite(length[i])) return -2;
+    memset(votes, 0, n);
+    for (long i = 0; i < k; i++) votes[index[order[i]]] = 1;
+    for (long i = 0, found = 0; i < n; i++)
+        if (votes[i]) picks[found++] = i;
     return 1;
 }

@@ -1,41 +1,70 @@
-"""The greedy max-min search in C: compiled on first use, where this machine has a C compiler."""
+"""Scores and the search of Algorithms 1 and 2 on the CPU, in C: one call instead of many operators.
+
+Where the C sources are not compiled, `scores.py` and `selection.py` do the same with PyTorch's
+operators, which are the reference.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import re
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
+import math
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("max_min.c")
+from vla_pruner.pruning import compiled
+from vla_pruner.pruning.compiled import Unavailable
 
-# -fopenmp: PyTorch brings the same OpenMP runtime, whose threads are then shared.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "reads_bf16": ([], _INT),
+    "memory_words": ([_LONG], _LONG),
+    "choice_words": ([_LONG, _LONG], _LONG),
+    "max_min_search": (
+        [*[_POINTER] * 3, *[_LONG] * 4, _INT, _LONG, _INT, _INT, *[_POINTER] * 2],
+        _INT,
+    ),
+    "top_k": ([*[_POINTER] * 2, *[_LONG] * 2, *[_POINTER] * 2], _INT),
+    "combine_then_filter": (
+        [*[_POINTER] * 5, *[_LONG] * 3, _INT, _LONG, _INT, _INT, *[_POINTER] * 2],
+        _INT,
+    ),
+    "column_mean_words": ([_POINTER], _LONG),
+    "column_mean": ([_POINTER], _INT),
+}
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-_ARGUMENTS: list[Any] = [*[_POINTER] * 3, *[_LONG] * 4, _INT, _LONG, _INT, _INT, *[_POINTER] * 2]
-
-# Words of memory that a thread keeps for its next search: fetching new pages can take longer than
-# the search. Enough for 4,000 candidates, 64 MiB.
+# Words of memory that a thread keeps for its next call: fetching new pages can take longer than
+# the work. Enough for 4,000 candidates, 64 MiB.
 _KEPT = 1 << 24
 
-_LONGEST_REASON = 300
+_READABLE = (torch.float32, torch.bfloat16)
+
+_calls = [0]
+
+BROKEN_SCORES, BROKEN_FEATURES = -1, -2
+"""What `combine_then_filter` and `top_k` answer instead of a choice."""
 
 
-class _Unavailable(Exception):
-    """Why the search cannot be compiled here."""
+class _Attention(ctypes.Structure):
+    """`struct attention` of column_mean.c."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "key", "mask", "sinks", "weight")),
+        *((name, _POINTER) for name in ("rows", "columns", "memory", "received")),
+        *((name, _LONG) for name in ("batch", "heads", "kv_heads", "queries")),
+        *((name, _LONG) for name in ("keys", "width", "voting", "asked")),
+        *((name, _LONG * 3) for name in ("query_stride", "key_stride", "mask_stride")),
+        *((name, _LONG) for name in ("rows_stride", "first_row", "row_step")),
+        *((name, _LONG) for name in ("weight_stride", "columns_stride")),
+        *((name, _FLOAT) for name in ("scale", "softcap", "hidden_below")),
+        *((name, _INT) for name in ("bf16", "mask_kind", "causal", "threads")),
+    )
+
+
+_MASKS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
 class _Memory(threading.local):
@@ -52,6 +81,26 @@ class _Memory(threading.local):
 
 
 _memory = _Memory()
+
+
+def state() -> str:
+    """Whether scores and search are compiled on this machine, for people."""
+    return _library()[1]
+
+
+def calls() -> int:
+    """Calls into C so far, of all threads."""
+    return _calls[0]
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether C can read these as they are or after a conversion: plain tensors on the CPU."""
+    return _library()[0] is not None and all(
+        one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors
+    )
+
+
+# -- choosing ------------------------------------------------------------------------------------
 
 
 def lengths(features: Tensor, index: Tensor) -> Tensor:
@@ -82,6 +131,7 @@ def max_min_search(
     library, _ = _library()
     if library is None:
         return None
+    _calls[0] += 1
     return _search(library, features, index, k, nearest)
 
 
@@ -89,7 +139,7 @@ def _search(
     library: ctypes.CDLL, features: Tensor, index: Tensor, k: int, nearest: bool
 ) -> tuple[Tensor, Tensor]:
     """`max_min_search` by a library. Errors: ValueError for what would read or write elsewhere."""
-    if features.ndim != 2 or features.dtype not in (torch.float32, torch.bfloat16):
+    if features.ndim != 2 or features.dtype not in _READABLE:
         raise ValueError(
             f"features must be fp32 or bf16 [n, d]; got {features.dtype} {tuple(features.shape)}."
         )
@@ -105,23 +155,13 @@ def _search(
     low, high = (int(bound) for bound in index.aminmax())
     if low < 0 or high >= len(features):
         raise ValueError(f"index names {low}..{high}; there are rows 0..{len(features) - 1}.")
-    pairs = (
-        features.dtype == torch.bfloat16
-        and bool(library.reads_bf16())
-        and features.shape[1] % 2 == features.stride(0) % 2 == 0
-    )
-    if not pairs:
-        features = features.float()
-    if features.stride(1) != 1:
-        features = features.contiguous()
+    features, pairs, width, stride = _rows(library, features)
     index = index.contiguous()
+    size = len(index)
     length = (
-        torch.empty(len(index), dtype=torch.float32, device="cpu")
-        if pairs
-        else lengths(features, index)
+        torch.empty(size, dtype=torch.float32, device="cpu") if pairs else lengths(features, index)
     )
-    words = 2 if pairs else 1
-    memory = _memory.get(library.memory_words(len(index)))
+    memory = _memory.get(library.memory_words(size))
     picks = torch.empty(k, dtype=torch.int64, device="cpu")
     done = library.max_min_search(
         features.data_ptr(),
@@ -129,12 +169,12 @@ def _search(
         length.data_ptr(),
         len(features),
         len(index),
-        features.shape[1] // words,
-        features.stride(0) // words,
+        width,
+        stride,
         pairs,
         k,
         nearest,
-        max(torch.get_num_threads(), 1),
+        _threads(),
         memory.data_ptr(),
         picks.data_ptr(),
     )
@@ -142,112 +182,230 @@ def _search(
     return picks, length
 
 
-def state() -> str:
-    """Whether the search is compiled on this machine, for people."""
-    return _library()[1]
+def top_k(scores: Tensor, k: int, valid: Tensor | None) -> Tensor | int:
+    """`selection.top_k` of fp32 `[n]` with k in range: `[k]` int64, or `BROKEN_SCORES`."""
+    library = _compiled()
+    scores = scores.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    memory = _memory.get(2 * len(scores) + 1)
+    picks = torch.empty(k, dtype=torch.int64, device="cpu")
+    done = library.top_k(
+        scores.data_ptr(),
+        None if valid is None else valid.data_ptr(),
+        len(scores),
+        k,
+        memory.data_ptr(),
+        picks.data_ptr(),
+    )
+    assert done != 0, "`selection.top_k` looks at the same bounds"
+    return picks if done == 1 else int(done)
+
+
+def combine_then_filter(
+    scores: Tensor, action: Tensor, features: Tensor, k: int, nearest: bool, valid: Tensor | None
+) -> Tensor | int:
+    """`selection.combine_then_filter` of one row of a batch, with shapes that fit and k in range.
+
+    Args:
+        scores: `[n]` fp32, the semantic ones.
+        action: `[n]`.
+        features: `[n, d]`.
+        k: how many stay.
+        nearest: which token starts the search.
+        valid: `[n]` bool or None.
+
+    Returns:
+        `[k]` int64, ascending; `BROKEN_SCORES` or `BROKEN_FEATURES` where there is no answer.
+    """
+    library = _compiled()
+    features, pairs, width, stride = _rows(library, features)
+    semantic, action = scores.contiguous(), action.float().contiguous()
+    valid = None if valid is None else valid.contiguous()
+    length = None if pairs else torch.linalg.vector_norm(features, dim=1)
+    memory = _memory.get(library.choice_words(len(semantic), k))
+    kept = torch.empty(k, dtype=torch.int64, device="cpu")
+    done = library.combine_then_filter(
+        semantic.data_ptr(),
+        action.data_ptr(),
+        None if valid is None else valid.data_ptr(),
+        features.data_ptr(),
+        None if length is None else length.data_ptr(),
+        len(semantic),
+        width,
+        stride,
+        pairs,
+        k,
+        nearest,
+        _threads(),
+        memory.data_ptr(),
+        kept.data_ptr(),
+    )
+    assert done != 0, "`selection.combine_then_filter` looks at the same bounds"
+    return kept if done == 1 else int(done)
+
+
+def _rows(library: ctypes.CDLL, features: Tensor) -> tuple[Tensor, bool, int, int]:
+    """Features `[n, d]` as C reads them: rows of words, whether pairs of bf16, width, stride."""
+    pairs = _in_pairs(library, features)
+    if not pairs:
+        features = features.float()
+        if features.stride(1) != 1:
+            features = features.contiguous()
+    words = 2 if pairs else 1
+    return features, pairs, features.shape[1] // words, features.stride(0) // words
+
+
+def _in_pairs(library: ctypes.CDLL, tensor: Tensor) -> bool:
+    """Whether every row of a bf16 tensor is a row of pairs that this processor multiplies."""
+    if tensor.dtype != torch.bfloat16 or not library.reads_bf16():
+        return False
+    *outer, last = tensor.stride()
+    even = tensor.shape[-1] % 2 == 0 and not any(stride % 2 for stride in outer)
+    return even and last == 1 and tensor.data_ptr() % 4 == 0
+
+
+def _threads() -> int:
+    return max(torch.get_num_threads(), 1)
+
+
+# -- scoring -------------------------------------------------------------------------------------
+
+
+def column_mean(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    rows: range | Tensor,
+    *,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+) -> Tensor:
+    """`scores.attention_column_mean` of CPU tensors (see there), with `rows` spelled out.
+
+    Raises:
+        ValueError: a row or a column that is not there.
+    """
+    return _mean(
+        _compiled(), query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap
+    )
+
+
+def _mean(
+    library: ctypes.CDLL,
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    rows: range | Tensor,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+) -> Tensor:
+    """`column_mean` by a library."""
+    batch, heads, queries, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    pairs = _in_pairs(library, query) and _in_pairs(library, key)
+    if not pairs:
+        query, key = query.float(), key.float()
+        query = query if query.stride(3) == 1 else query.contiguous()
+        key = key if key.stride(3) == 1 else key.contiguous()
+    words = 2 if pairs else 1
+    hidden_below = 0.0
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            hidden_below = torch.finfo(mask.dtype).min / 2
+            mask = mask if mask.dtype in _MASKS else mask.float()
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    columns = columns.to(torch.int64).contiguous()
+    listed = rows.to(torch.int64).contiguous() if isinstance(rows, Tensor) else None
+    weight = None if row_weight is None else row_weight.float().contiguous()
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    received = torch.empty(batch, columns.shape[1], dtype=torch.float32, device="cpu")
+    call = _Attention(
+        *(tensor.data_ptr() for tensor in (query, key)),
+        *(None if one is None else one.data_ptr() for one in (mask, sinks, weight, listed)),
+        columns.data_ptr(),
+        None,
+        received.data_ptr(),
+        *(batch, heads, kv_heads, queries, keys, dim // words),
+        rows.shape[-1] if isinstance(rows, Tensor) else len(rows),
+        columns.shape[1],
+        tuple(stride // words for stride in query.stride()[:3]),
+        tuple(stride // words for stride in key.stride()[:3]),
+        _steps(mask),
+        listed.shape[-1] if listed is not None and listed.ndim == 2 and len(listed) > 1 else 0,
+        *((0, 0) if isinstance(rows, Tensor) else (rows.start, rows.step)),
+        weight.shape[1] if weight is not None and len(weight) > 1 else 0,
+        columns.shape[1] if len(columns) > 1 else 0,
+        scale,
+        softcap or 0.0,
+        hidden_below,
+        pairs,
+        _MASKS[None if mask is None else mask.dtype],
+        causal,
+        _threads(),
+    )
+    memory = _memory.get(library.column_mean_words(ctypes.byref(call)))
+    call.memory = memory.data_ptr()
+    if not library.column_mean(ctypes.byref(call)):
+        raise ValueError(
+            f"`rows` must name some of the {queries} query rows, and `columns` some of the {keys} "
+            "keys; one of them names another."
+        )
+    return received
+
+
+def _steps(mask: Tensor | None) -> tuple[int, ...]:
+    """Entries from one batch element, head and row of a mask to the next; 0 where all share one."""
+    if mask is None:
+        return (0, 0, 0)
+    return tuple(0 if mask.shape[dim] == 1 else mask.stride(dim) for dim in range(3))
+
+
+# -- loading -------------------------------------------------------------------------------------
 
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled search, or None, and the sentence of `state`."""
-    if os.environ.get("VLA_PRUNER_COMPILE", "1") == "0":
-        return None, "not compiled (VLA_PRUNER_COMPILE=0)"
-    try:
-        path, compiler = _compile()
-        return _load(path), f"compiled by {compiler}"
-    except Exception as error:  # Whatever goes wrong with a compiler: the plain search is as right.
-        said = str(error).strip() or type(error).__name__
-        return None, f"not compiled ({said.splitlines()[0][:_LONGEST_REASON]})"
+    """The compiled functions, or None, and the sentence of `state`."""
+    return compiled.library(_try)
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    """A library whose search has just given the right answer."""
-    library = ctypes.CDLL(str(path))
-    try:
-        library.max_min_search.argtypes, library.max_min_search.restype = _ARGUMENTS, _INT
-        library.memory_words.argtypes, library.memory_words.restype = (_LONG,), _LONG
-        library.reads_bf16.argtypes, library.reads_bf16.restype = (), _INT
-    except AttributeError as error:
-        raise _Unavailable(f"the compiler made a library without the search: {error}") from None
-    for dtype in (torch.float32, torch.bfloat16):
+def _compiled() -> ctypes.CDLL:
+    library, why = _library()
+    assert library is not None, f"`readable` says so: {why}"
+    _calls[0] += 1
+    return library
+
+
+def _try(library: ctypes.CDLL) -> None:
+    """Declare the functions of a library, and refuse one that gives wrong answers."""
+    for name, (arguments, result) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise Unavailable(f"the compiler made a library without the search: {error}") from None
+        function.argtypes, function.restype = arguments, result
+    for dtype in _READABLE:
         # The last row is the first one once more, the third between the other two.
         corners = [[3, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [3, 0, 0, 0]]
         rows = torch.tensor(corners, dtype=dtype, device="cpu")
         if library.memory_words(4) < 16 or _picks(library, rows) != [1, 0, 2]:
-            raise _Unavailable("the compiled search gives wrong answers")
-    return library
+            raise Unavailable("the compiled search gives wrong answers")
+        one = torch.tensor([[[[1, 0, 0, 0]]]], dtype=dtype, device="cpu")
+        two = torch.tensor([[[[0, 0, 0, 0], [1, 0, 0, 0]]]], dtype=dtype, device="cpu")
+        columns = torch.tensor([[1]], device="cpu")
+        got = _mean(library, one, two, columns, range(1), None, None, None, 1.0, False, None)
+        if abs(float(got) - 1 / (1 + math.exp(-1))) > 1e-5:
+            raise Unavailable("the compiled scores are wrong")
 
 
 def _picks(library: ctypes.CDLL, rows: Tensor) -> list[int]:
     """Three of these rows, the one that is farthest from its nearest first."""
     return _search(library, rows, torch.arange(len(rows), device="cpu"), 3, True)[0].tolist()
-
-
-def _compile() -> tuple[Path, str]:
-    """Path of the shared library, built unless a run before has, and the compiler's name."""
-    found = _compiler()
-    # Its predefined macros tell the compiler's version and every instruction it would use.
-    macros = _run([*found, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    version = re.search(r'^#define __VERSION__ "(.*)"', macros, re.MULTILINE)
-    name = Path(found[0]).name
-    title = f"{name} {version[1]}" if version else name
-    text = "\0".join([macros, *found, *_FLAGS, _SOURCE.read_text(encoding="utf-8")])
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder = _folder()
-    for path in sorted(folder.glob(f"max_min-{key}-*.so")):
-        if _is_as_built(path):
-            return path, title
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / "max_min.so"
-        _run([*found, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"])
-        built.chmod(0o600)
-        path = folder / f"max_min-{key}-{_digest(built)}.so"
-        built.replace(path)  # In one step: another process may be doing the same.
-    return path, title
-
-
-def _folder() -> Path:
-    """Where libraries are kept: a folder that nobody else can write to."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla-pruner"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:
-        raise _Unavailable(f"{folder} belongs to another user; set XDG_CACHE_HOME to your own")
-    if folder.stat().st_mode & 0o022:
-        folder.chmod(0o700)
-    return folder
-
-
-def _is_as_built(path: Path) -> bool:
-    """Whether a library is ours, writable by us alone, and holds what its name says."""
-    found = path.lstat()
-    ours = found.st_uid == os.getuid() and stat.S_ISREG(found.st_mode)
-    return ours and not found.st_mode & 0o022 and path.stem.endswith(f"-{_digest(path)}")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
-def _compiler() -> list[str]:
-    """The words that start the C compiler."""
-    try:
-        named = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        raise _Unavailable(f"CC={os.environ['CC']!r} cannot be read: {error}") from None
-    found = named or [path for path in map(shutil.which, ("gcc", "cc")) if path][:1]
-    if not found:
-        raise _Unavailable("no C compiler; on Debian: apt-get install gcc libc6-dev")
-    return found
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True
-        )
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip() or "without a word").splitlines()[0]
-        raise _Unavailable(f"{command[0]} failed: {said}") from None
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise _Unavailable(f"{command[0]}: {error}") from None
-    return done.stdout

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner.pruning import native
+
 Rows = slice | Tensor | None
 
 # Stands in a logit for "hidden": exp() of it is 0, and a row that holds nothing else is no NaN.
@@ -77,7 +79,8 @@ def attention_column_mean(
     Args:
         query: `[B, Hq, Q, D]`, after RoPE.
         key: `[B, Hkv, N, D]`, after RoPE; Hq is a multiple of Hkv (grouped-query attention).
-        columns: `[B|1, M]` int64, the keys asked about (positions of the visual tokens).
+        columns: `[B|1, M]` int64, the keys asked about (positions of the visual tokens); -1 for a
+            token that is not there and gets 0.
         scale: factor on `Q K^T`, usually `D ** -0.5`.
         mask: `[B|1, 1|Hq, Q|1, N]`, bool (True may attend) or additive. With `causal` both apply.
         causal: query row i sees keys up to `N - Q + i`.
@@ -128,6 +131,9 @@ def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], columns.shape[1]), dtype=torch.float32)
 
 
+_IN_C = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _column_mean(
     query: Tensor,
     key: Tensor,
@@ -141,7 +147,47 @@ def _column_mean(
     softcap: float | None,
     chunk: int,
 ) -> Tensor:
-    """See `attention_column_mean`."""
+    """See `attention_column_mean`: in C on the CPU, or with PyTorch's operators."""
+    chosen: range | Tensor
+    if isinstance(rows, Tensor):
+        chosen, count = rows, rows.shape[-1]
+    else:
+        chosen = range(query.shape[2])[slice(None) if rows is None else rows]
+        count = len(chosen)
+    listed = rows if isinstance(rows, Tensor) else None
+    in_c = query.dtype in _IN_C and key.dtype == query.dtype and count > 0
+    if in_c and native.readable(query, key, columns, listed, mask, row_weight, sinks):
+        return native.column_mean(
+            query,
+            key,
+            columns,
+            chosen,
+            mask=mask,
+            row_weight=row_weight,
+            sinks=sinks,
+            scale=scale,
+            causal=causal,
+            softcap=softcap,
+        )
+    return _column_mean_by_operators(
+        query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
+    )
+
+
+def _column_mean_by_operators(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    rows: Rows,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    chunk: int,
+) -> Tensor:
+    """`_column_mean` with PyTorch's operators: the reference."""
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -192,7 +238,8 @@ def _column_mean(
     else:
         total_weight = weight.sum(dim=1, keepdim=True) * heads
         mean = received / torch.where(total_weight > 0, total_weight, 1.0)
-    return mean.gather(1, columns.to(query.device).expand(batch, -1))
+    columns = columns.to(query.device).expand(batch, -1)
+    return mean.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, 0.0)
 
 
 def _probabilities(

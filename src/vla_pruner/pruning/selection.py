@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vla_pruner import _flags as flags
 from vla_pruner.pruning import native
+
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.pruning import triton_search as _greedy
+except ImportError:
+    _greedy = None  # type: ignore[assignment]
 
 First = Literal["second-nearest", "nearest"]
 
@@ -30,6 +38,8 @@ def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
     """
     _check_k(k, scores.shape[-1])
     scores = scores if scores.dtype == torch.float64 else scores.float()
+    if scores.ndim <= 2 and _in_c(scores, valid):
+        return _by_row(partial(native.top_k, k=k), scores, valid=valid)
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     _refuse_nan(scores, "scores")
@@ -67,15 +77,14 @@ def max_min_filter(
         ValueError: k out of range, fewer candidates than k, or candidates with features that are
             NaN or infinite (the last two are not looked for while compiling on a GPU).
     """
-    if first not in ("second-nearest", "nearest"):
-        raise ValueError(f'`first={first!r}` is unknown; use "second-nearest" or "nearest".')
+    _check_first(first)
     if features.ndim not in (2, 3):
         raise ValueError(f"features must be [n, d] or [B, n, d]; got {tuple(features.shape)}.")
     batched = features if features.ndim == 3 else features[None]
     size = batched.shape[1]
     _check_k(k, size)
     mask = _candidate_mask(candidates, batched)
-    if features.is_cuda and _may_read(features):
+    if features.is_cuda and flags.may_read(features):
         _check_candidates(batched, mask, k)
     chosen = _max_min_search(batched.detach(), mask, k, first == "nearest")
     return chosen if features.ndim == 3 else chosen[0]
@@ -115,9 +124,13 @@ def combine_then_filter(
                 f"{name} must be {tuple(features.shape[:-1])} to match the features; "
                 f"got {tuple(scores.shape)}."
             )
-    best = top_k(semantic, k, valid=valid)
     if action is None or k == features.shape[-2]:
-        return best
+        return top_k(semantic, k, valid=valid)
+    _check_first(first)
+    if _in_c(semantic, valid, action, features):
+        choose = partial(native.combine_then_filter, k=k, nearest=first == "nearest")
+        return _by_row(choose, semantic, action=action, features=features, valid=valid)
+    best = top_k(semantic, k, valid=valid)
     pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
     chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
@@ -156,6 +169,13 @@ def _search_on_device(features: Tensor, candidates: Tensor, k: int, nearest: boo
     others = distance.masked_fill(~candidates[:, None], float("inf"))
     others.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     score = others.amin(dim=-1) if nearest else _second_smallest(others)
+    if features.is_cuda and _greedy is not None and features.shape[1] <= _greedy.LARGEST:
+        return _greedy.greedy(distance, score, candidates, k)
+    return _greedy_by_operators(distance, score, candidates, k)
+
+
+def _greedy_by_operators(distance: Tensor, score: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """The k steps of the search: `[B, k]`; four operators each."""
     best = torch.full_like(score, float("inf")).masked_fill_(~candidates, float("-inf"))
     pick = score.masked_fill(~candidates, float("-inf")).argmax(dim=1, keepdim=True)
     picks = [pick]
@@ -209,6 +229,29 @@ def _search_in_numpy(
     return torch.tensor(picks, dtype=torch.int64, device="cpu"), length
 
 
+def _in_c(scores: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are to be looked at in C: on the CPU, and not by a compiler's tracing."""
+    wide = any(one is not None and one.dtype == torch.float64 for one in (scores, *others[:2]))
+    return not wide and not torch.compiler.is_compiling() and native.readable(scores, *others)
+
+
+def _by_row(choose: Callable[..., Tensor | int], scores: Tensor, **others: Tensor | None) -> Tensor:
+    """What a function of `native` chooses for each row of `scores` `[n]` or `[B, n]`."""
+    whole = {"scores": scores.float()} | {n: o.detach() for n, o in others.items() if o is not None}
+    lead = scores.shape[:-1]
+    picked = [
+        choose(**{"valid": None} | {n: o[row] if lead else o for n, o in whole.items()})
+        for row in range(lead[0] if lead else 1)
+    ]
+    found = []
+    for one in picked:
+        if isinstance(one, int):
+            broken = one == native.BROKEN_SCORES
+            raise ValueError(_NAN.format(name="scores") if broken else _NOT_FINITE)
+        found.append(one)
+    return torch.stack(found) if lead else found[0]
+
+
 def _second_smallest(distance: Tensor) -> Tensor:
     """Second smallest entry of each row `[..., n, n]` -> `[..., n]`; inf where n is 1."""
     if distance.shape[-1] == 1:
@@ -233,35 +276,29 @@ def _candidate_mask(candidates: Tensor | None, features: Tensor) -> Tensor:
     return mask.scatter(1, candidates.expand(batch, candidates.shape[-1]), True)
 
 
+def _check_first(first: str) -> None:
+    if first not in ("second-nearest", "nearest"):
+        raise ValueError(f'`first={first!r}` is unknown; use "second-nearest" or "nearest".')
+
+
 def _check_k(k: int, size: int) -> None:
     if not 1 <= k <= size:
         raise ValueError(f"`k={k}` must lie in 1..{size}, the number of tokens.")
 
 
-def _may_read(tensor: Tensor) -> bool:
-    """Whether values may be looked at: not while a graph is compiled or captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
 def _refuse_nan(scores: Tensor, name: str) -> None:
-    if _may_read(scores) and bool(scores.isnan().any()):
-        raise ValueError(
-            f"{name} contain NaN; a row of attention was fully masked or the model overflowed."
-        )
+    if flags.may_read(scores):
+        flags.refuse(scores.isnan().any(), _NAN.format(name=name))
 
 
 def _check_candidates(features: Tensor, mask: Tensor, k: int) -> None:
     """What the search on the CPU checks as it goes, for a search that never reads back."""
-    fewest = int(mask.sum(dim=1).min())
-    if fewest < k:
-        raise ValueError(_TOO_FEW.format(k=k, count=fewest))
     squared = features.float().square().sum(dim=-1)
-    if not bool((torch.isfinite(squared) | ~mask).all()):
-        raise ValueError(_NOT_FINITE)
+    flags.refuse(~(torch.isfinite(squared) | ~mask).all(), _NOT_FINITE)
+    flags.refuse((mask.sum(dim=1) < k).any(), f"`k={k}` asks for more than there are candidates.")
 
 
+_NAN = "{name} contain NaN; a row of attention was fully masked or the model overflowed."
 _TOO_FEW = "`k={k}` asks for more than the {count} candidates."
 _NOT_FINITE = (
     "features of a candidate token are NaN or infinite (or overflow when squared); "

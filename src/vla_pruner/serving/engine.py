@@ -12,7 +12,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from vla_pruner.serving.limits import Limits, Refused
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
 from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Row, linger, next_pass
-from vla_pruner.serving.worker import Apart, Failed, Here, Hung
+from vla_pruner.serving.worker import Apart, Failed, Here, Hung, OneThread
 
 __all__ = ["Busy", "Engine", "EpisodeKey", "Failed", "Hung", "Limits", "Refused", "Reply"]
 
@@ -114,8 +113,7 @@ class Engine:
             for _ in range(replicas)
         ]
         self._lanes = [
-            Lane(worker, ThreadPoolExecutor(1, f"policy-{number}"))
-            for number, worker in enumerate(workers)
+            Lane(worker, OneThread(f"policy-{number}")) for number, worker in enumerate(workers)
         ]
         self._episodes: dict[EpisodeKey, Episode] = {}
         self._numbers = itertools.count()
@@ -135,6 +133,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # The first start, or the loop before is over.
             self._loop, self._draining, self._starting = loop, False, None
+            self._tasks = []
             self._episodes.clear()
             for lane in self._lanes:
                 lane.ended += lane.episodes
@@ -158,8 +157,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether observations are taken: warmed up, and not closing."""
-        started = self._starting is not None and self._starting.done()
-        return started and not self._draining and not self._starting.cancelled()  # type: ignore[union-attr]
+        return bool(self._tasks) and not self._draining
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more observations, let what runs finish, at most so long; then end."""
@@ -260,7 +258,8 @@ class Engine:
             self.metrics.add("warm_up_total")
         took = time.monotonic() - arrived
         self.metrics.observe("answer_seconds", took)
-        self._climb(took)
+        if deadline_s is None:  # A client's own deadline says nothing about ours.
+            self._climb(took)
         return reply
 
     async def _answer(

@@ -22,13 +22,15 @@ class Rung:
 
     Args:
         method: name of a pruning method, or "none".
-        keep: share of the visual tokens, in (0, 1].
-        p99_ms: 99th percentile of a whole call where it was tuned, milliseconds.
+        keep: share of the visual tokens, in (0, 1], or their number.
+        p99_ms: 99th percentile of a whole call where it was tuned, milliseconds; None: not known.
+        options: of the method.
     """
 
     method: str
-    keep: float
-    p99_ms: float
+    keep: float | int
+    p99_ms: float | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -73,33 +75,52 @@ class Ladder:
             raise ValueError(f"a ladder needs a deadline above 0; got {short(self.deadline_s)}")
         if not 0 < self.low < self.high <= 1:
             raise ValueError(f"expected 0 < low < high <= 1; got {self.low}, {self.high}")
-        keeps = [rung.keep for rung in self.rungs]
-        if any(below >= above for above, below in pairwise(keeps)):
-            raise ValueError(f"rungs must go from most tokens to fewest; got {keeps}")
+        for above, below in pairwise(self.rungs):
+            if type(above.keep) is type(below.keep) and below.keep >= above.keep:
+                raise ValueError(
+                    f"rungs go from most tokens to fewest; {below.name} stands below {above.name}"
+                )
         self._seen = deque(maxlen=self.window)
         self._wait = self.patience
 
     @classmethod
-    def read(cls, path: str | Path, deadline_s: float, **options: Any) -> Ladder:
+    def read(
+        cls, path: str | Path, deadline_s: float, *, weights: str | None = None, **options: Any
+    ) -> Ladder:
         """The ladder of a receipt of `vla-pruner tune`: the rungs that it allows.
 
-        The file holds a list of `{"method", "keep", "p99_ms", "allowed"}`, by itself or under
-        "rungs".
+        Args:
+            path: the receipt, its folder, or a file with a list of `{"method", "keep", "p99_ms",
+                "allowed"}`, by itself or under "rungs".
+            deadline_s, options: of the ladder.
+            weights: fingerprint of the policy that is served (`runs.job.fingerprint`); None: it is
+                not compared with the receipt's.
 
         Raises:
-            ValueError: no such file, or entries that are none of these.
+            ValueError: no such file, entries that are none of these, or the receipt of another
+                policy.
         """
+        file = Path(path) / "receipt.json" if Path(path).is_dir() else Path(path)
         try:
-            found = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            found = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as a receipt of `tune`: {error}") from None
+        if isinstance(found, Mapping) and "ladder" in found:
+            from vla_pruner.tuning.receipt import load_receipt
+
+            receipt = load_receipt(file)
+            if weights is not None:
+                receipt.check(weights)
+            rungs = [Rung(r.method, r.keep, r.p99_ms, r.options) for r in receipt.allowed]
+            return cls(rungs, deadline_s, **options)
         entries = found.get("rungs") if isinstance(found, Mapping) else found
         if not isinstance(entries, list):
             raise ValueError(f"{path} holds no list of rungs; make one with `vla-pruner tune`")
         rungs = [rung for entry in entries if (rung := _rung(path, entry)) is not None]
         best: dict[float, Rung] = {}
         for rung in rungs:
-            if rung.keep not in best or rung.p99_ms < best[rung.keep].p99_ms:
+            known = best.get(rung.keep)
+            if known is None or (rung.p99_ms or 0.0) < (known.p99_ms or 0.0):
                 best[rung.keep] = rung
         if not best:
             raise ValueError(f"{path} allows no rung; nothing to step down to")
@@ -133,7 +154,8 @@ class Ladder:
         if self._climbed and self._count > self._wait:
             self._wait = self.patience
         if self.at and self._count >= self._wait:
-            ratio = self.rungs[self.at - 1].p99_ms / self.rung.p99_ms
+            above, here = self.rungs[self.at - 1].p99_ms, self.rung.p99_ms
+            ratio = 1.0 if above is None or here is None else above / here
             if p99 * max(ratio, 1.0) < self.low * self.deadline_s:
                 return self._go(-1)
         return 0

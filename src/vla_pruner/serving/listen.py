@@ -82,9 +82,12 @@ async def listening(
     quiet.filters[:] = [RateLimit(engine.metrics)]
     logger.filters[:] = [RateLimit(engine.metrics)]
 
+    here: set[ServerConnection] = set()
+
     async def meet(socket: ServerConnection) -> None:
         engine.metrics.add("connections_total", "accepted")
-        engine.metrics.put("connections", len(sockets.connections))
+        here.add(socket)
+        engine.metrics.put("connections", len(here))
         talk = server.talk()
         patience = limits.first_s
         try:
@@ -103,7 +106,8 @@ async def listening(
         except ConnectionClosed:
             pass
         finally:
-            engine.metrics.put("connections", len(sockets.connections) - 1)
+            here.discard(socket)
+            engine.metrics.put("connections", len(here))
             with contextlib.suppress(Exception):
                 await talk.end()
 
@@ -121,7 +125,7 @@ async def listening(
             return _page(socket, HTTPStatus.OK, engine.metrics.text())
         if path == "/config":
             return _page(socket, HTTPStatus.NOT_FOUND, "nothing can be set from outside\n")
-        if len(sockets.connections) >= limits.connections:
+        if len(here) >= limits.connections:
             engine.metrics.add("connections_total", "refused")
             return _page(socket, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None

@@ -72,6 +72,7 @@ def engine_from(
     make: Callable[[], ServedPolicy],
     *,
     execute: int | None = None,
+    weights: str | None = None,
 ) -> Engine:
     """The engine that the options of `engine_options` describe.
 
@@ -79,6 +80,7 @@ def engine_from(
         arguments: as parsed.
         make: gives the policy; picklable where `--replicas` is used.
         execute: steps of a chunk that clients carry out per answer; None: all.
+        weights: fingerprint of the policy, which a receipt has to be of; None: not compared.
 
     Raises:
         ValueError: options that do not fit each other.
@@ -88,7 +90,7 @@ def engine_from(
     if arguments.ladder is not None:
         if deadline is None:
             raise ValueError("--ladder: say with --deadline-ms what answers must not exceed, too")
-        ladder = Ladder.read(arguments.ladder, deadline)
+        ladder = Ladder.read(arguments.ladder, deadline, weights=weights)
     if arguments.replicas < 0:
         raise ValueError(f"--replicas {arguments.replicas}: expected 0 or more")
     return Engine(

@@ -156,23 +156,26 @@ class ServedPolicy:
         """Whether the episode's next step runs on all tokens."""
         return self.session.full_next(episode)
 
-    def change(self, method: str, keep: float) -> None:
+    def change(
+        self, method: str, keep: float | int, options: Mapping[str, Any] | None = None
+    ) -> None:
         """Go on with another budget; episodes keep what they remember if the method is the same.
 
         Args:
             method: "none" keeps all tokens and goes on remembering.
-            keep: share of the visual tokens, in (0, 1].
+            keep: share of the visual tokens, in (0, 1], or their number.
+            options: of the method; those that are not named stay, if the method does.
 
         Raises:
             ValueError: no such method, or one that does not fit this policy; nothing is changed.
         """
-        before = self.session
-        same = method in (before.method.name, "none")
-        if same and (method != "none" or before.method.name != "none"):
-            keep = 1.0 if method == "none" else keep
-            chosen = dataclasses.replace(before.method, keep=keep)
+        before, given = self.session, dict(options or {})
+        if method == before.method.name and method != "none":
+            chosen = dataclasses.replace(before.method, **given, keep=keep)
+        elif method == "none":
+            chosen = dataclasses.replace(before.method, keep=1.0)
         else:
-            chosen = _servable(make_method(method, keep=None if method == "none" else keep))
+            chosen = _servable(make_method(method, keep=keep, **given))
         if chosen == before.method:
             return
         before.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -70,7 +70,7 @@ class Lane:
     """A worker, the thread that calls it, and what waits for it."""
 
     worker: Worker
-    thread: ThreadPoolExecutor
+    thread: Executor
     waiting: list[Row] = field(default_factory=list)
     episodes: dict[int, Episode] = field(default_factory=dict)
     ended: list[int] = field(default_factory=list)

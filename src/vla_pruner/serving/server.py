@@ -33,6 +33,7 @@ from vla_eval.types import Observation
 from vla_pruner._short import cut, short
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import load, locate
+from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.conventions import CONVENTIONS, Gripper, Translator
 from vla_pruner.serving.engine import Engine, EpisodeKey, Failed, Reply
 from vla_pruner.serving.ladder import Ladder
@@ -145,14 +146,17 @@ class PolicyServer(ModelServer):
             raise ValueError("ladder: say with deadline_ms what answers must not exceed, too")
         if engine is None:
             served = ServedPolicy(model, **settings)
-            self.served = served
             if replicas:
                 served.close()  # What fits here, fits there; they load their own.
+            else:
+                self.served = served
             engine = Engine(
                 partial(make_served, policy, device, dtype, settings) if replicas else served,
                 Limits(**(limits or {})),
                 deadline_s=deadline,
-                ladder=None if ladder is None else Ladder.read(ladder, deadline or 0.0),
+                ladder=None
+                if ladder is None
+                else Ladder.read(ladder, deadline or 0.0, weights=fingerprint(model)),
                 batch=max_batch_size,
                 wait_s=max_wait_time,
                 execute=self.chunk_size,

@@ -78,6 +78,11 @@ class SAFEPruner(Remembering, OneCut):
         _ = self.history
 
     @property
+    def warmup(self) -> int:
+        """The first step of an episode is a key step."""
+        return 1
+
+    @property
     def history(self) -> HistorySpec | None:
         """Which layers' action attention is watched; the forecast made of it is not used."""
         return HistorySpec(window=1, layers=self.deep)

@@ -86,6 +86,11 @@ class SpecPrune(Remembering, OneCut):
             raise ValueError(f"`slow={self.slow}` must be positive and finite, or None.")
 
     @property
+    def warmup(self) -> int:
+        """The first call of an episode has none before it."""
+        return 1
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The instruction; images, unless nothing is dynamic; motion, for the controller."""
         frame = ("frame",) if self.dynamic_share > 0 else ()

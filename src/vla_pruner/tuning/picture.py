@@ -83,7 +83,7 @@ def _latencies(axis: Any, rows: list[Row]) -> None:
         if row.latency.warm_up_ms is not None:
             axis.plot(row.latency.warm_up_ms, place, "x", color=GREY)
     axis.set_xlim(left=0)
-    axis.set_xlabel("whole call, ms (median to p99; cross: warm-up)")
+    axis.set_xlabel("whole call, ms\n(median to p99; cross: warm-up)")
     _names(axis, [row.condition for row in rows])
 
 

@@ -1,0 +1,20 @@
+"""Numbers that the host knows, on a device, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def on_device(values: Sequence[object], device: torch.device, dtype: type = np.int64) -> Tensor:
+    """These numbers (or rows of them) as a tensor; `torch.tensor(values, device=...)` would wait.
+
+    Args:
+        values: numbers, or sequences of them of one length.
+        device: where they are needed.
+        dtype: NumPy's.
+    """
+    return torch.from_numpy(np.array(values, dtype=dtype)).to(device, non_blocking=True)
