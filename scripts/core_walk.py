@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import vla_pruner as vp
 
 ROOT = Path(vp.__file__).parent
-MOST_MOVES, MOST_LINES = 80, 1380
+MOST_MOVES, MOST_LINES = 100, 1380
 
 
 def walk() -> tuple[list[CodeType], Counter[tuple[str, str]]]:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vla_pruner.core.session import Session, StepReport
     from vla_pruner.methods import list_methods
     from vla_pruner.models import list_models
+    from vla_pruner.models.explain import explain
     from vla_pruner.models.prune import prune, remove
 
 __version__ = "0.2.0"
@@ -16,6 +17,7 @@ __all__ = [
     "Session",
     "StepReport",
     "__version__",
+    "explain",
     "list_methods",
     "list_models",
     "methods",
@@ -27,6 +29,7 @@ __all__ = [
 _HOME = {
     "Session": "vla_pruner.core.session",
     "StepReport": "vla_pruner.core.session",
+    "explain": "vla_pruner.models.explain",
     "list_methods": "vla_pruner.methods",
     "list_models": "vla_pruner.models",
     "prune": "vla_pruner.models.prune",

@@ -198,8 +198,8 @@ def test_guides_are_the_hidden_states_of_words_and_action_slots(monkeypatch):
     policy = make_oft()
     seen, original = [], cut.guides
 
-    def noting(prefill, left, hidden, wanted):
-        found = original(prefill, left, hidden, wanted)
+    def noting(prefill, left, hidden):
+        found = original(prefill, left, hidden)
         seen.append((prefill, hidden, found["guides"], found["guides_valid"]))
         return found
 

@@ -7,7 +7,7 @@ code, what each pass is. `plan.py` says where, `arguments.py` how layers are cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vla_pruner._flags import Flags
 from vla_pruner.core import dead_slots, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
-from vla_pruner.core.cleanup import after, before, replace
+from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.guides import guides
 from vla_pruner.core.hiding import Hide, implied_mask
@@ -26,6 +26,7 @@ from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
 from vla_pruner.core.projected import project
 from vla_pruner.core.read_tokens import choose_beside
+from vla_pruner.core.skipping import skip_layers
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Choice, Evidence, Method
 
@@ -62,11 +63,8 @@ class Cut:
         scores.watch_layers(self, undo)
         # Layer by layer, a reader follows what is done to the decoder.
         followers = [] if self.adapter.reads_output else self.readers
-        for index in sorted(plan.skipped):
-            for layers in [self.layers, followers] if followers else [self.layers]:
-                self._skip(layers[index], undo)
         if plan.skipped:
-            after(self.layers[0], self._see_output, undo)
+            skip_layers(self, followers, undo)
         if not plan.cuts:
             return
         before(self.layers[0], self._see_input, undo)
@@ -117,23 +115,6 @@ class Cut:
     def reused(self, prefill: Prefill, batch: int) -> Tensor | None:
         """`[B, T]` visual tokens whose keys were reused in each layer; None: nothing is reused."""
         return None
-
-    # ------------------------------------------------------------------ layers that do not run
-    def _skip(self, layer: nn.Module, undo: ExitStack) -> None:
-        original: Callable[..., Any] = layer.forward
-
-        def skipped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.prefill is None:
-                return original(hidden_states, *args, **kwargs)
-            return (hidden_states,) if self.tuples else hidden_states
-
-        replace(layer, "forward", skipped, undo)
-
-    def _see_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After layer 0: what a layer has to return."""
-        self.tuples = isinstance(output, tuple)
-        if isinstance(output, tuple) and len(output) > 1:
-            raise refusals.several_outputs(layer, len(output))
 
     # ------------------------------------------------------------------ hooks on layers
     def _see_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:

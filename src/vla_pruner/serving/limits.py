@@ -27,7 +27,9 @@ _LONGEST_LINE = 600
 class RateLimit(logging.Filter):
     """Lets a few lines of log through at a time, each cut; what clients send fills no disk."""
 
-    def __init__(self, metrics: Metrics, lines: int = 50, seconds: float = 10.0) -> None:
+    def __init__(
+        self, metrics: Metrics | None = None, lines: int = 50, seconds: float = 10.0
+    ) -> None:
         super().__init__()
         self._metrics, self._seconds = metrics, seconds
         self._when: deque[float] = deque(maxlen=lines)
@@ -38,7 +40,8 @@ class RateLimit(logging.Filter):
         full = len(self._when) == self._when.maxlen and now - self._when[0] < self._seconds
         if full:
             self._dropped += 1
-            self._metrics.add("log_lines_dropped_total")
+            if self._metrics is not None:
+                self._metrics.add("log_lines_dropped_total")
             return False
         self._when.append(now)
         more = f" ({self._dropped} lines before it were left out)" if self._dropped else ""

@@ -79,8 +79,9 @@ async def listening(
     engine, limits = server.engine, server.engine.limits
     decoders = ThreadPoolExecutor(2, "decode")
     quiet = logging.getLogger(f"{__name__}.connections")
-    quiet.filters[:] = [RateLimit(engine.metrics)]
-    logger.filters[:] = [RateLimit(engine.metrics)]
+    for name in ("connections", "engine", "listen", "server", "worker"):
+        limited = quiet if name == "connections" else logging.getLogger(f"{__package__}.{name}")
+        limited.filters[:] = [RateLimit(engine.metrics)]
 
     here: set[ServerConnection] = set()
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vla_pruner._short import cut
 from vla_pruner.serving.ladder import Rung
-from vla_pruner.serving.limits import Refused
+from vla_pruner.serving.limits import RateLimit, Refused
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
 
 logger = logging.getLogger(__name__)
@@ -160,10 +160,16 @@ class Apart:
         return found
 
     def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
+        if self._process is None:
+            raise self._lost("is gone")
+        watchdog = threading.Timer(self._watchdog_s, self._process.kill)
+        watchdog.start()  # A process that does not read leaves us in `send`.
         try:
             self._pipe.send((rows, rung, ended))
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             raise self._lost(f"is gone ({error})") from None
+        finally:
+            watchdog.cancel()
         found = self._answer(self._watchdog_s, "answer")
         if isinstance(found, Exception):
             raise found
@@ -193,6 +199,7 @@ def _apart(pipe: Any, make: Callable[[], ServedPolicy]) -> None:
     """The other process: answer until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logger.addFilter(RateLimit())
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         try:
             here = Here(make())
