@@ -57,7 +57,8 @@ def printed(page: Path) -> Iterator[str]:
 def is_whole(command: str) -> bool:
     """Whether it is a command to type, not the name of one or a part of one."""
     found = WORD.fullmatch(command)
-    return found is not None and bool(found[2].strip()) and "..." not in command
+    parts = "..." in command or "|" in command  # alternatives, to choose from
+    return found is not None and bool(found[2].strip()) and not parts
 
 
 COMMANDS = sorted(
@@ -122,7 +123,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     monkeypatch.setattr(tune, "record_source", reach)
     monkeypatch.setattr(tune, "open_source", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
-    monkeypatch.setattr(serve, "_serve", reach)
+    monkeypatch.setattr(serve, "opened", reach)
 
     def run(command: str) -> str:
         words = shlex.split(command.partition("vla-pruner ")[2])
