@@ -1,4 +1,4 @@
-"""openpi's door over an engine that counts: an action is episode, step, place, 9, 9, 9, 5."""
+"""openpi's door over an engine that counts: an action is episode, step, place, 9, 9, 9, 0.5."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counting:
         await asyncio.sleep(self.sleep)
         actions = np.full((CHUNK, 7), 9, np.float32)
         actions[:, 0], actions[:, 1] = episode, self.steps[episode]
-        actions[:, 2], actions[:, 6] = np.arange(CHUNK), 5
+        actions[:, 2], actions[:, 6] = np.arange(CHUNK), 0.5
         self.steps[episode] += 1
         return Reply(actions, False, self.sleep, CHUNK, 1.0, None, False, 1.0, "counting")
 

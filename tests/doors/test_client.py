@@ -127,7 +127,7 @@ def test_the_server_dies_in_mid_chunk(start: Callable, stop: Any) -> None:
         moving = [c.action[2] for c in made if not c.stopped]
         assert moving[-1] == CHUNK - 1  # what was left of the last chunk was carried out
         stopped = [c.action for c in made if c.stopped]
-        last = np.array([0, stopped[0][1], CHUNK - 1, 9, 9, 9, 5], np.float32)
+        last = np.array([0, stopped[0][1], CHUNK - 1, 9, 9, 9, 0.5], np.float32)
         if stop == "zero":
             last[:-1] = 0
         assert all(np.array_equal(action[2:], last[2:]) for action in stopped)
