@@ -287,7 +287,9 @@ def notes(found: Tuning, source: Source) -> list[str]:
             f"Recommended: {best.condition.label} ({best.condition.name}), the cheapest within a "
             f"deviation of {found.tolerance:g}: {100 * best.flops:.0f} % of the FLOPs{fast}."
         )
-        if gain is not None and (gain.interval is None or gain.interval.low <= 1):
+        if gain is not None and gain.interval is None:
+            lines.append("Timed only once: more --rounds say whether that is so.")
+        elif gain is not None and gain.interval is not None and gain.interval.low <= 1:
             lines.append("It is not reliably faster on this machine: prune nothing here.")
         lost, low, high = (100 * value for value in astuple(best.expected))
         lines.append(
