@@ -405,7 +405,7 @@ def _try(library: ctypes.CDLL) -> None:
             raise Unavailable("the compiled search gives wrong answers")
         one = torch.tensor([[[[1, 0, 0, 0]]]], dtype=dtype, device="cpu")
         two = torch.tensor([[[[0, 0, 0, 0], [1, 0, 0, 0]]]], dtype=dtype, device="cpu")
-        columns = torch.tensor([[1]], device="cpu")
+        columns = torch.tensor([[1]], dtype=torch.int64, device="cpu")
         got = _mean(library, one, two, columns, range(1), None, None, None, 1.0, False, None)
         if abs(float(got) - 1 / (1 + math.exp(-1))) > 1e-5:
             raise Unavailable("the compiled scores are wrong")
