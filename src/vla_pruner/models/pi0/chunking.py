@@ -54,7 +54,7 @@ def decay(left: int, delay: int, chunk: int) -> Tensor:
     """
     end = min(left, chunk)
     start = min(delay, end)
-    values = torch.zeros(chunk)
+    values = torch.zeros(chunk, dtype=torch.float32)
     values[:start] = 1
     for i in range(start, end):
         share = (end - i) / (end - start + 1)

@@ -200,7 +200,8 @@ class Pi0(Port):
             raise ValueError(
                 f"guide: expected finite actions [n, {self.config.action_dim}], got {known.shape}"
             )
-        wanted = torch.zeros(self.config.chunk, self.config.max_action_dim)
+        size = (self.config.chunk, self.config.max_action_dim)
+        wanted = torch.zeros(size, dtype=torch.float32)
         scaled = processing.scale(self.config, "action").normalise(known.astype(np.float64))
         wanted[: len(known), : self.config.action_dim] = torch.from_numpy(scaled).float()
         weights = torch.zeros_like(wanted)
