@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -425,33 +422,6 @@ def broken() -> Scripted:
 def test_a_policy_that_cannot_be_made_is_said_at_the_start() -> None:
     with pytest.raises(RuntimeError, match="there is no such policy"):
         run(lambda: Engine(broken).start())
-
-
-HANGS = """
-import asyncio, sys
-sys.path.insert(0, {here!r})
-from scripted import Scripted, seen
-from vla_pruner.serving.engine import Engine
-
-async def talk():
-    engine = Engine(Scripted())
-    await engine.start()
-    task = asyncio.create_task(engine.act(engine.open(), seen(1, "hang")))
-    await asyncio.sleep(0.1)
-    await engine.drain(0.1)
-    task.cancel()
-
-asyncio.run(talk())
-print("the end")
-"""
-
-
-def test_a_pass_that_hangs_in_a_thread_does_not_keep_the_process_from_ending() -> None:
-    here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", HANGS.format(here=here)], capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
 
 
 def test_a_start_that_fails_is_not_ready_and_says_so_again() -> None:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from vla_pruner.serving.limits import Limits, Refused
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
 from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Row, linger, next_pass
-from vla_pruner.serving.worker import Apart, Failed, Here, Hung, OneThread
+from vla_pruner.serving.worker import Apart, Failed, Here, Hung
 
 __all__ = ["Busy", "Engine", "EpisodeKey", "Failed", "Hung", "Limits", "Refused", "Reply"]
 
@@ -113,7 +114,8 @@ class Engine:
             for _ in range(replicas)
         ]
         self._lanes = [
-            Lane(worker, OneThread(f"policy-{number}")) for number, worker in enumerate(workers)
+            Lane(worker, ThreadPoolExecutor(1, f"policy-{number}"))
+            for number, worker in enumerate(workers)
         ]
         self._episodes: dict[EpisodeKey, Episode] = {}
         self._numbers = itertools.count()

@@ -8,10 +8,7 @@ import multiprocessing
 import signal
 import threading
 import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,35 +33,6 @@ class Hung(RuntimeError):
 
 class Failed(RuntimeError):
     """The policy gave no usable answer; the episode may go on."""
-
-
-class OneThread(Executor):
-    """One thread that does what it is given in turn; a pass that hangs does not keep it alive.
-
-    Unlike a pool of the standard library, which a process waits for before it ends.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._todo: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=_work_off, args=(self._todo,), name=name, daemon=True).start()
-        weakref.finalize(self, self._todo.put, None)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._todo.put((future, fn, args, kwargs))
-        return future
-
-
-def _work_off(todo: SimpleQueue[Any]) -> None:
-    while (given := todo.get()) is not None:
-        future, call, args, kwargs = given
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            future.set_result(call(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        del given, future, call, args, kwargs
 
 
 class Worker(Protocol):
