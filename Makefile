@@ -50,8 +50,8 @@ TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
-demo: $(SIM)  ## a small policy picks by language, with all and with a quarter of its visual tokens
-	$(PY) -m vla_pruner demo $(ARGS)
+demo: $(SIM)  ## a policy picks by language, with all, half and a quarter of its visual tokens
+	$(PY) -m vla_pruner demo --policy smol-oft $(ARGS)
 
 test: lint  ## lint, types and tests on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not slow" $(ARGS)
@@ -149,7 +149,7 @@ openpi-checkout:
 	Without it, make test checks a double of its class." >&2; exit 1; }
 
 $(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
-	scripts/setup.sh $(VENV) sim
+	scripts/setup.sh $(VENV) sim,smol
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-sim
