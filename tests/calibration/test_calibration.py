@@ -228,7 +228,7 @@ def test_a_recipe_prunes_the_model_it_was_made_for(
     [
         ("fitprune", {}),
         ("vtw", {"layer": 2}),
-        ("efficientvla", {"keep": 5}),
+        ("efficientvla", {"tokens": 5}),
         ("fixed", {"indices": [1, 5, 8]}),
     ],
 )

@@ -1,5 +1,6 @@
 """`vla-pruner doctor`: passes healthy models, names the fault of sick ones."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_an_image_that_attention_never_looks_at_is_found(
     assert main(["doctor", str(oft_folder)]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "by 0 %" in shown
-    assert "1 of 7 checks failed" in shown
+    assert re.search(r"1 of \d+ checks failed", shown)
 
 
 def test_an_input_that_ignores_the_frame_is_found(openvla_folder: Path) -> None:

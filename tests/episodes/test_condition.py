@@ -87,7 +87,7 @@ def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     bench = ["bench", "--model", policy, "--methods", OWN, f"{OWN}@4:skip=1", "--keep", "0.5"]
     assert main([*bench, "--repeats", "1", "--out", str(result)]) == 0
     rows = json.loads(result.read_text())["rows"]
-    assert [row["visual"] for row in rows] == [32, 16, 4]
+    assert [row["visual"] for row in rows] == [32, 16, 4, 16, 4]  # the last two: their ideals
     analyze = ["analyze", *words, "--methods", OWN, "--out", str(tmp_path / "page")]
     assert main([*analyze, "--layer", "1"]) == 0
     capsys.readouterr()

@@ -214,7 +214,8 @@ def test_files_that_are_no_store_are_refused_and_left_alone(tmp_path):
 READ_ONLY = """
 import os, sys
 sys.path[:0] = {path!r}
-import vla_pruner.commands.report  # before root becomes nobody, who may not read this checkout
+# Before root becomes nobody, who may not read this checkout:
+import html, vla_pruner.commands.report, vla_pruner.pages.report_page
 from vla_pruner.cli import main
 if os.getuid() == 0:
     os.setgid(65534)

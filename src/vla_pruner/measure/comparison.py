@@ -217,11 +217,13 @@ def compare(
         if name in variants:
             raise ValueError(f"two variants are called {name!r}; give them different `names`")
         variants[name] = _Variant(name, workload, method, device)
+    for variant in variants.values():
+        variant.attach()  # What does not fit is named before its ideal is asked for.
     for name, ideal in ideals_of(workload, methods).items() if ideals else ():
         variants[name] = _Variant(name, workload, ideal, device)
+        variants[name].attach()
     for variant in variants.values():
         variant.ideal = _ideal_name(workload, variant.method)
-        variant.attach()
     for variant in variants.values():
         variant.prepare(compile_decoder=compile_decoder, tick=tick)
     for name in timing.in_turn(list(variants), repeats):

@@ -1,9 +1,7 @@
 """Floating-point operations of a call, counted while it runs; the paper's formula counts less.
 
 The formula (Eq. 10 to 12) knows the decoder's projections and attention. Counted is what torch ran:
-scores and the search's products too, and towers, projector and head beside the decoder. A search
-that runs in C is not seen; it is below a hundredth of a percent at a 7B policy's width, and 0.1 %
-of a decoder 128 wide.
+scores and the search's products too, and towers, projector and head beside the decoder.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from vla_pruner.pruning import native
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def count_flops(run: Callable[[], Any], decoder: nn.Module) -> Flops:
         decoder.register_forward_hook(lambda *_: seen.append(counter.get_total_flops())),
     ]
     try:
-        with counter:
+        with counter, native.by_operators():  # what runs in C would not be seen
             run()
     finally:
         for hook in hooks:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -43,6 +45,7 @@ _KEPT = 1 << 24
 _READABLE = (torch.float32, torch.bfloat16)
 
 _calls = [0]
+_held_back: list[bool] = []
 
 BROKEN_SCORES, BROKEN_FEATURES = -1, -2
 """What `combine_then_filter` and `top_k` answer instead of a choice."""
@@ -93,9 +96,20 @@ def calls() -> int:
     return _calls[0]
 
 
+@contextmanager
+def by_operators() -> Iterator[None]:
+    """PyTorch's operators do all of it within the block, so that they can be counted."""
+    _held_back.append(True)
+    try:
+        yield
+    finally:
+        _held_back.pop()
+
+
 def readable(*tensors: Tensor | None) -> bool:
     """Whether C can read these as they are or after a conversion: plain tensors on the CPU."""
-    return _library()[0] is not None and all(
+    usable = not _held_back and _library()[0] is not None
+    return usable and all(
         one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors
     )
 
@@ -129,7 +143,7 @@ def max_min_search(
         ValueError: tensors of another shape, dtype or device, k or an index out of range.
     """
     library, _ = _library()
-    if library is None:
+    if library is None or _held_back:
         return None
     _calls[0] += 1
     return _search(library, features, index, k, nearest)
