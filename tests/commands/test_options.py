@@ -32,9 +32,9 @@ def test_what_several_commands_take_is_defined_once() -> None:
     for option in SHARED:
         assert len(users[option]) >= 2, option
         assert len(texts[option]) == 1, option
-    assert users["--unnorm-key"] == {"eval", "sweep", "demo", "analyze", "calibrate", "serve"}
-    acting = {"eval", "sweep", "demo", "analyze", "calibrate", "serve", "latency", "doctor"}
-    assert users["--device"] == acting | {"bench"}
+    acting = {"eval", "sweep", "demo", "analyze", "calibrate", "serve", "tune"}
+    assert users["--unnorm-key"] == acting
+    assert users["--device"] == acting | {"latency", "doctor", "watch", "bench"}
 
 
 @pytest.mark.parametrize("word", list(COMMANDS))

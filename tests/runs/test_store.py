@@ -215,7 +215,8 @@ READ_ONLY = """
 import os, sys
 sys.path[:0] = {path!r}
 # Before root becomes nobody, who may not read this checkout:
-import html, vla_pruner.commands.report, vla_pruner.pages.report_page
+import encodings.unicode_escape, html, plistlib, zoneinfo, matplotlib.pyplot, matplotlib.backends.backend_svg
+import vla_pruner.commands.report, vla_pruner.pages.report_page
 from vla_pruner.cli import main
 if os.getuid() == 0:
     os.setgid(65534)

@@ -91,7 +91,7 @@ def test_the_harness_evaluates_a_pruned_policy(
     assert len(seen) == 5  # two actions of a chunk are carried out
     assert len({row["images"][0].tobytes() for row in seen}) == 5
     assert server.served.session.last.visual_kept == 50
-    assert not server._episodes
+    assert not server.engine._episodes
 
 
 def test_the_robot_holds_still_in_live_mode():
