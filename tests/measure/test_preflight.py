@@ -29,7 +29,7 @@ def findings_of(
 def test_a_policy_that_ships_passes() -> None:
     found = findings_of("mini-oft", {"cameras": ["agentview", "wrist"]})
     assert {one.well for one in found.values()} == {True}, found
-    assert "robosuite" in found["gripper"].found
+    assert found["gripper"].found == "+1 close, -1 open by its range"
     assert "tokens see" in found["attends in the direction it was trained in"].found
 
 
@@ -51,7 +51,7 @@ def test_a_chunk_policy_that_became_causal(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_gripper_that_is_read_the_other_way() -> None:
     found = findings_of("mini-oft", {"gripper": "rlds"})["gripper"]
-    assert found.well is False and "--gripper robosuite" in found.advice
+    assert found.well is False and "'robosuite'" in found.advice
 
 
 def test_cameras_that_do_not_agree_in_number() -> None:
@@ -81,3 +81,11 @@ def test_another_major_version_of_transformers(tmp_path: Path) -> None:
     said = {"model_type": "openvla", "transformers_version": "4.40.1"}
     (tmp_path / "config.json").write_text(json.dumps(said))
     assert findings_of("mini-oft", {}, tmp_path)["transformers"].well
+
+
+def test_statistics_from_0_to_1_are_named_where_nobody_said_how_they_are_driven() -> None:
+    model: Any = vp.models.load("mini-oft")
+    action = model.config.norm_stats["pick_place"]["action"]
+    action["q01"], action["q99"] = [*action["q01"][:-1], 0.0], [*action["q99"][:-1], 1.0]
+    found = findings_of("mini-oft", {}, model=model)["gripper"]
+    assert found.well is None and "--gripper rlds" in found.found

@@ -17,6 +17,7 @@ from torch import nn
 
 from vla_pruner.core.layout import Adapter
 from vla_pruner.measure.doctor import Act, Finding, look
+from vla_pruner.models.folder import is_finite
 
 COST = "docs/pitfalls.md has what it costs"
 
@@ -59,7 +60,7 @@ def _finite(model: nn.Module) -> Finding:
     broken = [
         name
         for name, value in [*model.named_parameters(), *model.named_buffers()]
-        if value.is_floating_point() and not value.is_meta and not bool(value.isfinite().all())
+        if not value.is_meta and not is_finite(value)
     ]
     if not broken:
         return Finding("weights are finite", True, "all of them")
@@ -141,10 +142,14 @@ def _statistics(statistics: Mapping[str, Any], said: Mapping[str, Any]) -> list[
     if low is None or high is None:
         return findings
     unit = float(low[-1]) >= -0.05 and float(high[-1]) <= 1.05
-    written, chosen = "rlds" if unit else "robosuite", said.get("gripper", "robosuite")
-    found = f"{'0 close, 1 open' if unit else '+1 close, -1 open'} by its range, driven as {chosen}"
-    agrees = written == chosen
-    advice = f"give --gripper {written}; with the wrong one no scene was solved. {COST}"
+    written = "rlds" if unit else "robosuite"
+    found = f"{'0 close, 1 open' if unit else '+1 close, -1 open'} by its range"
+    if "gripper" not in said:  # a command that acts is told, or takes "robosuite"
+        add = f"; give commands that act --gripper {written}" if unit else ""
+        return [*findings, Finding("gripper", None if unit else True, found + add)]
+    agrees = written == said["gripper"]
+    advice = f"write {written!r} under `control`; with the wrong one no scene was solved. {COST}"
+    found += f", driven as {said['gripper']}"
     findings.append(Finding("gripper", agrees, found, "" if agrees else advice))
     return findings
 
