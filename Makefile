@@ -57,7 +57,7 @@ test: lint  ## lint, types and tests on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not slow" $(ARGS)
 
 test-all: lint  ## the same, with the tests that compile or try a great many inputs
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu" --hypothesis-profile default $(ARGS)
 
 test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVLA and GR00T against our doors, 200 observations each
 	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
@@ -119,7 +119,7 @@ clean:  ## remove the virtual environment, caches and results
 $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_PYTHON) -m venv $(LEROBOT_ENV)
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
-	  "$(LEROBOT)" $(LEROBOT_WITH) pytest rich
+	  "$(LEROBOT)" $(LEROBOT_WITH) pytest hypothesis rich
 	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
 	@touch $@
 
@@ -136,7 +136,7 @@ $(DOCS_ENV)/.installed: Makefile
 # openpi's package index entry is empty, and its class wants files copied over those of transformers.
 $(OPENPI_ENV)/.installed: Makefile | openpi-checkout
 	$(OPENPI_PYTHON) -m venv $(OPENPI_ENV)
-	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check $(OPENPI_NEEDS) pytest rich
+	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check $(OPENPI_NEEDS) pytest hypothesis rich
 	cp -r "$(OPENPI)"/src/openpi/models_pytorch/transformers_replace/* \
 	  "$$($(OPENPI_ENV)/bin/python $(TRANSFORMERS))"
 	@touch $@

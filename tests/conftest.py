@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,20 @@ FAMILIES = {
 }
 HIDDEN = 32
 
+
+class TorchRandom:
+    """torch's generator, as Hypothesis resets it before each example: what failed fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = TorchRandom()  # Hypothesis itself holds it weakly.
+hypothesis.register_random(_TORCH_RANDOM)
+# The same examples every time; `--hypothesis-profile default` searches for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 RECORDED = pytest.StashKey[dict[tuple[str, str, bool, str], matrix.Row]]()
 

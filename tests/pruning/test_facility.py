@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -34,7 +34,9 @@ def greedily(cosine: Tensor, weight: list[float], k: int) -> list[int]:
             for j in range(len(cosine))
             if j not in chosen
         }
-        chosen.append(max(gains, key=lambda j: (gains[j], -j)))
+        best, *others = sorted(gains.values(), reverse=True)
+        assume(not others or best - others[0] > 1e-5)  # A tie in fp32: the CPU decides.
+        chosen.append(max(gains, key=lambda j: gains[j]))
     return chosen
 
 
@@ -67,17 +69,28 @@ def test_without_weights_it_comes_close_to_the_best_set(seed, n, data):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, batch=st.integers(1, 3), n=st.integers(1, 30), data=st.data())
-def test_k_different_tokens_whatever_the_order(seed, batch, n, data):
+def test_k_different_tokens(seed, batch, n, data):
     k = data.draw(st.integers(1, n))
-    features, order = tokens(batch, n, 16, seed), torch.randperm(n)
+    features = tokens(batch, n, 16, seed)
     kept = most_covering(features, k)
     assert kept.shape == (batch, k) and kept.diff(dim=1).gt(0).all()
     assert kept.ge(0).all() and kept.lt(n).all()
     for row in range(batch):
-        assert torch.equal(most_covering(features[row : row + 1], k)[0], kept[row])
-    if k < n:  # The last one taken may gain nothing, where order decides.
-        first, moved = most_covering(features, 1), most_covering(features[:, order], 1)
-        assert torch.equal(order[moved], first)
+        alone = most_covering(features[row : row + 1], k)[0].tolist()
+        cosine = cosines(features[row])
+        assert covered(cosine, alone) == pytest.approx(covered(cosine, kept[row].tolist()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, n=st.integers(3, 30))
+def test_the_order_of_tokens_does_not_matter(seed, n):
+    features = tokens(1, n, 16, seed)
+    cosine = cosines(features[0])
+    gains = sorted(covered(cosine, [j]) for j in range(n))
+    assume(gains[-1] - gains[-2] > 1e-4)  # Equal gains go to the lower index.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    first, moved = most_covering(features, 1), most_covering(features[:, order], 1)
+    assert torch.equal(order[moved], first)
 
 
 def test_one_of_each_kind_is_enough():
@@ -100,7 +113,7 @@ def test_missing_tokens_are_not_covered_and_come_last():
 
 
 def test_it_compiles_and_refuses_what_is_broken():
-    features, weight = tokens(2, 20, 6, 0), torch.rand(2, 20)
+    features, weight = tokens(2, 20, 6, 0), torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
 
     def search(one: Tensor, other: Tensor) -> Tensor:
         return most_covering(one, 5, weight=other)

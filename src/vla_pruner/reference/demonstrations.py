@@ -83,30 +83,39 @@ class Apprentice:
     """
 
     def __init__(self, folder: str) -> None:
+        from ..episodes.control import Control
         from ..models import load
+        from ..models.loading import locate
 
         self._policy: Any = load(folder)
-        config: Any = self._policy.config
-        self._cameras = CAMERAS[: config.num_images]
-        self._reads_state = getattr(config, "proprio_dim", None) is not None
+        self._control = Control.of(self._policy, CAMERAS, folder=Path(locate(folder)))
         self._steps = 0
         self._instruction = ""
+        self._planned: list[np.ndarray] = []
 
     def begin(self, seed: int, instruction: str) -> int:
         """Start an episode and draw return for how many steps the policy acts: 2 to 40."""
         self._steps = int(np.random.RandomState([seed, _NOISE_STREAM]).randint(2, 41))
-        self._instruction = instruction
+        self._instruction, self._planned = instruction, []
         return self._steps
 
     def act(self, images: dict[str, np.ndarray], proprio: np.ndarray) -> np.ndarray | None:
-        """The policy's action `[7]`, None once the expert has taken over."""
+        """The policy's action `[7]`, None once the expert has taken over.
+
+        As many actions of a chunk are carried out as when the policy is on its own.
+        """
         if self._steps == 0:
             return None
         self._steps -= 1
-        state = proprio if self._reads_state else None
-        views = [images[camera] for camera in self._cameras]
-        actions = self._policy.predict_action(views, self._instruction, proprio=state)
-        return np.atleast_2d(actions)[0]
+        if not self._planned:
+            control = self._control
+            state = proprio if control.reads_state else None
+            views = [images[camera] for camera in control.cameras]
+            chunk = self._policy.predict_action(
+                views, self._instruction, proprio=state, **control.arguments
+            )
+            self._planned = list(np.atleast_2d(chunk)[: control.execute])
+        return self._control.command(self._planned.pop(0))
 
 
 def record_episode(
