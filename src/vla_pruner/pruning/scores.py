@@ -97,12 +97,17 @@ def attention_column_mean(
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
     _check(query, key, mask)
-    options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
     if torch.compiler.is_compiling():
         picked = rows if isinstance(rows, Tensor) else None
         span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
+        options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
         return _column_mean_node(query, key, columns, picked, *span, *options)
-    return _column_mean(query, key, columns, rows, *options)
+    number, tensors = _row_numbers(rows, query.shape[2], query.device), (mask, row_weight, sinks)
+    how: dict[str, Any] = dict(scale=scale, causal=causal, softcap=softcap)
+    library = native.reading(query, key, columns, number, *tensors)
+    if library is None or query.dtype not in _IN_C or key.dtype != query.dtype:
+        return _by_operators(query, key, columns, rows, *tensors, **how, chunk=chunk)
+    return native.column_mean(library, query, key, columns, number, *tensors, **how)
 
 
 # One operator, so that a compiled graph holds one node for any number of rows and keys.
@@ -120,10 +125,28 @@ def _column_mean_node(
     rows: Tensor | None,
     start: int | None,
     stop: int | None,
-    *options: Any,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    chunk: int,
 ) -> Tensor:
-    """`_column_mean` with rows as a tensor, or from `start` to `stop`."""
-    return _column_mean(query, key, columns, slice(start, stop) if rows is None else rows, *options)
+    """`attention_column_mean` with rows as a tensor, or from `start` to `stop`."""
+    return attention_column_mean(
+        query,
+        key,
+        columns,
+        scale=scale,
+        mask=mask,
+        causal=causal,
+        rows=slice(start, stop) if rows is None else rows,
+        row_weight=row_weight,
+        softcap=softcap,
+        sinks=sinks,
+        chunk=chunk,
+    )
 
 
 @_column_mean_node.register_fake
@@ -134,7 +157,7 @@ def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
 _IN_C = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _column_mean(
+def _by_operators(
     query: Tensor,
     key: Tensor,
     columns: Tensor,
@@ -142,60 +165,19 @@ def _column_mean(
     mask: Tensor | None,
     row_weight: Tensor | None,
     sinks: Tensor | None,
+    *,
     scale: float,
     causal: bool,
     softcap: float | None,
     chunk: int,
 ) -> Tensor:
-    """See `attention_column_mean`: in C on the CPU, or with PyTorch's operators."""
-    chosen: range | Tensor
-    if isinstance(rows, Tensor):
-        chosen, count = rows, rows.shape[-1]
-    else:
-        chosen = range(query.shape[2])[slice(None) if rows is None else rows]
-        count = len(chosen)
-    if query.dtype in _IN_C and key.dtype == query.dtype and count > 0:
-        received = native.column_mean(
-            query,
-            key,
-            columns,
-            chosen,
-            mask=mask,
-            row_weight=row_weight,
-            sinks=sinks,
-            scale=scale,
-            causal=causal,
-            softcap=softcap,
-        )
-        if received is not None:
-            return received
-    return _column_mean_by_operators(
-        query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
-    )
-
-
-def _column_mean_by_operators(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    rows: Rows,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-    chunk: int,
-) -> Tensor:
-    """`_column_mean` with PyTorch's operators: the reference."""
+    """`attention_column_mean` with PyTorch's operators: the reference."""
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
     key = key.contiguous()  # Models hand over a view of [B, N, H, D], slow to multiply by head.
     number = _row_numbers(rows, total, query.device)
     count = number.shape[-1]
-    if count == 0:
-        raise ValueError(f"`rows` names none of the {total} query rows: no row would vote.")
     weight = None
     if row_weight is not None:
         weight = _pick(row_weight.to(query.device).float(), number, 1).expand(batch, count)
@@ -331,10 +313,11 @@ def _tally(probabilities: Tensor, weight: Tensor | None, sees: Tensor | None) ->
 
 def _row_numbers(rows: Rows, total: int, device: torch.device) -> Tensor:
     """Numbers of the query rows that vote, `[R]` or `[B, R]`."""
-    if isinstance(rows, Tensor):
-        return rows.to(device)
     every = torch.arange(total, device=device)
-    return every if rows is None else every[rows]
+    number = rows.to(device) if isinstance(rows, Tensor) else every[rows or slice(None)]
+    if number.shape[-1] == 0:
+        raise ValueError(f"`rows` names none of the {total} query rows: no row would vote.")
+    return number
 
 
 def _block(rows: Rows, number: Tensor, start: int, stop: int, total: int) -> slice | Tensor:
@@ -372,21 +355,14 @@ def _pick(tensor: Tensor, at: slice | Tensor, dim: int) -> Tensor:
 
 
 def _check(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-    if query.ndim != 4 or key.ndim != 4:
+    """Refuse what is no attention (ValueError)."""
+    one, other = tuple(query.shape), tuple(key.shape)
+    if len(one) != 4 or len(other) != 4 or one[::3] != other[::3] or one[1] % other[1]:
         raise ValueError(
-            "query and key must be [B, H, tokens, D]; "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}."
+            "query and key must be [B, H, tokens, D], agree in batch and head size, and query "
+            f"heads must be a multiple of the key heads; got {one} and {other}."
         )
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    if mask is not None and (mask.ndim != 4 or mask.shape[-1] != other[2]):
         raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} "
-            "must agree in batch and head size."
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads: not a multiple."
-        )
-    if mask is not None and (mask.ndim != 4 or mask.shape[-1] != key.shape[2]):
-        raise ValueError(
-            f"mask must be [B|1, 1|H, Q|1, N] with N={key.shape[2]} keys; got {tuple(mask.shape)}."
+            f"mask must be [B|1, 1|H, Q|1, N] with N={other[2]} keys; got {tuple(mask.shape)}."
         )
