@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks import near
 from vla_pruner.pruning.scores import (
+    Attention,
     _by_operators,
     attention_column_mean,
     attention_rows,
@@ -122,9 +123,9 @@ def test_column_mean_equals_the_full_softmax(case):
     got = attention_column_mean(query, key, columns, **options)
     assert got.dtype == torch.float32
     near(got.double(), expected)
-    how = {**options, "chunk": 1 << 19, **options, "sinks": None}
-    rows, mask, weight = (how.pop(name) for name in ("rows", "mask", "row_weight"))
-    plain = _by_operators(query, key, columns, rows, mask, weight, **how)
+    how = dict(options)
+    rows, weight, chunk = (how.pop(name) for name in ("rows", "row_weight", "chunk"))
+    plain = _by_operators(Attention(query, key, **how), columns, rows, weight, chunk)
     near(plain.double(), expected)
 
 

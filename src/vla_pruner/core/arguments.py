@@ -78,6 +78,9 @@ class Drop:
             past = held(prefill, number, visual)
             left.offset = past.shape[1]
             left.retained = torch.cat([past, rows + prefill.past], dim=1)
+        assert left.tokens is not None
+        nowhere = torch.full_like(prefill.layout.visual, -1).expand(visual.shape[0], -1)
+        left.places = nowhere.scatter(1, left.tokens, left.columns + left.offset)
         stay = rows if earlier is None else torch.searchsorted(earlier, rows)
         return take(hidden, stay, dim=1)
 
@@ -174,18 +177,13 @@ def refuse_unknown(kwargs: Mapping[str, Any], length: int, kind: str) -> None:
         NotImplementedError: names the argument.
     """
     for name, value in kwargs.items():
-        if name in _PER_TOKEN and isinstance(value, Tensor):
-            continue
-        for one in _leaves(value):
-            if isinstance(one, Tensor):
-                table = name.startswith(ROTARY) and one.ndim in (3, 4)
-                shape: Any = tuple(one.shape)
-                unknown = length > 1 and length in shape[-3:] and not table
-            else:
-                shape = "(a block mask of flex_attention)"
-                unknown = type(one).__name__ == "BlockMask"
-            if unknown:
+        for one in [] if name in _PER_TOKEN and isinstance(value, Tensor) else _leaves(value):
+            shape: Any = tuple(one.shape) if isinstance(one, Tensor) else ()
+            table = name.startswith(ROTARY) and len(shape) in (3, 4)
+            if length > 1 and length in shape[-3:] and not table:
                 raise refusals.unknown_argument(kind, name, shape)
+            if type(one).__name__ == "BlockMask":
+                raise refusals.unknown_argument(kind, name, "(a block mask of flex_attention)")
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -7,7 +7,7 @@ code, what each pass is. `plan.py` says where, `arguments.py` how layers are cal
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -16,21 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner._flags import Flags
-from vla_pruner.core import dead_slots, refusals, scores
+from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
-from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.episodes import Step
-from vla_pruner.core.guides import guides
-from vla_pruner.core.hiding import Hide, implied_mask
+from vla_pruner.core.hooks import after, before, replace
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
-from vla_pruner.core.projected import project
 from vla_pruner.core.read_tokens import choose_beside
-from vla_pruner.core.skipping import skip_layers
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Choice, Evidence, Method
 
-STRATEGIES: dict[Mode, Strategy] = {"drop": Drop(), "hide": Hide()}
+STRATEGIES: dict[Mode, Strategy] = {"drop": Drop(), "hide": hiding.Hide()}
 
 
 class Cut:
@@ -72,15 +68,15 @@ class Cut:
         for index, layer in enumerate(self.layers):
             number, cuts_here = plan.number[index], index in plan.cuts
             if index in projected and cuts_here:
-                before(layer, partial(project, self, index, number - 1), undo)
+                before(layer, partial(scores.project, self, index, number - 1), undo)
             hook = partial(self.at_cut if cuts_here else self._behind_cut, number)
             if cuts_here and index == 0 and not self.readers:
-                hook = partial(dead_slots.before_layer_0, self)
-                after(layer, partial(dead_slots.fill_up, self), undo)
+                hook = partial(hiding.before_layer_0, self)
+                after(layer, partial(hiding.fill_up, self), undo)
             for one in [layer, *followers[index : index + 1]] if number else []:
                 before(one, hook, undo)
             if index in projected:
-                before(layer, partial(project, self, index, number), undo)
+                before(layer, partial(scores.project, self, index, number), undo)
         after(self.layers[-1], self._restore_length, undo)
 
     def attention(self, index: int) -> nn.Module:
@@ -158,7 +154,7 @@ class Cut:
         if in_prefill:
             hidden = self._cut(number, prefill, hidden)
         make = strategy.in_prefill if in_prefill else strategy.later
-        implied = partial(implied_mask, self, number, hidden, kwargs)
+        implied = partial(hiding.implied_mask, self, number, hidden, kwargs)
         kind = type(layer).__name__
         call = Call(kwargs, hidden, kind, implied, self.static_cache, self.rotary)
         left.arguments = make(call, prefill, left)
@@ -205,38 +201,39 @@ class Cut:
 
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
-        chosen = self._select(evidence)
+        features, method, number = evidence.features, self.method, evidence.number
+        if features.is_cpu or torch.compiler.is_compiling():
+            chosen = method.select(evidence)
+        else:
+            with self.flags.collect():  # What is broken is noted: looking at it would mean waiting.
+                chosen = method.select(evidence)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        kept, merge, (batch, size) = choice.kept, choice.merge, evidence.features.shape[:2]
-        name, number, count = self.method.name, evidence.number, evidence.keep_count
-        if (
-            kept.ndim != 2
-            or kept.shape[0] != batch
-            or (kept.shape[1] != count and not self.method.adaptive)
-        ):
-            raise refusals.wrong_choice(name, kept.shape, number, (batch, count))
-        if merge is not None and merge.shape != (*kept.shape, size):
-            raise refusals.wrong_merge(name, merge.shape, number, (*kept.shape, size))
+        kept, merge = choice.kept.shape, choice.merge
+        expected = len(features), *(kept[-1:] if method.adaptive else (evidence.keep_count,))
+        if kept != expected:
+            raise refusals.wrong_choice(method.name, kept, number, expected)
+        if merge is not None and merge.shape != (*kept, features.shape[1]):
+            raise refusals.wrong_merge(method.name, merge.shape, number, (*kept, features.shape[1]))
         return choice
 
-    def _select(self, evidence: Evidence) -> Tensor | Choice:
-        """What the method says; what is broken is noted where looking at it would mean waiting."""
-        if torch.compiler.is_compiling():
-            return self.method.select(evidence)
-        with self.flags.collect():
-            return self.method.select(evidence)
-
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
+        """What the method may look at when it decides about `tokens` `[B, m]`."""
         left, text_valid = prefill.sets[number], prefill.index.text_valid
-        assert prefill.features is not None and left.columns is not None
+        assert left.columns is not None
 
         def of_left(whole: Tensor | None) -> Tensor | None:
             return whole if number == 0 or whole is None else take(whole, tokens, dim=1)
 
+        found: dict[str, Tensor] = {}
+        for name, reading in self.plan.asked[number].items():
+            score = of_left(prefill.scores.get(reading))
+            if score is None:
+                layer = self.plan.readings[reading].spec.layer
+                raise refusals.unseen(layer, self.attention(layer))
+            found[name] = score
         features = of_left(prefill.features)
         assert features is not None
-        asked = self.plan.asked[number].items()
-        found = {name: self._score(number, reading, prefill, tokens) for name, reading in asked}
+        columns = left.columns.expand(hidden.shape[0], -1)
         return Evidence(
             features=features,
             semantic=found.get("semantic"),
@@ -246,24 +243,14 @@ class Cut:
             valid=of_left(prefill.layout.visual_valid),
             seeds=prefill.seeds,
             scores=found,
-            hidden=take(hidden, left.columns.expand(hidden.shape[0], -1), dim=1),
+            hidden=take(hidden, columns, dim=1) if self.method.sees_hidden else None,
             tokens=tokens,
             text=prefill.text,
             text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
-            **(guides(prefill, left, hidden) if self.plan.needs_text else {}),
+            **(scores.guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
-
-    def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:
-        """A score of the `tokens` that are left at cut `number`: `[B, m]`."""
-        score, at = prefill.scores.get(reading), self.plan.readings[reading].cuts
-        if score is None:
-            layer = self.plan.readings[reading].spec.layer
-            raise refusals.unseen(layer, self.attention(layer))
-        if at == number:
-            return score
-        return scores.spread(prefill, prefill.sets[at], score).gather(1, tokens)
 
     def _merged(self, number: int, prefill: Prefill, hidden: Tensor, gone_on: Tensor) -> Tensor:
         """What goes on, with the hidden states `[B, k, D]` that a choice makes of all."""
@@ -276,6 +263,31 @@ class Cut:
             alone = take(gone_on, left.columns, dim=1)
             joined = torch.where(prefill.full_rows[:, None, None], alone, joined)
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
+
+
+def skip_layers(cut: Cut, followers: Sequence[nn.Module], undo: ExitStack) -> None:
+    """Skip the plan's layers in passes that are followed, and those of a stack that follows."""
+
+    def see_output(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After layer 0: what a layer has to return."""
+        cut.tuples = isinstance(output, tuple)
+        if isinstance(output, tuple) and len(output) > 1:
+            raise refusals.several_outputs(layer, len(output))
+
+    def skip(layer: nn.Module) -> None:
+        original: Callable[..., Any] = layer.forward
+
+        def skipped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if cut.prefill is None:
+                return original(hidden_states, *args, **kwargs)
+            return (hidden_states,) if cut.tuples else hidden_states
+
+        replace(layer, "forward", skipped, undo)
+
+    for index in sorted(cut.plan.skipped):
+        for layers in [cut.layers, followers] if followers else [cut.layers]:
+            skip(layers[index])
+    after(cut.layers[0], see_output, undo)
 
 
 def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
-from vla_pruner.core.caches import Caches
-from vla_pruner.core.calls import Calls, by_name
-from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.calls import Caches, Calls, by_name
 from vla_pruner.core.cut import Cut, all_kept
 from vla_pruner.core.episodes import Episodes, Step
+from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.plan import budgets
 from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
@@ -71,6 +70,16 @@ class _Known:
     """Visual tokens that each cut has to leave."""
     views: tuple[tuple[int, ...], ...]
     """And of which cameras."""
+
+    def prefill(self, past: int) -> Prefill:
+        """A prefill of this layout behind `past` tokens, of which nothing is decided."""
+        layout, index = self.layout, self.index
+        places = layout.visual + past if past else layout.visual
+        whole = TokenSet(layout.views, index.tokens, layout.visual, places, offset=past)
+        sets = (whole, *map(TokenSet, self.views))
+        rows = layout.action_rows
+        acting = 1 if rows is None else len(range(*rows.indices(self.length)))
+        return Prefill(layout, "full", index, sets, self.counts, past, acting)
 
 
 class Passes:
@@ -120,7 +129,8 @@ class Passes:
         self._check(step, now)
         step.whole, self.calls.step = False, step
         cut.prefill = step.prefill
-        cut.prefill.start_pass()
+        if cut.phase == "later":
+            step.prefill.start_pass()
 
     def _step_of(self, now: Pass) -> Step | None:
         """The step that a pass of the decoder begins or continues; None: it is left alone."""
@@ -137,7 +147,7 @@ class Passes:
             step = self._prefill(now, layout, step)
         elif now.past == 0:
             self._leave_alone(now.length)
-        if layout is not None or now.past == 0:
+        if now.cache is not None and (layout is not None or now.past == 0):
             self.caches.mark(now.cache, step)
         return step
 
@@ -168,32 +178,30 @@ class Passes:
         if in_prefill:
             self._refuse_unhooked(step.prefill)
         if step.prefill.observed is not None:
-            step.add(step.prefill.observed, self._action_rows(step.prefill, now))
+            rows = step.prefill.acting if in_prefill else self._acting_later(now)
+            step.add(step.prefill.observed, rows)
         if in_prefill and self.own_hooks:
             self.cut.end(step)
-        step.prefill.finish_pass(own=self.own_results and in_prefill)
+        step.prefill.finish_pass()
+        if in_prefill and self.own_results:
+            step.prefill.own_results()
         if len(set(step.ids)) > 1 and stack is self.adapter.decoder:
             cache = getattr(output, "past_key_values", None) if now.cache is None else now.cache
             self.caches.written(cache, step, now.past + now.length, in_prefill=in_prefill)
         step.whole = True
 
-    def _action_rows(self, prefill: Prefill, now: Pass) -> int:
-        """Action queries of a pass."""
-        if self.cut.phase == "prefill":
-            acting = prefill.layout.action_rows
-            return 1 if acting is None else len(range(*acting.indices(prefill.length)))
+    def _acting_later(self, now: Pass) -> int:
+        """Action queries of a pass that is no prefill."""
         rows = self.adapter.reader_rows(now.length) if self.cut.readers else None
         return now.length if rows is None else rows.stop - rows.start
 
     # ------------------------------------------------------------------ prefills
     def _prefill(self, now: Pass, layout: Layout, continued: Step | None) -> Step:
         """A prefill that shows an image: a new step, or one more pass of the step in progress."""
-        self.cut.flags.raise_noted()  # The step before is over, and so is the wait for it.
+        if self.cut.flags.noted:  # The step before is over, and so is the wait for it.
+            self.cut.flags.raise_noted()
         frames, self.frames = self.frames, None
-        known = self._what_follows(layout, now)
-        whole = TokenSet(layout.views, known.index.tokens, layout.visual, offset=now.past)
-        sets = (whole, *map(TokenSet, known.views))
-        prefill = Prefill(layout, "full", known.index, sets, known.counts, now.past)
+        prefill = self._known_of(layout, now).prefill(now.past)
         if continued is not None and continued.prefill.mode != "full":
             prefill.before = continued.prefill
         shared = self.calls.shared
@@ -203,7 +211,8 @@ class Passes:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
             own = self.cut.begin(step, self.mode, frames, now.kwargs) if self.own_hooks else None
             prefill.mode = own or self._mode(step, now.cache)
-            self._fill_in(step)
+            if any(step.full) or len(set(step.ids)) < now.batch:
+                self._tell_rows_apart(step)
             self.latest = step
         self.calls.shared = step if self.calls.together else None
         self.prefilled = step
@@ -219,7 +228,7 @@ class Passes:
         step.prefill = prefill
         return step
 
-    def _fill_in(self, step: Step) -> None:
+    def _tell_rows_apart(self, step: Step) -> None:
         """What a step's rows, which may be full steps or beams of one another, mean for a cut."""
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
@@ -245,7 +254,7 @@ class Passes:
             raise refusals.masks_of_kinds(self.adapter.decoder, cuts[0])
         return mode
 
-    def _what_follows(self, layout: Layout, now: Pass) -> _Known:
+    def _known_of(self, layout: Layout, now: Pass) -> _Known:
         """What follows from a layout, worked out once for each."""
         known, shape = self._known, (now.batch, now.length)
         if known is None or known.layout is not layout or (known.batch, known.length) != shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -68,10 +67,6 @@ def _of_others(
     cuts: int,
 ) -> Evidence:
     """The evidence of the tokens at `rest` `[B, n]`, with the budget that `taken` tokens leave."""
-
-    def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else take(tensor, rest, dim=1)
-
     views: tuple[int, ...] = (rest.shape[1],)
     if len(evidence.views) > 1 and method.budget == "view":
         if cuts > 1:
@@ -82,18 +77,8 @@ def _of_others(
             for size, end in zip(evidence.views, ends, strict=True)
         )
     assert evidence.keep_count is not None
-    return replace(
-        evidence,
-        features=take(evidence.features, rest, dim=1),
-        semantic=part(evidence.semantic),
-        forecast=part(evidence.forecast),
-        views=views,
-        valid=part(evidence.valid),
-        scores={name: take(score, rest, dim=1) for name, score in evidence.scores.items()},
-        hidden=part(evidence.hidden),
-        tokens=part(evidence.tokens),
-        keep_count=min(max(evidence.keep_count - taken, 0), rest.shape[1]),
-    )
+    count = min(max(evidence.keep_count - taken, 0), rest.shape[1])
+    return evidence.of(lambda tensor: take(tensor, rest, dim=1), views, count)
 
 
 def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:

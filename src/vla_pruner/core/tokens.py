@@ -89,7 +89,7 @@ class TokenSet:
     columns: Tensor | None = None
     """[B, m] where they are among the rows that these layers get."""
     places: Tensor | None = None
-    """[B, M] where each visual token is among the keys of these layers, -1 if it was cut."""
+    """[B|1, M] where each visual token is among the keys of these layers, -1 if it was cut."""
     rows: Tensor | None = None
     """[B, n] rows of the prefill that these layers get; None: all S of them."""
     retained: Tensor | None = None
@@ -123,6 +123,8 @@ class Prefill:
     counts: tuple[int, ...] = ()
     """Visual tokens to leave at each cut."""
     past: int = 0
+    acting: int = 1
+    """Action queries that it holds; the last row, if it holds none."""
     before: Prefill | None = None
     """An earlier prefill in the same cache, from which tokens were removed."""
     forecast: Tensor | None = None
@@ -144,7 +146,7 @@ class Prefill:
     query_weights: Tensor | None = None
     """[B, T] weights of the rows of text."""
     scores: dict[int, Tensor] = field(default_factory=dict)
-    """[B, m] scores by number of reading."""
+    """[B, M] scores by number of reading, 0 at tokens that had left."""
     observed: Tensor | None = None
     """[B, M] attention of this pass's action queries, summed over the watched layers."""
     watched: int = 0
@@ -179,14 +181,15 @@ class Prefill:
         for one in self.sets:
             one.arguments = {}
 
-    def finish_pass(self, *, own: bool) -> None:
-        """Let go of what only the pass itself needed; `own` copies what stays."""
+    def finish_pass(self) -> None:
+        """Let go of what only the pass itself needed."""
         self.start_pass()
         self.features = self.text = self.query_weights = self.before = None
-        if own:
-            # The next replay of a CUDA graph writes over what the last one gave.
-            for one in self.sets[1:]:
-                for name, result in vars(one).items():
-                    if isinstance(result, Tensor):
-                        setattr(one, name, result.clone())
-            self.scores = {number: score.clone() for number, score in self.scores.items()}
+
+    def own_results(self) -> None:
+        """Copy what stays: the next replay of a CUDA graph writes over what the last one gave."""
+        for one in self.sets[1:]:
+            for name, result in vars(one).items():
+                if isinstance(result, Tensor):
+                    setattr(one, name, result.clone())
+        self.scores = {number: score.clone() for number, score in self.scores.items()}

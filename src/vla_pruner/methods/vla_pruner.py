@@ -123,7 +123,7 @@ class VLAPruner(OneCut):
     def full_step(self, context: StepContext) -> bool:
         """Warm-up, or a refresh that is due."""
         due = self.refresh is not None and context.since_full >= self.refresh - 1
-        return context.step < self.warmup or due
+        return context.step < self.window or due
 
     def semantic_layer(self, cut: int) -> int:
         """`score_layer`, or the last layer before the cut."""

@@ -150,6 +150,12 @@ def decaying_window(
         for entry, age in zip(history.unbind(1), ages, strict=False):
             total = total.add(entry, alpha=gamma**age)
         return total
+    return _windows(history, count, gamma, newest_heaviest)
+
+
+def _windows(history: Tensor, count: Tensor, gamma: float, newest_heaviest: bool) -> Tensor:
+    """`decaying_window` of rows that have seen different numbers of steps, `count` `[B]`."""
+    window = history.shape[1]
     place = torch.arange(1, window + 1, device=history.device)
     known = count.to(history.device).clamp(max=window)[:, None]
     power = place.expand(known.shape[0], window) if newest_heaviest else known - place

@@ -12,13 +12,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vla_pruner.pruning import compiled
 from vla_pruner.pruning.compiled import Unavailable
+
+if TYPE_CHECKING:
+    from vla_pruner.pruning.scores import Attention
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
@@ -68,6 +71,7 @@ class _Attention(ctypes.Structure):
     )
 
 
+_IN_C = (torch.float32, torch.bfloat16, torch.float16)
 _MASKS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
@@ -276,24 +280,21 @@ def _in_pairs(tensor: Tensor) -> bool:
 
 
 def column_mean(
-    library: ctypes.CDLL,
-    query: Tensor,
-    key: Tensor,
+    seen: Attention,
     columns: Tensor,
     rows: Tensor,
-    mask: Tensor | None,
     row_weight: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-) -> Tensor:
-    """`scores.attention_column_mean` (see there) of tensors on the CPU; `rows` are `[B|1, R]`.
+    library: ctypes.CDLL | None = None,
+) -> Tensor | None:
+    """`scores.column_mean` (see there), with `rows` `[R]` or `[B, R]`; None: C cannot read these.
 
     Raises:
         ValueError: a row or a column that is not there.
     """
+    query, key, mask, sinks = seen.query, seen.key, seen.mask, seen.sinks
+    library = library or reading(query, key, columns, rows, mask, row_weight, sinks)
+    if library is None or query.dtype not in _IN_C or key.dtype != query.dtype:
+        return None
     (query, key), pairs = _as_c_reads(library, query, key)
     batch, heads, queries, dim = query.shape
     hidden_below, mask_stride = 0.0, (0, 0, 0)
@@ -318,8 +319,13 @@ def column_mean(
         tuple(stride // words for stride in query.stride()[:3]),
         tuple(stride // words for stride in key.stride()[:3]),
         mask_stride,
-        *(scale, softcap or 0.0, hidden_below),
-        *(pairs, _MASKS[None if mask is None else mask.dtype], causal, torch.get_num_threads()),
+        *(seen.scale, seen.softcap or 0.0, hidden_below),
+        *(
+            pairs,
+            _MASKS[None if mask is None else mask.dtype],
+            seen.causal,
+            torch.get_num_threads(),
+        ),
     )
     memory = _memory.get(library.column_mean_words(ctypes.byref(call)))
     call.memory = memory.data_ptr()
@@ -342,6 +348,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 def _try(library: ctypes.CDLL) -> None:
     """Declare the functions of a library, and refuse one that gives wrong answers."""
+    from vla_pruner.pruning.scores import Attention
+
     for name, (arguments, result) in _FUNCTIONS.items():
         try:
             function = getattr(library, name)
@@ -357,9 +365,8 @@ def _try(library: ctypes.CDLL) -> None:
         one = torch.tensor([[[[1, 0, 0, 0]]]], dtype=dtype, device="cpu")
         two = torch.tensor([[[[0, 0, 0, 0], [1, 0, 0, 0]]]], dtype=dtype, device="cpu")
         columns = torch.tensor([[1]], dtype=torch.int64, device="cpu")
-        how: dict[str, Any] = dict(scale=1.0, causal=False, softcap=None)
-        got = column_mean(library, one, two, columns, 0 * columns, None, None, None, **how)
-        if abs(float(got) - 1 / (1 + math.exp(-1))) > 1e-5:
+        got = column_mean(Attention(one, two, 1.0), columns, 0 * columns, None, library)
+        if got is None or abs(float(got) - 1 / (1 + math.exp(-1))) > 1e-5:
             raise Unavailable("the compiled scores are wrong")
 
 

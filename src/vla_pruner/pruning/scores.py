@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,42 @@ _HIDDEN = -1e30
 
 # Query rows of a block: few enough that a causal mask saves nearly half of the work.
 _BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Queries and keys of one attention as its kernel saw them.
+
+    Args:
+        query: `[B, Hq, Q, D]`, after RoPE.
+        key: `[B, Hkv, N, D]`, after RoPE; Hq is a multiple of Hkv (grouped-query attention).
+        scale: factor on `Q K^T`, usually `D ** -0.5`.
+        mask: `[B|1, 1|Hq, Q|1, N]`, bool (True may attend) or additive. With `causal` both apply.
+        causal: query row i sees keys up to `N - Q + i`.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+        sinks: `[Hq]`, a logit in every softmax of a head that belongs to no key (gpt-oss).
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    mask: Tensor | None = None
+    causal: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def check(self) -> None:
+        """Refuse shapes that do not fit together (ValueError)."""
+        one, other, mask = tuple(self.query.shape), tuple(self.key.shape), self.mask
+        if len(one) != 4 or len(other) != 4 or one[::3] != other[::3] or one[1] % other[1]:
+            raise ValueError(
+                "query and key must be [B, H, tokens, D], agree in batch and head size, and query "
+                f"heads must be a multiple of the key heads; got {one} and {other}."
+            )
+        if mask is not None and (mask.ndim != 4 or mask.shape[-1] != other[2]):
+            raise ValueError(
+                f"mask must be [B|1, 1|H, Q|1, N] with N={other[2]} keys; got {tuple(mask.shape)}."
+            )
 
 
 @torch.no_grad()
@@ -46,7 +83,7 @@ def attention_rows(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(query, key, mask)
+    Attention(query, key, scale, mask).check()
     rows, keys = query.shape[2], key.shape[2]
     last_visible = torch.arange(keys - rows, keys, device=key.device) if causal else None
     shown = max(0, keys - rows + 1) if causal else keys
@@ -96,18 +133,31 @@ def attention_column_mean(
     Raises:
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
-    _check(query, key, mask)
+    seen = Attention(query, key, scale, mask, causal, softcap, sinks)
+    return column_mean(seen, columns, rows, row_weight, chunk=chunk)
+
+
+@torch.no_grad()
+def column_mean(
+    seen: Attention,
+    columns: Tensor,
+    rows: Rows = None,
+    row_weight: Tensor | None = None,
+    *,
+    chunk: int = 1 << 19,
+) -> Tensor:
+    """What `attention_column_mean` says of an attention: `[B, M]` fp32."""
+    seen.check()
     if torch.compiler.is_compiling():
         picked = rows if isinstance(rows, Tensor) else None
         span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
-        options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
-        return _column_mean_node(query, key, columns, picked, *span, *options)
-    number, tensors = _row_numbers(rows, query.shape[2], query.device), (mask, row_weight, sinks)
-    how: dict[str, Any] = dict(scale=scale, causal=causal, softcap=softcap)
-    library = native.reading(query, key, columns, number, *tensors)
-    if library is None or query.dtype not in _IN_C or key.dtype != query.dtype:
-        return _by_operators(query, key, columns, rows, *tensors, **how, chunk=chunk)
-    return native.column_mean(library, query, key, columns, number, *tensors, **how)
+        options = (seen.mask, row_weight, seen.sinks, seen.scale, seen.causal, seen.softcap, chunk)
+        return _column_mean_node(seen.query, seen.key, columns, picked, *span, *options)
+    number = _row_numbers(rows, seen.query.shape[2], seen.query.device)
+    received = native.column_mean(seen, columns, number, row_weight)
+    if received is None:
+        received = _by_operators(seen, columns, rows, row_weight, chunk)
+    return received
 
 
 # One operator, so that a compiled graph holds one node for any number of rows and keys.
@@ -133,19 +183,10 @@ def _column_mean_node(
     softcap: float | None,
     chunk: int,
 ) -> Tensor:
-    """`attention_column_mean` with rows as a tensor, or from `start` to `stop`."""
-    return attention_column_mean(
-        query,
-        key,
-        columns,
-        scale=scale,
-        mask=mask,
-        causal=causal,
-        rows=slice(start, stop) if rows is None else rows,
-        row_weight=row_weight,
-        softcap=softcap,
-        sinks=sinks,
-        chunk=chunk,
+    """`column_mean` with rows as a tensor, or from `start` to `stop`."""
+    seen = Attention(query, key, scale, mask, causal, softcap, sinks)
+    return column_mean(
+        seen, columns, slice(start, stop) if rows is None else rows, row_weight, chunk=chunk
     )
 
 
@@ -154,24 +195,11 @@ def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], columns.shape[1]), dtype=torch.float32)
 
 
-_IN_C = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def _by_operators(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    rows: Rows,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-    chunk: int,
+    seen: Attention, columns: Tensor, rows: Rows, row_weight: Tensor | None, chunk: int
 ) -> Tensor:
-    """`attention_column_mean` with PyTorch's operators: the reference."""
+    """`column_mean` with PyTorch's operators: the reference."""
+    query, key, mask, causal, sinks = seen.query, seen.key, seen.mask, seen.causal, seen.sinks
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -208,9 +236,9 @@ def _by_operators(
                 probabilities = _probabilities(
                     block_query[:, own],
                     key[:, low:high, :visible],
-                    scale,
+                    seen.scale,
                     _of_heads(bias, own),
-                    softcap,
+                    seen.softcap,
                     None if sinks is None else sinks[own],
                 )
                 own_weight = None if weight is None else weight[:, start:stop]
@@ -352,17 +380,3 @@ def _pick(tensor: Tensor, at: slice | Tensor, dim: int) -> Tensor:
     target[0], target[dim] = batch, at.shape[1]
     tensor = tensor.expand([batch, *tensor.shape[1:]])
     return tensor.gather(dim, at.view(shape).expand(target))
-
-
-def _check(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-    """Refuse what is no attention (ValueError)."""
-    one, other = tuple(query.shape), tuple(key.shape)
-    if len(one) != 4 or len(other) != 4 or one[::3] != other[::3] or one[1] % other[1]:
-        raise ValueError(
-            "query and key must be [B, H, tokens, D], agree in batch and head size, and query "
-            f"heads must be a multiple of the key heads; got {one} and {other}."
-        )
-    if mask is not None and (mask.ndim != 4 or mask.shape[-1] != other[2]):
-        raise ValueError(
-            f"mask must be [B|1, 1|H, Q|1, N] with N={other[2]} keys; got {tuple(mask.shape)}."
-        )
