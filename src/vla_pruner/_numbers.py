@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-def on_device(values: Sequence[object], device: torch.device, dtype: type = np.int64) -> Tensor:
-    """These numbers (or rows of them) as a tensor; `torch.tensor(values, device=...)` would wait.
-
-    Args:
-        values: numbers, or sequences of them of one length.
-        device: where they are needed.
-        dtype: NumPy's.
-    """
-    return torch.from_numpy(np.array(values, dtype=dtype)).to(device, non_blocking=True)
+def on_device(
+    values: Sequence[object], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Numbers, or rows of them, as a tensor; `torch.tensor(values, device=...)` would wait."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,13 +160,14 @@ def by_name(
 # -- caches --------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Mark:
     """What a session knows of a cache; copies of the cache share it."""
 
-    def __init__(self, caches: Caches, step: Step | None) -> None:
-        self.caches = weakref.ref(caches)
-        self.step = step  # None: it holds no image that this session has seen.
-        self.order: Order | None = None
+    caches: weakref.ref[Caches]
+    step: Step | None
+    """None: it holds no image that this session has seen."""
+    order: Order | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
         return self
@@ -219,7 +221,7 @@ class Caches:
     def mark(self, cache: Any, step: Step | None) -> None:
         """This cache belongs to a step; None: it holds no image."""
         if cache is not None and hasattr(cache, "__dict__"):
-            setattr(cache, _MARK, Mark(self, step))
+            setattr(cache, _MARK, Mark(weakref.ref(self), step))
 
     def of(self, cache: Any) -> Mark | None:
         """The mark of a cache."""

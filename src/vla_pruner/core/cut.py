@@ -122,12 +122,17 @@ class Cut:
             return
         hidden = args[0] if args else self.signatures[layer].bind(args, kwargs)[0]
         prefill.features = take(hidden, prefill.layout.visual, dim=1)
-        if prefill.index.text_rows is not None and self.plan.needs_text:
+        if self.plan.needs_text:
+            self._see_text(prefill, prefill.features, hidden)
+
+    def _see_text(self, prefill: Prefill, features: Tensor, hidden: Tensor) -> None:
+        """The instruction among `hidden` `[B, S, D]`, and how much its words count."""
+        if prefill.index.text_rows is not None:
             prefill.text = take(hidden, prefill.index.text_rows, dim=1)
         if self.weighted:
             assert prefill.text is not None and prefill.index.text_valid is not None
             valid = prefill.index.text_valid.expand(hidden.shape[0], -1)
-            prefill.query_weights = self.method.query_weights(prefill.features, prefill.text, valid)
+            prefill.query_weights = self.method.query_weights(features, prefill.text, valid)
 
     def _behind_cut(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,9 +159,7 @@ class Cut:
         if in_prefill:
             hidden = self._cut(number, prefill, hidden)
         make = strategy.in_prefill if in_prefill else strategy.later
-        implied = partial(hiding.implied_mask, self, number, hidden, kwargs)
-        kind = type(layer).__name__
-        call = Call(kwargs, hidden, kind, implied, self.static_cache, self.rotary)
+        call = Call(self, number, layer, hidden, kwargs)
         left.arguments = make(call, prefill, left)
         return (hidden,), {**kwargs, **left.arguments}
 

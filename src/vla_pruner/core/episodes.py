@@ -131,12 +131,8 @@ class Episodes:
             self._episode(name).motion.append(float(value))
 
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
-        """The last step of these episodes is over, and the next begins with `prefill`.
-
-        Fills in the prefill's forecast, motion and seeds.
-
-        Raises:
-            ValueError: a method that needs motion gets none; or the cameras changed.
+        """The last step of these episodes is over, and the next begins with `prefill`, which is
+        told forecast, motion and seeds. Errors: ValueError, no motion or other cameras.
         """
         with self._lock:
             if self._needs_motion:
@@ -226,14 +222,9 @@ class Episodes:
         # A broken frame (NaN, infinity) is remembered as the last good one was.
         good = observed.isfinite().all()
         observed = torch.where(good, observed, episode.memory[:1])
-        carried = spec.censored != "zero"
-        seen = step.kept(rows[0], self.plan.action_cuts) if carried else None
-        memory, _ = spec.update(
-            episode.memory[None],
-            episode.observations,
-            observed,
-            kept=None if seen is None else seen[None],
-        )
+        seen = step.kept(rows[0], self.plan.action_cuts) if spec.censored != "zero" else None
+        kept = None if seen is None else seen[None]
+        memory, _ = spec.update(episode.memory[None], episode.observations, observed, kept)
         episode.memory = memory[0]
         episode.observations += 1
 

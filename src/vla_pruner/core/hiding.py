@@ -46,7 +46,7 @@ class Hide:
     def in_prefill(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
         assert left.present is not None
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
-        if call.rotary is not None:
+        if call.cut.rotary is not None:
             rank = (left.present.long().cumsum(dim=1) - 1).clamp_min(0)
             found |= {"position_ids": None, ROTARY: take_rotary(one_table(call), rank)}
         return found
@@ -54,7 +54,7 @@ class Hide:
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
         assert left.present is not None
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
-        if call.rotary is not None:
+        if call.cut.rotary is not None:
             found |= renumbered(call, (~left.present).sum(dim=1, keepdim=True))
         return found
 
@@ -62,7 +62,7 @@ class Hide:
 def _full_mask(call: Call) -> Tensor:
     mask: Tensor | None = call.kwargs.get("attention_mask")
     if mask is None:
-        return call.implied()
+        return implied_mask(call.cut, call.number, call.hidden, call.kwargs)
     if mask.ndim != 4:
         raise refusals.no_mask_to_hide_in()
     return mask

@@ -136,12 +136,9 @@ class Passes:
         """The step that a pass of the decoder begins or continues; None: it is left alone."""
         step, layout = None, None
         if now.past:
-            step = self.caches.continued(now, self.calls.shared)
-        if now.past == 0 and now.length > 1:
+            step, layout = self._continued(now)
+        elif now.length > 1:
             layout = self.adapter.layout(now.inputs, now.kwargs)
-        elif now.past and (now.length > 1 or step is None or step.prefill.layout.read):
-            layout = self.adapter.continued(now.inputs, now.kwargs, now.past)
-            self._refuse_split(layout, step, now.past)
         if layout is not None:
             self.cut.phase = "prefill"
             step = self._prefill(now, layout, step)
@@ -150,6 +147,14 @@ class Passes:
         if now.cache is not None and (layout is not None or now.past == 0):
             self.caches.mark(now.cache, step)
         return step
+
+    def _continued(self, now: Pass) -> tuple[Step | None, Layout | None]:
+        """The step that the cache of a pass belongs to, and the layout of an image that it adds."""
+        step, layout = self.caches.continued(now, self.calls.shared), None
+        if now.length > 1 or step is None or step.prefill.layout.read:
+            layout = self.adapter.continued(now.inputs, now.kwargs, now.past)
+            self._refuse_split(layout, step, now.past)
+        return step, layout
 
     def _read_by(self, now: Pass) -> Step | None:
         """The step that an action expert reads: its output, or its cache, maybe in a copy."""
@@ -233,7 +238,7 @@ class Passes:
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
         if prefill.mode == "hide" and any(full):
-            prefill.full_rows = on_device(full, device, bool)
+            prefill.full_rows = on_device(full, device, torch.bool)
         if len(set(ids)) < len(ids):
             leaders = [ids.index(name) for name in ids]
             prefill.leader = on_device(leaders, device)
@@ -246,10 +251,8 @@ class Passes:
         if not cuts or (all(full) and earlier is None):
             return "full"
         mode: Mode = "hide" if any(full) and not all(full) else self.mode
-        if earlier is not None and "hide" in (mode, earlier.mode):
-            raise refusals.second_image()
-        if earlier is not None and cuts[0] == 0:
-            raise refusals.second_image_at_0(self.method.name)
+        if earlier is not None:
+            self._refuse_second(mode, earlier)
         if cache is not None and not self.plan.one_mask:
             raise refusals.masks_of_kinds(self.adapter.decoder, cuts[0])
         return mode
@@ -280,12 +283,20 @@ class Passes:
             raise refusals.other_batch(len(step.ids), now.batch)
         if now.stack.training and getattr(now.stack, "gradient_checkpointing", False):
             raise refusals.checkpointing()
-        window, in_decoder = self.plan.window, now.stack is self.adapter.decoder
-        if window is not None and in_decoder and step.prefill.mode != "full":
-            in_prefill = self.cut.phase == "prefill"
-            seen = step.prefill.total if in_prefill else now.past + now.length
-            if seen > window:
-                raise refusals.beyond_window(seen, window)
+        if self.plan.window is not None and now.stack is self.adapter.decoder:
+            self._refuse_far(step.prefill, now, self.plan.window)
+
+    def _refuse_far(self, prefill: Prefill, now: Pass, window: int) -> None:
+        seen = prefill.total if self.cut.phase == "prefill" else now.past + now.length
+        if seen > window and prefill.mode != "full":
+            raise refusals.beyond_window(seen, window)
+
+    def _refuse_second(self, mode: Mode, earlier: Prefill) -> None:
+        """A second image in a cache whose first one was pruned."""
+        if "hide" in (mode, earlier.mode):
+            raise refusals.second_image()
+        if self.plan.cuts[0] == 0:
+            raise refusals.second_image_at_0(self.method.name)
 
     def _refuse_split(self, layout: Layout | None, step: Step | None, past: int) -> None:
         if layout is None or step is None or step.prefill.total != past:

@@ -36,8 +36,7 @@ _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux", "position_embedding
 def see(cut: Cut, shown: Shows, keys: int | None) -> Attention:
     """What an attention function gets; `keys`, where no mask says how many: None, all.
 
-    Raises:
-        NotImplementedError: an argument that changes the attention in an unknown way.
+    Errors: NotImplementedError, an argument that does something unknown.
     """
     attention, query, key, mask, kwargs = shown
     for name, value in kwargs.items():

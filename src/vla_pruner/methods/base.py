@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
@@ -347,18 +346,22 @@ class Method:
 
     def by_view(self, evidence: Evidence, choose: Callable[[Evidence, int], Tensor]) -> Tensor:
         """`choose(evidence, k)` of all tokens, or of each view by itself: `[B, k]`, ascending."""
-        views, count, start, chosen = evidence.views, evidence.keep_count, 0, []
-        parts, shares = (evidence,), (self.kept(views) if count is None else count,)
-        if self.budget == "view":
-            spans = pairwise((0, *accumulate(views)))
-            parts = tuple(evidence.within(slice(*span)) for span in spans)
-            shares = self.split(views, shares[0], 0 if count is None else evidence.number)
-        for part, k in zip(parts, shares, strict=True):
+        k = self.kept(evidence.views) if evidence.keep_count is None else evidence.keep_count
+        parts = ((evidence, k),) if self.budget == "global" else self._parts(evidence, k)
+        chosen, start = [], 0
+        for part, k in parts:
             batch, size = part.features.shape[:2]
             everything = torch.arange(k, device=part.features.device).expand(batch, k)
             chosen.append(start + (everything if k in (0, size) else choose(part, k)))
             start += size
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+    def _parts(self, evidence: Evidence, k: int) -> Iterable[tuple[Evidence, int]]:
+        """Each view, and what it keeps of k."""
+        views, number = evidence.views, 0 if evidence.keep_count is None else evidence.number
+        spans = pairwise((0, *accumulate(views)))
+        parts = [evidence.within(slice(*span)) for span in spans]
+        return zip(parts, self.split(views, k, number), strict=True)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         return Budget(self.keep, self.budget).resolve(views)
@@ -418,11 +421,12 @@ class OneCut(Method):
 
     def select(self, evidence: Evidence) -> Tensor | Choice:
         """What `choose` says of all tokens, or of each view."""
-        evidence.check(self.name, *self._asked)
+        evidence.check(self.name)
+        if evidence.semantic is None or evidence.forecast is None:
+            self._refuse_missing(evidence)
         return self.by_view(evidence, self.choose)
 
-    @cached_property
-    def _asked(self) -> tuple[str, ...]:
-        """Fields of the evidence that have to be there."""
-        asked = {"semantic": self.semantic_rows, "forecast": self.history}
-        return tuple(name for name, wanted in asked.items() if wanted is not None)
+    def _refuse_missing(self, evidence: Evidence) -> None:
+        semantic = ("semantic",) if self.semantic_rows is not None else ()
+        forecast = ("forecast",) if self.history is not None else ()
+        evidence.check(self.name, *semantic, *forecast)

@@ -114,11 +114,10 @@ def by_operators() -> Iterator[None]:
 def reading(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """What is compiled, for one call, if C can read these: plain tensors on the CPU, or None."""
     library = None if _held_back else _library()[0]
-    for one in tensors:
-        if one is not None and (type(one) is not Tensor or one.device.type != "cpu"):
-            return None
-    if library is not None:
-        _calls[0] += 1
+    plain = (one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors)
+    if library is None or not all(plain):
+        return None
+    _calls[0] += 1
     return library
 
 
@@ -205,16 +204,14 @@ def _search(
 
 
 def top_k(library: ctypes.CDLL, scores: Tensor, k: int, valid: Tensor | None) -> Tensor:
-    """`selection.top_k` of `[B, n]`, with k in range. Errors: ValueError, a NaN."""
-    scores = scores.float().contiguous()
-    valid = None if valid is None else valid.contiguous()
-    (batch, size) = scores.shape
-    memory = _memory.get(2 * size + 1)
-    picks = torch.empty(batch, k, dtype=torch.int64, device="cpu")
-    for row in range(batch):
+    """`selection.top_k` of `[..., n]`, with k in range. Errors: ValueError, a NaN."""
+    (*lead, size), memory = scores.shape, _memory.get(2 * scores.shape[-1] + 1)
+    scores, valid = _flat(scores, size), None if valid is None else _flat(valid, size)
+    picks = torch.empty(len(scores), k, dtype=torch.int64, device="cpu")
+    for row in range(len(scores)):
         *at, to = _at(row, scores, valid, picks)
         _settled(library.top_k(*at, size, k, memory.data_ptr(), to))
-    return picks
+    return picks.view(*lead, k)
 
 
 def combine_then_filter(
@@ -223,28 +220,28 @@ def combine_then_filter(
     semantic: Tensor,
     action: Tensor,
     valid: Tensor | None,
-    *,
     k: int,
     nearest: bool,
 ) -> Tensor:
-    """`selection.combine_then_filter` of `[B, n]`, with shapes that fit and k in range.
-
-    Raises:
-        ValueError: NaN scores, or features among the pooled ones that are not finite.
-    """
-    (features,), pairs = _as_c_reads(library, features)
-    semantic, action = semantic.float().contiguous(), action.float().contiguous()
-    valid = None if valid is None else valid.contiguous()
-    length = None if pairs else torch.linalg.vector_norm(features, dim=2)
-    (batch, size), words = semantic.shape, 1 + pairs
-    shape = size, features.shape[2] // words, features.stride(1) // words
+    """`selection.combine_then_filter`, with shapes that fit and k in range. Errors: ValueError."""
+    *lead, size, width = features.shape
+    (features,), pairs = _as_c_reads(library, features.detach().view(-1, size, width))
+    semantic, action = _flat(semantic, size), _flat(action, size)
+    valid = None if valid is None else _flat(valid, size)
+    length, words = None if pairs else torch.linalg.vector_norm(features, dim=2), 1 + pairs
+    shape = size, width // words, features.stride(1) // words
     memory = _memory.get(library.choice_words(size, k))
-    kept = torch.empty(batch, k, dtype=torch.int64, device="cpu")
-    for row in range(batch):
+    kept = torch.empty(len(features), k, dtype=torch.int64, device="cpu")
+    for row in range(len(features)):
         *at, to = _at(row, semantic, action, valid, features, length, kept)
         how = pairs, k, nearest, torch.get_num_threads(), memory.data_ptr()
         _settled(library.combine_then_filter(*at, *shape, *how, to))
-    return kept
+    return kept.view(*lead, k)
+
+
+def _flat(tensor: Tensor, size: int) -> Tensor:
+    """Scores in fp32, or which tokens are valid: `[rows, size]`."""
+    return (tensor if tensor.dtype == torch.bool else tensor.float()).reshape(-1, size).contiguous()
 
 
 def _at(row: int, *tensors: Tensor | None) -> list[int | None]:
@@ -286,10 +283,9 @@ def column_mean(
     row_weight: Tensor | None,
     library: ctypes.CDLL | None = None,
 ) -> Tensor | None:
-    """`scores.column_mean` (see there), with `rows` `[R]` or `[B, R]`; None: C cannot read these.
+    """`scores.column_mean`, with `rows` `[R]` or `[B, R]`; None: C cannot read these.
 
-    Raises:
-        ValueError: a row or a column that is not there.
+    Errors: ValueError, a row or a column that is not there.
     """
     query, key, mask, sinks = seen.query, seen.key, seen.mask, seen.sinks
     library = library or reading(query, key, columns, rows, mask, row_weight, sinks)
@@ -297,12 +293,9 @@ def column_mean(
         return None
     (query, key), pairs = _as_c_reads(library, query, key)
     batch, heads, queries, dim = query.shape
-    hidden_below, mask_stride = 0.0, (0, 0, 0)
+    kind, hidden_below, mask_stride = _MASKS[None], 0.0, (0, 0, 0)
     if mask is not None:
-        if mask.dtype != torch.bool:
-            hidden_below = torch.finfo(mask.dtype).min / 2
-            mask = mask if mask.dtype in _MASKS else mask.float()
-        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+        mask, kind, hidden_below = _mask(mask)
         mask_stride = mask.expand(batch, heads, queries, -1).stride()[:3]
     rows, columns = (t.expand(batch, -1).to(torch.int64).contiguous() for t in (rows, columns))
     if row_weight is not None:
@@ -320,12 +313,7 @@ def column_mean(
         tuple(stride // words for stride in key.stride()[:3]),
         mask_stride,
         *(seen.scale, seen.softcap or 0.0, hidden_below),
-        *(
-            pairs,
-            _MASKS[None if mask is None else mask.dtype],
-            seen.causal,
-            torch.get_num_threads(),
-        ),
+        *(pairs, kind, seen.causal, torch.get_num_threads()),
     )
     memory = _memory.get(library.column_mean_words(ctypes.byref(call)))
     call.memory = memory.data_ptr()
@@ -335,6 +323,14 @@ def column_mean(
             f"{key.shape[2]} keys; one of them names another, or no row would vote."
         )
     return received
+
+
+def _mask(mask: Tensor) -> tuple[Tensor, int, float]:
+    """A mask that C reads key by key, its kind, and up to where an additive one hides."""
+    hidden_below = 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+    mask = mask if mask.dtype in _MASKS else mask.float()
+    mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    return mask, _MASKS[mask.dtype], hidden_below
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -149,15 +149,22 @@ def column_mean(
     """What `attention_column_mean` says of an attention: `[B, M]` fp32."""
     seen.check()
     if torch.compiler.is_compiling():
-        picked = rows if isinstance(rows, Tensor) else None
-        span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
-        options = (seen.mask, row_weight, seen.sinks, seen.scale, seen.causal, seen.softcap, chunk)
-        return _column_mean_node(seen.query, seen.key, columns, picked, *span, *options)
+        return _as_node(seen, columns, rows, row_weight, chunk)
     number = _row_numbers(rows, seen.query.shape[2], seen.query.device)
     received = native.column_mean(seen, columns, number, row_weight)
     if received is None:
         received = _by_operators(seen, columns, rows, row_weight, chunk)
     return received
+
+
+def _as_node(
+    seen: Attention, columns: Tensor, rows: Rows, row_weight: Tensor | None, chunk: int
+) -> Tensor:
+    """`column_mean` as one node of a graph that is being compiled."""
+    picked = rows if isinstance(rows, Tensor) else None
+    span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
+    options = (seen.mask, row_weight, seen.sinks, seen.scale, seen.causal, seen.softcap, chunk)
+    return _column_mean_node(seen.query, seen.key, columns, picked, *span, *options)
 
 
 # One operator, so that a compiled graph holds one node for any number of rows and keys.

@@ -38,10 +38,8 @@ def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
     _check_k(k, scores.shape[-1])
     scores = scores if scores.dtype == torch.float64 else scores.float()
     library = _in_c(scores, valid)
-    if library is not None and scores.ndim == 2:
+    if library is not None:
         return native.top_k(library, scores, k, valid)
-    if library is not None and scores.ndim == 1:
-        return native.top_k(library, scores[None], k, None if valid is None else valid[None])[0]
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     if flags.may_read(scores):
@@ -133,10 +131,8 @@ def combine_then_filter(
     _check_first(first)
     library = _in_c(semantic, valid, action, features)
     if library is not None:
-        one = features.detach(), semantic, action, valid
-        rows = one if len(size) == 2 else [t if t is None else t[None] for t in one]
-        kept = native.combine_then_filter(library, *rows, k=k, nearest=first == "nearest")
-        return kept if len(size) == 2 else kept[0]
+        nearest = first == "nearest"
+        return native.combine_then_filter(library, features, semantic, action, valid, k, nearest)
     best = top_k(semantic, k, valid=valid)
     pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
