@@ -18,6 +18,7 @@ ORDER = (
     "methods",
     "core",
     "temporal",
+    "towers",
     "vla_cache",
     "models",
     "lerobot",
