@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vla_pruner.pruning.facility import most_covering
+from vla_pruner.baselines.facility import most_covering
 
 SEEDS = st.integers(0, 10**6)
 
