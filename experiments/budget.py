@@ -24,7 +24,7 @@ from search import DRAWS, Recordings
 
 import vla_pruner as vp
 
-BUCKETS = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
+BUCKETS = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)
 FIXED = (0.125, 0.25)
 KNOWN = (
     "frame change",
@@ -69,7 +69,8 @@ def known(recordings: Recordings, number: int) -> np.ndarray:
             for a, b in zip(images(before), images(now), strict=True)
         )
         if now.get("proprio") is not None:
-            found[c, 1] = np.abs(np.float64(now["proprio"]) - np.float64(before["proprio"])).mean()
+            moved = np.float64(now["proprio"]) - np.float64(before["proprio"])
+            found[c, 1] = np.abs(moved).mean()
         found[c, 2] = np.abs(full[c - 1] / spread).mean()
         if c > 1:
             found[c, 3] = np.abs((full[c - 1] - full[c - 2]) / spread).mean()
@@ -85,7 +86,7 @@ def images(seen: dict[str, Any]) -> list[Any]:
 
 
 def concentration(recordings: Recordings, number: int) -> list[float]:
-    """Share of the action's deep attention on its 25 best tokens, call by call, all tokens there."""
+    """Share of the deep action attention on its 25 best tokens, call by call, all tokens there."""
     found = []
     with vp.prune(recordings.policy, "vla-pruner", keep=1.0, window=1) as session:
         for seen in recordings.episodes[number]:

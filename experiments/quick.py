@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.correspondence import correspondence
 from vla_pruner.baselines.determinant import most_determinant
 from vla_pruner.methods import Evidence, HistorySpec, Method, ScoreSpec
-from vla_pruner.baselines.correspondence import correspondence
 from vla_pruner.pruning.coverage import shares
 from vla_pruner.pruning.selection import combine_then_filter, top_k
 from vla_pruner.temporal.method import Memory, Now, Remembering, Seen

@@ -1,7 +1,7 @@
 """Compare rules by the deviation of pruned actions: search on some recordings, confirm on others.
 
-    python experiments/search.py search CONDITION ...    12 training scenes, to choose on
-    python experiments/search.py confirm CONDITION ...   24 fresh ones, for what was chosen
+    python experiments/search.py search CONDITION ...    6 training scenes, to choose on
+    python experiments/search.py confirm CONDITION ...   12 fresh ones, for what was chosen
     python experiments/search.py table SET BASELINE      means, paired differences, intervals
 
 A condition is a method's short form, or MODULE:CLASS(OPTION=VALUE, ...) of a file beside this one.
@@ -28,7 +28,7 @@ from vla_pruner.models.loading import load, locate
 from vla_pruner.scenes.suites import pick_place
 
 POLICY = "mini-oft"
-SETS = {"search": range(900_000, 900_012), "confirm": range(910_000, 910_024)}
+SETS = {"search": range(900_000, 900_006), "confirm": range(910_000, 910_012)}
 ROWS = Path(__file__).parent / "results" / "search.csv"
 COLUMNS = [
     "set",
@@ -64,7 +64,12 @@ class Recordings:
         files = sorted((folder / which).glob("*.npz"))[: len(seeds)]
         self.episodes = [read_episode(file)[0] for file in files]
         self.scenes = list(seeds)
-        self.full = [[self.act(seen) for seen in episode] for episode in self.episodes]
+        kept = folder / f"{which}-full.npz"
+        if not kept.exists():
+            found = [np.stack([self.act(seen) for seen in one]) for one in self.episodes]
+            np.savez(kept, *found)
+        with np.load(kept) as held:
+            self.full = [list(held[name]) for name in held.files]
         chunks = np.concatenate(
             [np.reshape(a, (-1, a.shape[-1])) for one in self.full for a in one]
         )

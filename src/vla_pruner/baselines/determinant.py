@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_pruner.kernels import determinant as in_c
 from vla_pruner.pruning.selection import top_k
 
 NOTHING_NEW = 1e-5
@@ -89,7 +90,7 @@ def _determinant_search(features: Tensor, quality: Tensor, valid: Tensor, k: int
         last = torch.where(valid, quality - 2.0, -3.0)
         if features.device.type == "cpu":
             rows = zip(cosine, quality, last, strict=True)
-            return torch.stack([_search_in_numpy(c, q, e, k) for c, q, e in rows])
+            return torch.stack([_search_on_cpu(c, q, e, k) for c, q, e in rows])
         return _search_on_device(cosine, quality, last, k)
 
 
@@ -126,6 +127,12 @@ def _search_on_device(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> 
         factor[:, step] = row
         rest = rest - row.square()
     return torch.cat(picks, dim=1)
+
+
+def _search_on_cpu(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> Tensor:
+    """One row `[n, n]`, `[n]`, `[n]`, in C where that is compiled."""
+    found = in_c.determinant_search(cosine, quality, last, k, NOTHING_NEW)
+    return _search_in_numpy(cosine, quality, last, k) if found is None else found
 
 
 def _search_in_numpy(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.grid import grids
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Evidence, OneCut, Positions
-from vla_pruner.baselines.grid import grids
 from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import top_k
 from vla_pruner.towers.reading import Tower, TowerScores

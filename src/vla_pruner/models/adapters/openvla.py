@@ -90,13 +90,13 @@ class OpenVLAPolicyAdapter(Adapter):
 
     def towers(self) -> tuple[Tower, ...]:
         """The towers of timm, which are read one block before their last."""
-        backbone = self.model.vision_backbone
-        found = [
-            (name, getattr(backbone, name, None)) for name in ("featurizer", "fused_featurizer")
-        ]
+        found: dict[str, Any] = {
+            name: getattr(self.model.vision_backbone, name, None)
+            for name in ("featurizer", "fused_featurizer")
+        }
         return tuple(
             Tower(name, tuple(block.attn for block in tower.blocks[:-1]), tower.num_prefix_tokens)
-            for name, tower in found
+            for name, tower in found.items()
             if hasattr(tower, "blocks")
         )
 
