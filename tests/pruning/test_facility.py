@@ -113,7 +113,8 @@ def test_missing_tokens_are_not_covered_and_come_last():
 
 
 def test_it_compiles_and_refuses_what_is_broken():
-    features, weight = tokens(2, 20, 6, 0), torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
+    features = tokens(2, 20, 6, 0)
+    weight = torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
 
     def search(one: Tensor, other: Tensor) -> Tensor:
         return most_covering(one, 5, weight=other)
