@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vla_pruner.baselines.determinant import most_determinant
 from vla_pruner.methods import Evidence, HistorySpec, Method, ScoreSpec
 from vla_pruner.pruning.coverage import shares
-from vla_pruner.pruning.determinant import most_determinant
 from vla_pruner.pruning.selection import combine_then_filter, top_k
 
 

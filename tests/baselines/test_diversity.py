@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from vla_pruner.baselines.diversity import crop_quotas, crop_sizes, most_diverse
 from vla_pruner.methods.holov import likeness
-from vla_pruner.pruning.diversity import crop_quotas, crop_sizes, most_diverse
 
 
 def cosine(a, b):

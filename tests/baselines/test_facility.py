@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vla_pruner.pruning.facility import most_covering
+from vla_pruner.baselines.facility import most_covering
 
 SEEDS = st.integers(0, 10**6)
 
@@ -113,8 +113,10 @@ def test_missing_tokens_are_not_covered_and_come_last():
 
 
 def test_it_compiles_and_refuses_what_is_broken():
-    features = tokens(2, 20, 6, 0)
-    weight = torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
+    features, weight = (
+        tokens(2, 20, 6, 0),
+        torch.rand(2, 20, generator=torch.Generator().manual_seed(0)),
+    )
 
     def search(one: Tensor, other: Tensor) -> Tensor:
         return most_covering(one, 5, weight=other)

@@ -1,7 +1,7 @@
 """Scores and the search of Algorithms 1 and 2 on the CPU, in C: one call instead of many operators.
 
-Where the C sources are not compiled, `scores.py` and `selection.py` do the same with PyTorch's
-operators, which are the reference.
+Where the C sources are not compiled, `scores.py` and `selection.py` of `pruning/` do the same with
+PyTorch's operators, which are the reference.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_pruner.pruning import compiled
-from vla_pruner.pruning.compiled import Unavailable
+from vla_pruner.kernels import compiled
+from vla_pruner.kernels.compiled import Unavailable
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vla_pruner.pruning import determinant
-from vla_pruner.pruning.determinant import most_determinant, stretched, text_likeness
+from vla_pruner.baselines import determinant
+from vla_pruner.baselines.determinant import most_determinant, stretched, text_likeness
 
 SEEDS = st.integers(0, 10**6)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vla_pruner.baselines.query_weights import query_weights
 from vla_pruner.methods import build
-from vla_pruner.pruning.query_weights import query_weights
 
 
 def slow_raters(visual, text, words, strict):

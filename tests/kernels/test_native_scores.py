@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 from vla_pruner.pruning.scores import _column_mean_by_operators, attention_column_mean
 from vla_pruner.pruning.selection import combine_then_filter, max_min_filter, top_k
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_pruner.pruning.entropy import attention_entropy, layer_shares
+from vla_pruner.baselines.entropy import attention_entropy, layer_shares
+from vla_pruner.baselines.reuse import reusable, reuse_counts, reuse_order
 from vla_pruner.pruning.frames import patch_similarity, patches
-from vla_pruner.pruning.reuse import reusable, reuse_counts, reuse_order
 
 SCORES = st.lists(st.integers(0, 5).map(lambda n: n / 5), min_size=1, max_size=12)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_pruner.pruning.grid import close_gaps, count_around, dilate, grids
+from vla_pruner.baselines.grid import close_gaps, count_around, dilate, grids
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3)
 

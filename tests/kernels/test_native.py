@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from literally import ROUNDING, worst_step
 from torch import Tensor
 
-from vla_pruner.pruning import compiled as compiled_by
-from vla_pruner.pruning import native
+from literally import ROUNDING, worst_step
+from vla_pruner.kernels import compiled as compiled_by
+from vla_pruner.kernels import native
 from vla_pruner.pruning.selection import _search_in_numpy, max_min_filter
 
 compiled = pytest.mark.skipif(

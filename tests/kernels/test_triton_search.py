@@ -16,7 +16,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vla_pruner.pruning.triton_search import greedy_kernel
+from vla_pruner.kernels.triton_search import greedy_kernel
 signature = dict(distance="*fp32", score="*fp32", candidates="*u8", picks="*i64", n="i32", k="i32")
 signature["BLOCK"] = "constexpr"
 source = ASTSource(fn=greedy_kernel, signature=signature, constexprs={"BLOCK": 512})
@@ -27,7 +27,7 @@ print(len(built.asm["cubin"]), built.metadata.shared)
 INTERPRET = """
 import torch
 from vla_pruner.pruning.selection import _greedy_by_operators
-from vla_pruner.pruning.triton_search import greedy
+from vla_pruner.kernels.triton_search import greedy
 for seed, n in enumerate((2, 7, 16, 33, 100)):
     generator = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize(torch.randn(2, n, 8, generator=generator), dim=-1)

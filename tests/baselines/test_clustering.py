@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checks import near
-from vla_pruner.pruning.clustering import density_peaks, keep_and_recycle, recycled_counts
+from vla_pruner.baselines.clustering import density_peaks, keep_and_recycle, recycled_counts
 from vla_pruner.pruning.hashed_uniform import hashed_uniform
 
 
