@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
