@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks import near
+from vla_pruner.kernels.native import Attention
 from vla_pruner.pruning.scores import (
-    Attention,
     _by_operators,
     attention_column_mean,
     attention_rows,

@@ -51,10 +51,9 @@ class Calls:
 
     @torch.compiler.disable
     def begins(self, what: Any, *_: Any) -> None:
-        """A call of `what` begins: of the model, of a stack of layers, or a step of several calls.
+        """A call begins, of the model, of a stack of layers, or a step of several calls.
 
-        Raises:
-            RuntimeError: another thread is inside.
+        Errors: RuntimeError, another thread is inside.
         """
         me = threading.current_thread()
         with self._lock:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner import _flags
 from vla_pruner._flags import Flags
 from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
 from vla_pruner.core.episodes import Step
-from vla_pruner.core.hooks import after, before, replace
+from vla_pruner.core.hooks import after, before
+from vla_pruner.core.hooks import replace as replace_method
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
 from vla_pruner.core.read_tokens import choose_beside
@@ -205,7 +208,7 @@ class Cut:
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
         features, method, number = evidence.features, self.method, evidence.number
-        if features.is_cpu or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _flags.waits(features):
             chosen = method.select(evidence)
         else:
             with self.flags.collect():  # What is broken is noted: looking at it would mean waiting.
@@ -221,39 +224,36 @@ class Cut:
 
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
         """What the method may look at when it decides about `tokens` `[B, m]`."""
-        left, text_valid = prefill.sets[number], prefill.index.text_valid
-        assert left.columns is not None
-
-        def of_left(whole: Tensor | None) -> Tensor | None:
-            return whole if number == 0 or whole is None else take(whole, tokens, dim=1)
-
-        found: dict[str, Tensor] = {}
+        left, index, found = prefill.sets[number], prefill.index, {}
         for name, reading in self.plan.asked[number].items():
-            score = of_left(prefill.scores.get(reading))
-            if score is None:
+            if reading not in prefill.scores:
                 layer = self.plan.readings[reading].spec.layer
                 raise refusals.unseen(layer, self.attention(layer))
-            found[name] = score
-        features = of_left(prefill.features)
-        assert features is not None
-        columns = left.columns.expand(hidden.shape[0], -1)
-        return Evidence(
-            features=features,
+            found[name] = prefill.scores[reading]
+        assert prefill.features is not None and left.columns is not None
+        batch, valid = len(tokens), index.text_valid
+        evidence = Evidence(
+            features=prefill.features,
             semantic=found.get("semantic"),
-            forecast=of_left(prefill.forecast),
+            forecast=prefill.forecast,
             views=left.views,
             layer=self.plan.cuts[number],
-            valid=of_left(prefill.layout.visual_valid),
+            valid=prefill.layout.visual_valid,
             seeds=prefill.seeds,
             scores=found,
-            hidden=take(hidden, columns, dim=1) if self.method.sees_hidden else None,
-            tokens=tokens,
+            tokens=index.tokens.expand(batch, -1),
             text=prefill.text,
-            text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
+            text_valid=None if valid is None else valid.expand(batch, -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
             **(scores.guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
+        if number:
+            evidence = evidence.of(partial(take, index=tokens, dim=1), left.views)
+        if self.method.sees_hidden:
+            columns = left.columns.expand(batch, -1)
+            evidence = replace(evidence, hidden=take(hidden, columns, dim=1))
+        return evidence
 
     def _merged(self, number: int, prefill: Prefill, hidden: Tensor, gone_on: Tensor) -> Tensor:
         """What goes on, with the hidden states `[B, k, D]` that a choice makes of all."""
@@ -285,7 +285,7 @@ def skip_layers(cut: Cut, followers: Sequence[nn.Module], undo: ExitStack) -> No
                 return original(hidden_states, *args, **kwargs)
             return (hidden_states,) if cut.tuples else hidden_states
 
-        replace(layer, "forward", skipped, undo)
+        replace_method(layer, "forward", skipped, undo)
 
     for index in sorted(cut.plan.skipped):
         for layers in [cut.layers, followers] if followers else [cut.layers]:

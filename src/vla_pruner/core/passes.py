@@ -63,8 +63,8 @@ class _Known:
     """What follows from a layout, the same in every prefill that has it."""
 
     layout: Layout
-    batch: int
-    length: int
+    shape: tuple[int, int]
+    """Rows and tokens of the prefill."""
     index: TokenIndex
     counts: tuple[int, ...]
     """Visual tokens that each cut has to leave."""
@@ -78,7 +78,7 @@ class _Known:
         whole = TokenSet(layout.views, index.tokens, layout.visual, places, offset=past)
         sets = (whole, *map(TokenSet, self.views))
         rows = layout.action_rows
-        acting = 1 if rows is None else len(range(*rows.indices(self.length)))
+        acting = 1 if rows is None else len(range(*rows.indices(self.shape[1])))
         return Prefill(layout, "full", index, sets, self.counts, past, acting)
 
 
@@ -130,7 +130,7 @@ class Passes:
         step.whole, self.calls.step = False, step
         cut.prefill = step.prefill
         if cut.phase == "later":
-            step.prefill.start_pass()
+            step.prefill.forget_pass()
 
     def _step_of(self, now: Pass) -> Step | None:
         """The step that a pass of the decoder begins or continues; None: it is left alone."""
@@ -187,7 +187,7 @@ class Passes:
             step.add(step.prefill.observed, rows)
         if in_prefill and self.own_hooks:
             self.cut.end(step)
-        step.prefill.finish_pass()
+        step.prefill.forget_pass()
         if in_prefill and self.own_results:
             step.prefill.own_results()
         if len(set(step.ids)) > 1 and stack is self.adapter.decoder:
@@ -260,11 +260,11 @@ class Passes:
     def _known_of(self, layout: Layout, now: Pass) -> _Known:
         """What follows from a layout, worked out once for each."""
         known, shape = self._known, (now.batch, now.length)
-        if known is None or known.layout is not layout or (known.batch, known.length) != shape:
+        if known is None or known.layout is not layout or known.shape != shape:
             with torch.inference_mode(False):  # They may be saved for a backward pass later.
                 index = TokenIndex.of(layout, *shape)
             counts, views = budgets(self.method, self.adapter, self.plan, layout)
-            known = self._known = _Known(layout, *shape, index, counts, views)
+            known = self._known = _Known(layout, shape, index, counts, views)
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -78,7 +79,8 @@ def _of_others(
         )
     assert evidence.keep_count is not None
     count = min(max(evidence.keep_count - taken, 0), rest.shape[1])
-    return evidence.of(lambda tensor: take(tensor, rest, dim=1), views, count)
+    others = evidence.of(lambda tensor: take(tensor, rest, dim=1), views)
+    return replace(others, keep_count=count)
 
 
 def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:

@@ -15,9 +15,10 @@ from vla_pruner.core.arguments import take
 from vla_pruner.core.hooks import OBSERVER, Observer, show_to
 from vla_pruner.core.plan import Reading
 from vla_pruner.core.tokens import Prefill, TokenSet
+from vla_pruner.kernels.native import Attention
 from vla_pruner.methods.base import ScoreSpec
 from vla_pruner.pruning.received import column_max, logit_column_mean
-from vla_pruner.pruning.scores import Attention, column_mean
+from vla_pruner.pruning.scores import column_mean
 
 if TYPE_CHECKING:
     from vla_pruner.core.cut import Cut
@@ -34,10 +35,7 @@ _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux", "position_embedding
 
 
 def see(cut: Cut, shown: Shows, keys: int | None) -> Attention:
-    """What an attention function gets; `keys`, where no mask says how many: None, all.
-
-    Errors: NotImplementedError, an argument that does something unknown.
-    """
+    """What an attention function gets; `keys`, where no mask says how many: None, all."""
     attention, query, key, mask, kwargs = shown
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and name not in _KNOWN_TENSORS:

@@ -175,16 +175,12 @@ class Prefill:
         rows = self.sets[number].rows
         return self.length if rows is None else rows.shape[1]
 
-    def start_pass(self) -> None:
-        """Forget what an interrupted pass left behind."""
+    def forget_pass(self) -> None:
+        """Let go of what only a pass itself needed, whether it came to its end or not."""
         self.observed, self.watched = None, 0
+        self.features = self.text = self.query_weights = self.before = None
         for one in self.sets:
             one.arguments = {}
-
-    def finish_pass(self) -> None:
-        """Let go of what only the pass itself needed."""
-        self.start_pass()
-        self.features = self.text = self.query_weights = self.before = None
 
     def own_results(self) -> None:
         """Copy what stays: the next replay of a CUDA graph writes over what the last one gave."""

@@ -102,20 +102,15 @@ class Evidence:
     def within(self, span: slice) -> Evidence:
         """The same of some neighbouring tokens: those of one view."""
         size = len(range(*span.indices(self.features.shape[1])))
-        return self.of(lambda tensor: tensor[:, span], (size,), self.keep_count)
+        return self.of(lambda tensor: tensor[:, span], (size,))
 
-    def of(
-        self, some: Callable[[Tensor], Tensor], views: tuple[int, ...], keep_count: int | None
-    ) -> Evidence:
+    def of(self, some: Callable[[Tensor], Tensor], views: tuple[int, ...]) -> Evidence:
         """The same of `some` tokens, which it takes out of a tensor `[B, m, ...]`."""
         names = ("semantic", "forecast", "valid", "hidden", "tokens")
         whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         parts: dict[str, Any] = {n: None if t is None else some(t) for n, t in whole.items()}
         scores = {name: some(score) for name, score in self.scores.items()}
-        features = some(self.features)
-        return replace(
-            self, features=features, views=views, scores=scores, keep_count=keep_count, **parts
-        )
+        return replace(self, features=some(self.features), views=views, scores=scores, **parts)
 
     def check(self, method: str, *needed: str) -> None:
         """Refuse what does not fit together, or lacks a score that is `needed` (ValueError)."""

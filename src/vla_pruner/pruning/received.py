@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vla_pruner.pruning.scores import Attention, Rows, attention_rows
+from vla_pruner.kernels.native import Attention
+from vla_pruner.pruning.scores import Rows, attention_rows
 
 Heads = Literal["mean", "max"]
 

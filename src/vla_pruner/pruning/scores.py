@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
+from vla_pruner.kernels.native import Attention
 
 Rows = slice | Tensor | None
 
 # Stands in a logit for "hidden": exp() of it is 0, and a row that holds nothing else is no NaN.
 _HIDDEN = -1e30
 
+# Probabilities that exist at once, for each batch element.
+_CHUNK = 1 << 19
+
 # Query rows of a block: few enough that a causal mask saves nearly half of the work.
 _BLOCK_ROWS = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """Queries and keys of one attention as its kernel saw them.
-
-    Args:
-        query: `[B, Hq, Q, D]`, after RoPE.
-        key: `[B, Hkv, N, D]`, after RoPE; Hq is a multiple of Hkv (grouped-query attention).
-        scale: factor on `Q K^T`, usually `D ** -0.5`.
-        mask: `[B|1, 1|Hq, Q|1, N]`, bool (True may attend) or additive. With `causal` both apply.
-        causal: query row i sees keys up to `N - Q + i`.
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-        sinks: `[Hq]`, a logit in every softmax of a head that belongs to no key (gpt-oss).
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    mask: Tensor | None = None
-    causal: bool = False
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    def check(self) -> None:
-        """Refuse shapes that do not fit together (ValueError)."""
-        one, other, mask = tuple(self.query.shape), tuple(self.key.shape), self.mask
-        if len(one) != 4 or len(other) != 4 or one[::3] != other[::3] or one[1] % other[1]:
-            raise ValueError(
-                "query and key must be [B, H, tokens, D], agree in batch and head size, and query "
-                f"heads must be a multiple of the key heads; got {one} and {other}."
-            )
-        if mask is not None and (mask.ndim != 4 or mask.shape[-1] != other[2]):
-            raise ValueError(
-                f"mask must be [B|1, 1|H, Q|1, N] with N={other[2]} keys; got {tuple(mask.shape)}."
-            )
 
 
 @torch.no_grad()
@@ -106,7 +73,7 @@ def attention_column_mean(
     row_weight: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    chunk: int = 1 << 19,
+    chunk: int = _CHUNK,
 ) -> Tensor:
     """Attention that each of some keys receives: mean over heads and query rows (Eq. 2 and 4).
 
@@ -134,27 +101,19 @@ def attention_column_mean(
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
     seen = Attention(query, key, scale, mask, causal, softcap, sinks)
-    return column_mean(seen, columns, rows, row_weight, chunk=chunk)
+    return column_mean(seen, columns, rows, row_weight, chunk)
 
 
 @torch.no_grad()
 def column_mean(
-    seen: Attention,
-    columns: Tensor,
-    rows: Rows = None,
-    row_weight: Tensor | None = None,
-    *,
-    chunk: int = 1 << 19,
+    seen: Attention, columns: Tensor, rows: Rows, weight: Tensor | None = None, chunk: int = _CHUNK
 ) -> Tensor:
     """What `attention_column_mean` says of an attention: `[B, M]` fp32."""
-    seen.check()
     if torch.compiler.is_compiling():
-        return _as_node(seen, columns, rows, row_weight, chunk)
+        return _as_node(seen, columns, rows, weight, chunk)
     number = _row_numbers(rows, seen.query.shape[2], seen.query.device)
-    received = native.column_mean(seen, columns, number, row_weight)
-    if received is None:
-        received = _by_operators(seen, columns, rows, row_weight, chunk)
-    return received
+    received = native.column_mean(seen, columns, number, weight)
+    return _by_operators(seen, columns, rows, weight, chunk) if received is None else received
 
 
 def _as_node(

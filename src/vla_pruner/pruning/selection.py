@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vla_pruner import _flags as flags
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 try:  # It comes with PyTorch for CUDA.
-    from vla_pruner.pruning import triton_search as _greedy
+    from vla_pruner.kernels import triton_search as _greedy
 except ImportError:
     _greedy = None  # type: ignore[assignment]
 
@@ -97,7 +97,6 @@ def combine_then_filter(
     semantic: Tensor,
     action: Tensor | None,
     k: int,
-    *,
     first: First = "second-nearest",
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -133,6 +132,18 @@ def combine_then_filter(
     if library is not None:
         nearest = first == "nearest"
         return native.combine_then_filter(library, features, semantic, action, valid, k, nearest)
+    return _combine_by_operators(features, semantic, action, k, first, valid)
+
+
+def _combine_by_operators(
+    features: Tensor,
+    semantic: Tensor,
+    action: Tensor,
+    k: int,
+    first: First,
+    valid: Tensor | None,
+) -> Tensor:
+    """`combine_then_filter` as its parts."""
     best = top_k(semantic, k, valid=valid)
     pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
