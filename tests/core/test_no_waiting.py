@@ -85,11 +85,11 @@ def test_broken_scores_are_refused_when_one_may_wait(asked: str, monkeypatch: An
     monkeypatch.setattr(flags, "waits", lambda tensor: True)
     monkeypatch.setattr(native, "reading", lambda *tensors: None)
     policy = tiny_policy()
-    whole = scores._column_mean
+    whole = scores._by_operators
     with vp.prune(policy, "fastv", keep=0.5) as session:
         step(policy)
         with monkeypatch.context() as patch:
-            patch.setattr(scores, "_column_mean", lambda *a: whole(*a) * float("nan"))
+            patch.setattr(scores, "_by_operators", lambda *a: whole(*a) * float("nan"))
             step(policy)
         with pytest.raises(ValueError, match="scores contain NaN"):
             _ = session.last if asked == "last" else step(policy)

@@ -7,7 +7,7 @@ code, what each pass is. `plan.py` says where, `arguments.py` how layers are cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,7 @@ from vla_pruner._flags import Flags
 from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
 from vla_pruner.core.episodes import Step
-from vla_pruner.core.hooks import after, before
-from vla_pruner.core.hooks import replace as replace_method
+from vla_pruner.core.hooks import after, before, skip_layers
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
 from vla_pruner.core.read_tokens import choose_beside
@@ -50,7 +49,7 @@ class Cut:
         self.tuples = False  # Whether layers return tuples.
         self.weighted = any(r.spec.rows == "weighted" for r in self.plan.readings)
         compact = method.positions == "compact"
-        self.rotary = adapter.decoder.rotary_emb if compact and self.plan.cuts else None
+        self.rotary: Any = adapter.decoder.rotary_emb if compact and self.plan.cuts else None
 
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
@@ -266,31 +265,6 @@ class Cut:
             alone = take(gone_on, left.columns, dim=1)
             joined = torch.where(prefill.full_rows[:, None, None], alone, joined)
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
-
-
-def skip_layers(cut: Cut, followers: Sequence[nn.Module], undo: ExitStack) -> None:
-    """Skip the plan's layers in passes that are followed, and those of a stack that follows."""
-
-    def see_output(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After layer 0: what a layer has to return."""
-        cut.tuples = isinstance(output, tuple)
-        if isinstance(output, tuple) and len(output) > 1:
-            raise refusals.several_outputs(layer, len(output))
-
-    def skip(layer: nn.Module) -> None:
-        original: Callable[..., Any] = layer.forward
-
-        def skipped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if cut.prefill is None:
-                return original(hidden_states, *args, **kwargs)
-            return (hidden_states,) if cut.tuples else hidden_states
-
-        replace_method(layer, "forward", skipped, undo)
-
-    for index in sorted(cut.plan.skipped):
-        for layers in [cut.layers, followers] if followers else [cut.layers]:
-            skip(layers[index])
-    after(cut.layers[0], see_output, undo)
 
 
 def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:

@@ -9,12 +9,17 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor, nn
+
+from vla_pruner.core import refusals
+
+if TYPE_CHECKING:
+    from vla_pruner.core.cut import Cut
 
 
 class Attached:
@@ -86,6 +91,34 @@ _COPY = (
     "first (`session.remove()`, or `vp.remove(model)`), copy or save the model, and prune again; "
     "to save weights alone, use `model.state_dict()` or `save_pretrained`."
 )
+
+
+# -- layers that do not run at all: what goes in comes out -----------------------------------------
+
+
+def skip_layers(cut: Cut, followers: Sequence[nn.Module], undo: ExitStack) -> None:
+    """Skip the plan's layers in passes that are followed, and those of a stack that follows."""
+
+    def see_output(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """After layer 0: what a layer has to return."""
+        cut.tuples = isinstance(output, tuple)
+        if isinstance(output, tuple) and len(output) > 1:
+            raise refusals.several_outputs(layer, len(output))
+
+    def skip(layer: nn.Module) -> None:
+        original: Callable[..., Any] = layer.forward
+
+        def skipped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if cut.prefill is None:
+                return original(hidden_states, *args, **kwargs)
+            return (hidden_states,) if cut.tuples else hidden_states
+
+        replace(layer, "forward", skipped, undo)
+
+    for index in sorted(cut.plan.skipped):
+        for layers in [cut.layers, followers] if followers else [cut.layers]:
+            skip(layers[index])
+    after(cut.layers[0], see_output, undo)
 
 
 # -- attentions that show what they compare ------------------------------------------------------
@@ -197,3 +230,23 @@ def _eager_attention(attention: nn.Module) -> tuple[Callable[..., Any], str]:
         f"no eager_attention_forward beside {type(attention).__name__}; load the model with "
         'attn_implementation="sdpa".'
     )
+
+
+def queries_and_keys(layer: nn.Module, given: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Adapter.project`; `given` is the layer's attention."""
+    attention: Any = given
+    norm: Any = getattr(layer, "input_layernorm", None)
+    if norm is None or not all(hasattr(attention, n) for n in ("q_proj", "k_proj", "head_dim")):
+        raise NotImplementedError(
+            f"{type(layer).__name__} has no input_layernorm, q_proj and k_proj, so its logits "
+            "cannot be computed; override `Adapter.project`, or use a score of attention."
+        )
+    found, normed = [], norm(hidden)
+    normed = normed[0] if isinstance(normed, tuple) else normed  # pi0's norms add a gate
+    for name in ("q", "k"):
+        heads = getattr(attention, f"{name}_proj")(normed)
+        heads = heads.unflatten(-1, (-1, attention.head_dim))
+        per_head_norm = getattr(attention, f"{name}_norm", None)
+        heads = heads if per_head_norm is None else per_head_norm(heads)
+        found.append(heads.transpose(1, 2))
+    return found[0], found[1]

@@ -238,7 +238,7 @@ class Passes:
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
         if prefill.mode == "hide" and any(full):
-            prefill.full_rows = on_device(full, device, torch.bool)
+            prefill.full_rows = on_device(full, device, bool)
         if len(set(ids)) < len(ids):
             leaders = [ids.index(name) for name in ids]
             prefill.leader = on_device(leaders, device)

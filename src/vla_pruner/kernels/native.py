@@ -330,10 +330,10 @@ def column_mean(
         return None
     (query, key), pairs = _as_c_reads(library, query, key)
     batch, heads, queries, dim = query.shape
-    kind, hidden_below, mask_stride = _MASKS[None], 0.0, (0, 0, 0)
+    kind, hidden_below, mask_stride = _MASKS[None], 0.0, [0, 0, 0]
     if mask is not None:
         mask, kind, hidden_below = _mask(mask)
-        mask_stride = mask.expand(batch, heads, queries, -1).stride()[:3]
+        mask_stride = [*mask.expand(batch, heads, queries, -1).stride()[:3]]
     rows, columns = (t.expand(batch, -1).to(torch.int64).contiguous() for t in (rows, columns))
     if row_weight is not None:
         row_weight = row_weight.expand(batch, -1).float().contiguous()
@@ -348,7 +348,7 @@ def column_mean(
         *(dim // words, rows.shape[1], columns.shape[1]),
         tuple(stride // words for stride in query.stride()[:3]),
         tuple(stride // words for stride in key.stride()[:3]),
-        mask_stride,
+        tuple(mask_stride),
         *(seen.scale, seen.softcap or 0.0, hidden_below),
         *(pairs, kind, seen.causal, torch.get_num_threads()),
     )

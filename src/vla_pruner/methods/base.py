@@ -106,10 +106,13 @@ class Evidence:
 
     def of(self, some: Callable[[Tensor], Tensor], views: tuple[int, ...]) -> Evidence:
         """The same of `some` tokens, which it takes out of a tensor `[B, m, ...]`."""
-        names = ("semantic", "forecast", "valid", "hidden", "tokens")
+        names = ("forecast", "valid", "hidden", "tokens")
         whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
         parts: dict[str, Any] = {n: None if t is None else some(t) for n, t in whole.items()}
         scores = {name: some(score) for name, score in self.scores.items()}
+        if (semantic := self.semantic) is not None:
+            same = semantic is self.scores.get("semantic")
+            parts["semantic"] = scores["semantic"] if same else some(semantic)
         return replace(self, features=some(self.features), views=views, scores=scores, **parts)
 
     def check(self, method: str, *needed: str) -> None:
