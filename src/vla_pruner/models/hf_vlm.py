@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
 from vla_pruner.models.towers import of_transformers
 from vla_pruner.towers.reading import Tower
 

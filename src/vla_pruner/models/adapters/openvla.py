@@ -13,7 +13,7 @@ from vla_pruner.core.cleanup import replace
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.session import Session
 from vla_pruner.models.adapters.patching import one_step
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
 from vla_pruner.towers.reading import Tower
 
 

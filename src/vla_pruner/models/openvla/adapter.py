@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
 from vla_pruner.towers.reading import Tower
 
 from .config import OpenVLAOFTConfig

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from vla_pruner._short import short
-from vla_pruner.commands.options import add_device, device_of
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.options import add_device, device_of
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.models.loading import load

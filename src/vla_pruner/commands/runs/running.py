@@ -10,7 +10,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_control,
     add_device,
     add_out,
@@ -18,7 +18,7 @@ from vla_pruner.commands.options import (
     device_of,
     words_of,
 )
-from vla_pruner.commands.progress import RunProgress
+from vla_pruner.commands.shared.progress import RunProgress
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.reports.compare import read_runs
 from vla_pruner.reports.terminal import table
