@@ -46,7 +46,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing notebooks models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -93,6 +93,10 @@ format: $(DEV)  ## let ruff rewrite the sources
 
 docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
+
+notebooks: $(DEV)  ## the notebooks of examples/, as notebooks
+	$(PY) -m pip install --disable-pip-version-check -q nbclient ipykernel
+	OMP_NUM_THREADS=1 $(PY) -m jupyter execute examples/*.ipynb
 
 test-composing: $(DEV)  ## with LoRA, quantised weights, offloading: what docs/composing.md says
 	$(PY) -m pip install --disable-pip-version-check -q "peft>=0.15" "torchao>=0.9" "optimum-quanto>=0.2.7"
