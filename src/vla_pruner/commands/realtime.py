@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_control,
     add_device,
     add_out,
