@@ -174,6 +174,13 @@ COMMANDS = {
         "See docs/serve/README.md and docs/serving.md.",
         _file("serve"),
     ),
+    "realtime": Command(
+        "a simulated arm that does not wait for its policy, with all and with few visual tokens",
+        "PickPlace ticks by the clock on the wall behind our client, the policy answers from a "
+        "server in a process of its own, and what comes too late is not waited for. Success, time "
+        "stood still, age of actions, late answers and motion. See docs/realtime.md.",
+        _file("realtime"),
+    ),
 }
 
 

@@ -90,11 +90,10 @@ class Drop:
         assert rows is not None
         refuse_unknown(kwargs, prefill.length, type(call.layer).__name__)
         short: dict[str, Any] = {}
-        renumber = call.cut.rotary is not None
         tables = [n for n, table in kwargs.items() if n.startswith(ROTARY) and table is not None]
-        if renumber:
+        if call.cut.rotary is not None:
             short[ROTARY] = tuple(table[:, : rows.shape[1]] for table in one_table(call))
-        for name in () if renumber else tables:
+        for name in tables if call.cut.rotary is None else ():
             short[name] = take_rotary(kwargs[name], rows)
         if (ids := kwargs.get("position_ids")) is not None:
             # With rotary tables at hand the ids only mislead: gaps look like packed sequences.

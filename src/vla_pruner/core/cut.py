@@ -265,9 +265,3 @@ class Cut:
             alone = take(gone_on, left.columns, dim=1)
             joined = torch.where(prefill.full_rows[:, None, None], alone, joined)
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
-
-
-def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:
-    """Choices that keep every token at every cut, for caches that were shortened before."""
-    everything = prefill.index.tokens.expand(batch, -1)
-    return (Choice(everything),) * (len(prefill.sets) - 1)

@@ -69,18 +69,16 @@ class Step:
 
     def action(self) -> Tensor | None:
         """Action score [B, M] of the passes so far (Eq. 3-4); None if no action row ran."""
-        if self.total is None:
-            return None
-        return self.total / (self.rows * self.action_layers)
+        return None if self.total is None else self.total / (self.rows * self.action_layers)
 
     def kept(self, row: int, cuts: int) -> Tensor | None:
-        """[M] bool, tokens of a row left after `cuts` cuts; None: it never came so far."""
+        """[1, M] bool, tokens of a row left after `cuts` cuts; None: it never came so far."""
         prefill = self.prefill
-        everything = torch.ones_like(prefill.layout.visual[0], dtype=torch.bool)
+        everything = torch.ones_like(prefill.layout.visual[:1], dtype=torch.bool)
         if cuts == 0 or prefill.mode == "full" or self.full[row]:
             return everything
         tokens = prefill.sets[cuts].tokens
-        return None if tokens is None else ~everything.scatter(0, tokens[row], False)
+        return None if tokens is None else ~everything.scatter(1, tokens[row : row + 1], False)
 
 
 @dataclass(eq=False)
@@ -101,8 +99,7 @@ class Episode:
 
     def context(self) -> StepContext:
         """What a method is told of the next step."""
-        motion = tuple(self.motion)
-        return StepContext(step=self.steps, since_full=self.since_full, motion=motion)
+        return StepContext(step=self.steps, since_full=self.since_full, motion=tuple(self.motion))
 
 
 class Episodes:
@@ -193,8 +190,9 @@ class Episodes:
         """[B, M] action score that each row's episode predicts."""
         history = torch.stack([episode.memory for episode in episodes])
         counts = [episode.observations for episode in episodes]
-        same = len(set(counts)) == 1
-        return spec.forecast(history, counts[0] if same else on_device(counts, history.device))
+        if len(set(counts)) == 1:
+            return spec.forecast(history, counts[0])
+        return spec.forecast(history, on_device(counts, history.device))
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
         for name in ids:
@@ -220,10 +218,8 @@ class Episodes:
         first = slice(rows[0], rows[0] + 1)
         observed = action[first] if len(rows) == 1 else action[rows].mean(dim=0, keepdim=True)
         # A broken frame (NaN, infinity) is remembered as the last good one was.
-        good = observed.isfinite().all()
-        observed = torch.where(good, observed, episode.memory[:1])
-        seen = step.kept(rows[0], self.plan.action_cuts) if spec.censored != "zero" else None
-        kept = None if seen is None else seen[None]
+        observed = torch.where(observed.isfinite().all(), observed, episode.memory[:1])
+        kept = step.kept(rows[0], self.plan.action_cuts) if spec.censored != "zero" else None
         memory, _ = spec.update(episode.memory[None], episode.observations, observed, kept)
         episode.memory = memory[0]
         episode.observations += 1

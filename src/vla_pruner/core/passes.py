@@ -21,14 +21,16 @@ from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.calls import Caches, Calls, by_name
-from vla_pruner.core.cut import Cut, all_kept
+from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Episodes, Step
 from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.plan import budgets
+from vla_pruner.core.read_tokens import all_kept, in_place
 from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
 
+_batched = torch._C._functorch.is_batchedtensor  # Inside `torch.vmap`.
 _INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 
@@ -121,6 +123,8 @@ class Passes:
         cut, self._running = self.cut, None
         cut.prefill, cut.phase = None, "later"
         now = Pass.of(stack, args, kwargs)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
+            raise refusals.no_values()
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now
@@ -182,6 +186,9 @@ class Passes:
             return
         if in_prefill:
             self._refuse_unhooked(step.prefill)
+            if getattr(output, "hidden_states", None):
+                every = [in_place(step.prefill, hidden) for hidden in output.hidden_states]
+                output.hidden_states = tuple(every)
         if step.prefill.observed is not None:
             rows = step.prefill.acting if in_prefill else self._acting_later(now)
             step.add(step.prefill.observed, rows)
@@ -210,7 +217,7 @@ class Passes:
         if continued is not None and continued.prefill.mode != "full":
             prefill.before = continued.prefill
         shared = self.calls.shared
-        if shared is not None and len(shared.ids) == now.batch:
+        if shared is not None and self._goes_on(shared, now):
             step = self._again(shared, prefill)
         else:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
@@ -219,9 +226,15 @@ class Passes:
             if any(step.full) or len(set(step.ids)) < now.batch:
                 self._tell_rows_apart(step)
             self.latest = step
-        self.calls.shared = step if self.calls.together else None
+        if shared is None or not self.calls.grows:  # Else a logits processor may have called.
+            self.calls.shared = step if self.calls.together else None
         self.prefilled = step
         return step
+
+    def _goes_on(self, shared: Step, now: Pass) -> bool:
+        """Whether a prefill belongs to the step in progress."""
+        grown = now.cache is None and now.length == shared.prefill.length + 1
+        return len(shared.ids) == now.batch and (grown or not self.calls.grows)
 
     def _again(self, step: Step, prefill: Prefill) -> Step:
         """One more prefill of a step: what was decided in its first holds."""
@@ -268,10 +281,10 @@ class Passes:
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
-        names = self.ids
+        names, copies = self.ids, 1 if self.calls.shared else self.calls.copies
         if names is None:
-            return tuple(row // self.calls.copies for row in range(batch))
-        ids = tuple(name for name in names for _ in range(self.calls.copies))
+            return tuple(row // copies for row in range(batch))
+        ids = tuple(name for name in names for _ in range(copies))
         if len(ids) != batch:
             raise refusals.other_rows(len(ids), batch)
         return ids

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import take
-from vla_pruner.core.tokens import TokenIndex
+from vla_pruner.core.tokens import Prefill, TokenIndex
 from vla_pruner.methods.base import Choice, Evidence, Method
 
 
@@ -95,3 +96,22 @@ def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
     alone = merge.new_zeros(batch, read.shape[1], size).scatter(2, read[..., None], 1.0)
     both = torch.cat([whole, alone], dim=1)
     return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))
+
+
+def in_place(prefill: Prefill, hidden: Any) -> Any:
+    """Hidden states `[B, n, D]` of any layer with every token in its row, zeros where one left.
+
+    Others stay as they are.
+    """
+    for one in prefill.sets:
+        rows = one.rows
+        if rows is not None and isinstance(hidden, Tensor) and hidden.shape[:2] == rows.shape:
+            full = hidden.new_zeros(hidden.shape[0], prefill.length, hidden.shape[-1])
+            return full.scatter(1, rows[..., None].expand_as(hidden), hidden)
+    return hidden
+
+
+def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:
+    """Choices that keep every token at every cut, for caches that were shortened before."""
+    everything = prefill.index.tokens.expand(batch, -1)
+    return (Choice(everything),) * (len(prefill.sets) - 1)

@@ -22,10 +22,25 @@ def second_thread(owner: threading.Thread, other: threading.Thread) -> RuntimeEr
     )
 
 
+def still_running(owner: threading.Thread) -> RuntimeError:
+    return RuntimeError(
+        f"thread {owner.name!r} is inside a call of this model, whose cache and masks go by what "
+        "was cut; remove the session when the call has come back."
+    )
+
+
 def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
     return NotImplementedError(
         f"{type(stack).__name__} was called without any of {', '.join(names)}; pruning has to see "
         "what goes into the decoder. See docs/adding-a-model.md."
+    )
+
+
+def no_values() -> NotImplementedError:
+    return NotImplementedError(
+        "a traced or exported graph would keep the same tokens of every image, and inside "
+        "`torch.vmap` nobody can look at values: pruning decides anew in each call. Trace the "
+        "model without a session, use `session.compile()`, or give the rows as a batch."
     )
 
 

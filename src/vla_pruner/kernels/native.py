@@ -72,6 +72,7 @@ class _Attention(ctypes.Structure):
 
 
 _IN_C = (torch.float32, torch.bfloat16, torch.float16)
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # By `torch.func.grad`, `torch.vmap`.
 _MASKS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
@@ -114,11 +115,14 @@ def by_operators() -> Iterator[None]:
 def reading(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """What is compiled, for one call, if C can read these: plain tensors on the CPU, or None."""
     library = None if _held_back else _library()[0]
-    plain = (one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors)
-    if library is None or not all(plain):
+    if library is None or not all(one is None or _has_memory(one) for one in tensors):
         return None
     _calls[0] += 1
     return library
+
+
+def _has_memory(one: Tensor) -> bool:
+    return type(one) is Tensor and one.device.type == "cpu" and not _wrapped(one)
 
 
 # -- choosing ------------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ class ImageTokenVLM(Adapter):
 
     def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
         """The same of a pass that continues a cache."""
+        if past and inputs.shape[1] == 1 and not self._has_pixels():
+            return None  # A word that the model has written, even if it is the image token.
         is_visual = self._visual(inputs)
         if is_visual is None:
             return None
@@ -108,7 +110,8 @@ class ImageTokenVLM(Adapter):
             )
         length = inputs.shape[1]
         visual = is_visual.nonzero()[:, 1].view(len(is_visual), -1).to(inputs.device)
-        if not self._verified and self._call.get("input_ids") is not None:
+        unsure = not self._verified or not self._has_pixels()
+        if unsure and self._call.get("input_ids") is not None:
             self._verify(inputs, visual, self._call["input_ids"])
             self._verified = True
         mask = self._call.get("attention_mask")
