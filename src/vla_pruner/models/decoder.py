@@ -155,8 +155,9 @@ class Decoder(Adapter):
     def _at(self, length: int, past: int, mask: Tensor | None, device: torch.device) -> Layout:
         visual = self._positions.to(device) - past
         if mask is not None:
-            visual = visual + mask.to(device, torch.int8).argmax(dim=1, keepdim=True)
-            mask = mask[:, past : past + length].to(device)
+            mask = (mask != 0).to(device, torch.int8)  # Packed sequences may count from 1.
+            visual = visual + mask.argmax(dim=1, keepdim=True)
+            mask = mask[:, past : past + length]
         self._check_action_rows(length, past)
         first = int(self._positions[:, -1].min()) + 1 - past
         text = text_behind(visual, length, earliest=first)
