@@ -35,6 +35,7 @@ LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
 # Clients of robots with pins of their own (openpi-client wants numpy below 2).
 CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "pyzmq>=26" msgpack "websockets>=14" "numpy<2"
 CLIENTS_ENV := $(VENV)-clients
+RAY_ENV := $(VENV)-ray
 DOCS_ENV := $(VENV)-docs
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
@@ -45,7 +46,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing notebooks models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -61,6 +62,9 @@ test-all: lint  ## the same, with the tests that compile or try a great many inp
 
 test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVLA and GR00T against our doors, 200 observations each
 	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
+
+test-ray: $(RAY_ENV)/.installed  ## episodes and replicas on a Ray cluster of two nodes, one of which is killed
+	OMP_NUM_THREADS=1 $(RAY_ENV)/bin/python -m pytest -q -rs tests/runs/test_ray.py tests/serving/test_ray_replicas.py tests/serving/test_rerun_log.py $(ARGS)
 
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
 	OMP_NUM_THREADS=1 $(if $(wildcard $(PY)),VLA_PRUNER_PYTHON=$(PY)) \
@@ -90,6 +94,10 @@ format: $(DEV)  ## let ruff rewrite the sources
 docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
 
+notebooks: $(DEV)  ## the notebooks of examples/, as notebooks
+	$(PY) -m pip install --disable-pip-version-check -q nbclient ipykernel
+	OMP_NUM_THREADS=1 $(PY) -m jupyter execute examples/*.ipynb
+
 test-composing: $(DEV)  ## with LoRA, quantised weights, offloading: what docs/composing.md says
 	$(PY) -m pip install --disable-pip-version-check -q "peft>=0.15" "torchao>=0.9" "optimum-quanto>=0.2.7"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs tests/composing
@@ -113,7 +121,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-ray .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -126,6 +134,14 @@ $(LEROBOT_ENV)/.installed: Makefile
 $(CLIENTS_ENV)/.installed: Makefile
 	$(if $(PYTHON),$(PYTHON),python3) -m venv $(CLIENTS_ENV)
 	$(CLIENTS_ENV)/bin/python -m pip install --disable-pip-version-check $(CLIENTS)
+	@touch $@
+
+# Ray and Rerun over what the other environment holds.
+$(RAY_ENV)/.installed: Makefile $(DEV)
+	$(PY) -m venv $(RAY_ENV)
+	$(RAY_ENV)/bin/python -m pip install --disable-pip-version-check -q "ray>=2.40" "rerun-sdk>=0.23"
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(RAY_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vla-pruner.pth"
 	@touch $@
 
 $(DOCS_ENV)/.installed: Makefile

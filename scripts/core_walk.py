@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vla_pruner as vp
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 ROOT = Path(vp.__file__).parent
 MOST = {True: (95, 1240), False: (110, 1450)}

@@ -67,11 +67,11 @@ class Command:
     load: Callable[[], tuple[AddArguments, Run]]
 
 
-def _file(word: str) -> Callable[[], tuple[AddArguments, Run]]:
-    """Loads the module of `vla_pruner.commands` that is called like the word."""
+def _file(name: str) -> Callable[[], tuple[AddArguments, Run]]:
+    """Loads a module of `vla_pruner.commands`, which is called like the word."""
 
     def load() -> tuple[AddArguments, Run]:
-        module = importlib.import_module(f"vla_pruner.commands.{word}")
+        module = importlib.import_module(f"vla_pruner.commands.{name}")
         return module.add_arguments, module.run
 
     return load
@@ -116,32 +116,32 @@ COMMANDS = {
         "Runs the held-out scenes of a suite and keeps one row per episode in OUT/episodes.sqlite. "
         "Run again with the same folder, it continues; other methods may be added to it, and "
         "`vla-pruner report` compares them scene by scene.",
-        _file("eval"),
+        _file("runs.eval"),
     ),
     "sweep": Command(
         "eval for a matrix: policies x methods x ratios x suites",
         "Runs every cell that a YAML file describes, each scene under all conditions before the "
         "next one, and resumes where it stopped.",
-        _file("sweep"),
+        _file("runs.sweep"),
     ),
     "latency": Command(
         "time the conditions of a run apart, on recorded observations",
         "Records what each policy of a run sees, replays it through every condition in turn, and "
         "keeps latency and memory beside the episodes; `vla-pruner report` then shows these.",
-        _file("latency"),
+        _file("runs.latency"),
     ),
     "report": Command(
         "tables from what eval and sweep have run",
         "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "
         "differences with exact tests, success per task.",
-        _file("report"),
+        _file("runs.report"),
     ),
     "watch": Command(
         "films of episodes that a run has finished",
         "Plays episodes of a run again and writes a page for each scene: what the policy saw, "
         "which visual tokens it kept, the scores that chose them, and its actions, on a time line. "
         "`vla-pruner report` then opens these films from its squares.",
-        _file("watch"),
+        _file("runs.watch"),
     ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",
@@ -173,6 +173,13 @@ COMMANDS = {
         "Every episode has its own history, also where several clients share a pass of the model. "
         "See docs/serve/README.md and docs/serving.md.",
         _file("serve"),
+    ),
+    "realtime": Command(
+        "a simulated arm that does not wait for its policy, with all and with few visual tokens",
+        "PickPlace ticks by the clock on the wall behind our client, the policy answers from a "
+        "server in a process of its own, and what comes too late is not waited for. Success, time "
+        "stood still, age of actions, late answers and motion. See docs/realtime.md.",
+        _file("realtime"),
     ),
 }
 

@@ -15,8 +15,9 @@ from torch import Tensor
 import vla_pruner as vp
 from toy_task import tiny_policy
 from vla_pruner import _flags as flags
+from vla_pruner.kernels import native
 from vla_pruner.measure.operators import Operators
-from vla_pruner.pruning import native, scores, selection
+from vla_pruner.pruning import scores, selection
 
 METHODS = ("vla-pruner", "vla-pruner-release", "fastv", "sparsevlm", "divprune", "random")
 

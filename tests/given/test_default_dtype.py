@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.kernels import native
 from vla_pruner.models.port import default_dtype
-from vla_pruner.pruning import native
 from vla_pruner.pruning.selection import max_min_filter
 
 SOURCES = Path(vp.__file__).parent

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from vla_pruner.baselines.diversity import crop_quotas, most_diverse
 from vla_pruner.methods import Choice, Evidence, build
 from vla_pruner.methods.holov import likeness
-from vla_pruner.pruning.diversity import crop_quotas, most_diverse
 
 
 def evidence(n=40, **changes) -> Evidence:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vla_pruner.baselines.determinant import most_determinant, text_likeness
+from vla_pruner.baselines.facility import most_covering
 from vla_pruner.methods import Evidence, build
 from vla_pruner.methods.holov import likeness
-from vla_pruner.pruning.determinant import most_determinant, text_likeness
-from vla_pruner.pruning.facility import most_covering
 
 NAMES = ("cdpruner", "scope", "dart")
 

@@ -14,10 +14,10 @@ from test_query_weights import slow_raters
 
 import vla_pruner as vp
 from checks import near
+from vla_pruner.baselines.clustering import recycled_counts
+from vla_pruner.baselines.query_weights import query_weights
 from vla_pruner.methods import Choice, Evidence, ScoreSpec, build
-from vla_pruner.pruning.clustering import recycled_counts
 from vla_pruner.pruning.hashed_uniform import hashed_uniform
-from vla_pruner.pruning.query_weights import query_weights
 
 WEIGHTS = {8: (1, 2, 4), 32: (4, 9, 16)}
 

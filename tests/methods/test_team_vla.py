@@ -14,11 +14,11 @@ from tiny_openvla import make_oft, observation
 from torch import Tensor
 
 import vla_pruner as vp
+from vla_pruner.baselines.merging import merge_into
 from vla_pruner.core import cut
 from vla_pruner.methods import Choice, Evidence, build
 from vla_pruner.methods.team_vla import closest
 from vla_pruner.pruning.hashed_uniform import hashed_uniform
-from vla_pruner.pruning.merging import merge_into
 
 SHAPES = ((5, 5), (4, 4))
 VIEWS = (25, 16)

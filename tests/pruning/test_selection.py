@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from literally import ROUNDING, algorithm_1, cosine_distance, worst_step
 from torch import Tensor
 
+from literally import ROUNDING, algorithm_1, cosine_distance, worst_step
 from vla_pruner.pruning.selection import (
     _search_on_device,
     combine_then_filter,

@@ -13,8 +13,8 @@ from tiny_openvla import make_oft, observation
 from torch import Tensor
 
 import vla_pruner as vp
+from vla_pruner.baselines.correspondence import correspondence
 from vla_pruner.methods import Evidence, build
-from vla_pruner.pruning.correspondence import correspondence
 from vla_pruner.pruning.selection import top_k
 from vla_pruner.temporal.method import Now, Seen
 
@@ -254,7 +254,7 @@ def test_an_episode_begins_with_a_key_step_and_ends_with_its_memory(policy):
         assert [step(), step()] == [visual, 9]
         session.reset()
         assert [step(), step()] == [visual, 9]
-        memories = session._cut.memories
+        memories = session._cut.memories.known
         assert len(memories) == 1
     assert not memories
 

@@ -214,7 +214,7 @@ def test_an_episode_of_a_policy():
         assert [step(number) for number in range(3)] == [32, 8, 8]
         session.reset()
         assert [step(number) for number in range(2)] == [32, 8]
-        (memory,) = session._cut.memories.values()
+        (memory,) = session._cut.memories.known.values()
         assert set(memory) == {"brightness", "motion", "open", "streak"}
         assert memory["brightness"].shape == (2, 32, 32)
 

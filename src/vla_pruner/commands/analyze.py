@@ -17,7 +17,7 @@ from vla_pruner.analysis.oracle import Oracle
 from vla_pruner.analysis.page import write_page
 from vla_pruner.analysis.record import Trace, Way, trace
 from vla_pruner.analysis.tables import agreement_rows, forecast_rows, overlap_rows, step_rows
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_device,
     add_keeps,
     add_methods,
@@ -32,8 +32,8 @@ from vla_pruner.commands.options import (
     keep_of,
     words_of,
 )
-from vla_pruner.commands.output_folder import prepare_folder
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.output_folder import prepare_folder
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.doctor import check_budget
 from vla_pruner.measure.environment import stamp

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_device,
     add_keeps,
     add_methods,
@@ -25,7 +25,7 @@ from vla_pruner.commands.options import (
     keep_of,
     words_of,
 )
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.comparison import (
     Comparison,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.calibration.search import METHODS, calibrate, check_request
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_device,
     add_out,
     add_policy,
@@ -19,7 +19,7 @@ from vla_pruner.commands.options import (
     at_least,
     device_of,
 )
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import Control, statistics_of
 from vla_pruner.episodes.observations import Observations, read_observations, record_observations
 from vla_pruner.methods.recipe import Recipe

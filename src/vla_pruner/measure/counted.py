@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 
 @dataclass(frozen=True)

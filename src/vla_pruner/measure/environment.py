@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import vla_pruner
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 
 def version_of(package: str) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 _WAITING = frozenset(
     {

@@ -94,6 +94,7 @@ _IN_ROOMS_OF_THEIR_OWN = {
     "vla-iap": "vla_pruner.temporal.vla_iap:VLAIAP",
     "specprune-vla": "vla_pruner.temporal.specprune:SpecPrune",
     "prefix-reuse": "vla_pruner.temporal.prefix_reuse:PrefixReuse",
+    "hiprune": "vla_pruner.towers.hiprune:HiPrune",
     "vla-cache": "vla_pruner.vla_cache.method:VLACache",
 }
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.determinant import most_determinant, stretched, text_likeness
 from vla_pruner.methods.base import Evidence, OneCut, Positions, ScoreSpec
-from vla_pruner.pruning.determinant import most_determinant, stretched, text_likeness
 from vla_pruner.pruning.options import require_choice
 
 _LEAST = 1e-6

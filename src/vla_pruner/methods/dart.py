@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.determinant import text_likeness
 from vla_pruner.methods.base import Evidence, OneCut, Positions
-from vla_pruner.pruning.determinant import text_likeness
 from vla_pruner.pruning.options import require_choice, require_int
 from vla_pruner.pruning.selection import top_k
 

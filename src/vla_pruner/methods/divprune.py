@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vla_pruner.baselines.diversity import most_diverse
 from vla_pruner.methods.base import Evidence, OneCut, Positions
-from vla_pruner.pruning.diversity import most_diverse
 from vla_pruner.pruning.options import require_choice
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vla_pruner.baselines.diversity import crop_quotas
 from vla_pruner.methods.base import Evidence, OneCut, Positions, SemanticRows
-from vla_pruner.pruning.diversity import crop_quotas
 from vla_pruner.pruning.options import require_choice, require_int
 
 Surrogate = Literal["received", "last", "features"]

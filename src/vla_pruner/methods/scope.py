@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vla_pruner.baselines.facility import most_covering
 from vla_pruner.methods.base import Evidence, OneCut, Positions, SemanticRows
 from vla_pruner.methods.holov import likeness
-from vla_pruner.pruning.facility import most_covering
 from vla_pruner.pruning.options import require_choice
 
 

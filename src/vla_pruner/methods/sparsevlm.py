@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.clustering import keep_and_recycle
+from vla_pruner.baselines.query_weights import query_weights
 from vla_pruner.methods.base import Choice, Evidence, Method, Positions, ScoreSpec
-from vla_pruner.pruning.clustering import keep_and_recycle
 from vla_pruner.pruning.hashed_uniform import hashed_uniform, no_seeds
 from vla_pruner.pruning.options import require_choice, require_int
-from vla_pruner.pruning.query_weights import query_weights
 from vla_pruner.pruning.schedule import cuts_in, stages_by_last, stages_by_total
 from vla_pruner.pruning.selection import top_k
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.query_weights import query_weights
 from vla_pruner.methods.base import Evidence, OneCut, ScoreSpec
 from vla_pruner.pruning.budget import Budget
 from vla_pruner.pruning.options import require_int
-from vla_pruner.pruning.query_weights import query_weights
 from vla_pruner.pruning.selection import top_k
 
 

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.determinant import text_likeness
+from vla_pruner.baselines.grid import count_around, dilate, grids
+from vla_pruner.baselines.merging import merge_into
 from vla_pruner.methods.base import Choice, Evidence, Method
-from vla_pruner.pruning.determinant import text_likeness
-from vla_pruner.pruning.grid import count_around, dilate, grids
 from vla_pruner.pruning.hashed_uniform import hashed_uniform, no_seeds
-from vla_pruner.pruning.merging import merge_into
 from vla_pruner.pruning.options import require_int
 from vla_pruner.pruning.selection import top_k
 

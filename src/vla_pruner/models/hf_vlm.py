@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
+from vla_pruner.models.towers import of_transformers
+from vla_pruner.towers.reading import Tower
 
 _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -61,6 +63,10 @@ class ImageTokenVLM(Adapter):
         """Read what the top model is called with."""
         before(self.model, self._called, undo)
         after(self.model, self._returned, undo, always=True)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """The tower of a LLaVA or PaliGemma."""
+        return of_transformers(self.model)
 
     def take_places(self, mask: Tensor) -> None:
         """Visual places `[B, S]` of the next call; see `Session.visual_places`."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .folder import CheckpointError
+from .given.folder import CheckpointError
 
 __all__ = [
     "ATTENTION",

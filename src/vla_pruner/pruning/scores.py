@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 Rows = slice | Tensor | None
 

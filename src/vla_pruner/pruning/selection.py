@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vla_pruner import _flags as flags
-from vla_pruner.pruning import native
+from vla_pruner.kernels import native
 
 try:  # It comes with PyTorch for CUDA.
-    from vla_pruner.pruning import triton_search as _greedy
+    from vla_pruner.kernels import triton_search as _greedy
 except ImportError:
     _greedy = None  # type: ignore[assignment]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,8 @@ from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Evidence, Method, ScoreSpec
 from vla_pruner.pruning.frames import patch_size
+from vla_pruner.temporal.memories import LastSteps, frames_of_rows
 from vla_pruner.temporal.method import Memory, Now, Remembering, Seen
-
-MOST_EPISODES = 64
-"""Episodes that are remembered at once; the oldest are forgotten first."""
 
 
 @dataclass(eq=False)
@@ -45,8 +42,7 @@ class RememberingCut(Cut):
         super().__init__(adapter, method)
         assert isinstance(method, Remembering)
         self.remembering: Remembering = method
-        self.memories: OrderedDict[Hashable, Memory] = OrderedDict()
-        self._pending: dict[Hashable, tuple[Step, Note, int]] = {}
+        self.memories: LastSteps[Memory] = LastSteps()
 
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
@@ -60,9 +56,7 @@ class RememberingCut(Cut):
         self, step: Step, mode: Mode, frames: Tensor | None, kwargs: Mapping[str, Any]
     ) -> Mode | None:
         """Look up what each row remembers; the method says which rows need all tokens."""
-        for name in dict.fromkeys(step.ids):
-            self._settle(name)
-        memories = tuple(self.memories.get(name) for name in step.ids)
+        memories = self.memories.of(step.ids)
         step.full = tuple(
             given or self.remembering.starts_full(memory)
             for given, memory in zip(step.full, memories, strict=True)
@@ -83,21 +77,14 @@ class RememberingCut(Cut):
         note.scores = {
             name: prefill.scores[reading].detach() for name, reading in self.plan.asked[0].items()
         }
-        for row, name in enumerate(step.ids):
-            if name not in step.ids[:row]:
-                self._pending[name] = (step, note, row)
+        self.memories.hold(step, partial(self._remember, step, note))
 
     def forget(self, ids: tuple[Hashable, ...] | None) -> None:
         """These episodes are over, or all."""
-        for known in (self.memories, self._pending):
-            for name in list(known) if ids is None else ids:
-                known.pop(name, None)
+        self.memories.forget(ids)
 
-    def _settle(self, name: Hashable) -> None:
-        """An episode's last step is over: remember it, unless it was interrupted."""
-        step, note, row = self._pending.pop(name, (None, None, 0))
-        if step is None or note is None or not step.whole or step.failed:
-            return
+    def _remember(self, step: Step, note: Note, row: int) -> Memory:
+        """What the next step is told of a row of one that is over."""
         assert note.features is not None
         action = step.action() if self.method.history is not None else None
         seen = Seen(
@@ -110,26 +97,16 @@ class RememberingCut(Cut):
             views=step.prefill.layout.views,
             late=None if note.late is None else note.late[row],
         )
-        self.memories[name] = self.remembering.remember(seen)
-        self.memories.move_to_end(name)
-        while len(self.memories) > MOST_EPISODES:
-            self.memories.popitem(last=False)
+        return self.remembering.remember(seen)
 
     def _frames(self, frames: Tensor | None, prefill: Prefill, batch: int) -> Tensor | None:
         """`[B, cameras, 3, H, W]` of a step, where the method compares them."""
         if "frame" not in self.method.needs:
             return None
-        if frames is None:
-            raise ValueError(
-                f"method {self.method.name!r} compares the camera images of two steps, and none "
-                "came with this call; call `session.frame(images)` before each call of the model."
-            )
-        if len(frames) == 0 or batch % len(frames):
-            raise ValueError(f"there are frames of {len(frames)} rows for a batch of {batch}.")
         visual = prefill.layout.visual
-        found = frames.detach().to(visual.device).float()
+        found = frames_of_rows(frames, batch, visual, self.method.name).float()
         _ = patch_size(found, visual.shape[1])  # Refuses images that the tokens do not tile.
-        return found.repeat_interleave(batch // len(frames), dim=0)
+        return found
 
     # ------------------------------------------------------------------ hooks on layers
     def _see_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.correspondence import correspondence
 from vla_pruner.methods.base import Evidence, OneCut, ScoreSpec
-from vla_pruner.pruning.correspondence import correspondence
 from vla_pruner.pruning.coverage import shares
 from vla_pruner.pruning.history import HistorySpec
 from vla_pruner.pruning.options import require_int

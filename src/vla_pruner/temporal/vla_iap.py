@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.determinant import stretched, text_likeness
+from vla_pruner.baselines.grid import close_gaps, count_around
 from vla_pruner.methods.base import Evidence, OneCut
-from vla_pruner.pruning.determinant import stretched, text_likeness
 from vla_pruner.pruning.frames import edges, grey, mean_over_patches, patch_size
-from vla_pruner.pruning.grid import close_gaps, count_around
 from vla_pruner.pruning.options import require_int
 from vla_pruner.pruning.selection import top_k
 from vla_pruner.temporal.method import Memory, Now, Remembering, Seen

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.baselines.entropy import attention_entropy
 from vla_pruner.core import scores
 from vla_pruner.core.arguments import refuse_unknown, take, take_rotary
 from vla_pruner.core.cleanup import after, before
@@ -26,7 +27,6 @@ from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill, TokenSet
 from vla_pruner.core.watching import implementation
 from vla_pruner.methods.base import ScoreSpec
-from vla_pruner.pruning.entropy import attention_entropy
 from vla_pruner.vla_cache.memory import Memories, Recalled, Record
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,8 @@ from vla_pruner.core.episodes import Step
 from vla_pruner.core.layout import Layout
 from vla_pruner.core.plan import Plan
 from vla_pruner.pruning.frames import patch_similarity, patches
+from vla_pruner.temporal.memories import MOST_EPISODES, LastSteps, frames_of_rows
 from vla_pruner.vla_cache.recall import Recall, Reuse
-
-MOST_EPISODES = 64
-"""Episodes whose keys and values are kept at once; the oldest are forgotten first."""
 
 
 @dataclass(eq=False)
@@ -104,15 +101,11 @@ class Memories:
     ) -> None:
         self.reuse = reuse
         self.plan = plan
-        self.most = most
-        self._known: OrderedDict[Hashable, Memory] = OrderedDict()
-        self._pending: dict[Hashable, tuple[Step, Record, int]] = {}
+        self.last: LastSteps[Memory] = LastSteps(most)
 
     def reset(self, names: Iterable[Hashable] | None = None) -> None:
         """Forget these episodes, or all."""
-        for known in (self._known, self._pending):
-            for name in list(known) if names is None else list(names):
-                known.pop(name, None)
+        self.last.forget(names)
 
     def open(
         self,
@@ -132,15 +125,8 @@ class Memories:
         Raises:
             ValueError: no frames, or frames that do not fit the batch or the visual tokens.
         """
-        if frames is None:
-            raise ValueError(
-                "method 'vla-cache' compares the camera images of two steps, and none "
-                "came with this call; call `session.frame(images)` before each call of the model."
-            )
-        if len(frames) == 0 or batch % len(frames):
-            raise ValueError(f"there are frames of {len(frames)} rows for a batch of {batch}.")
-        frames = frames.detach().to(layout.visual.device)
-        cut = patches(frames, layout.visual.shape[1]).repeat_interleave(batch // len(frames), dim=0)
+        frames = frames_of_rows(frames, batch, layout.visual, "vla-cache")
+        cut = patches(frames, layout.visual.shape[1])
         visual = layout.visual.expand(batch, -1)
         places, ids = visual, kwargs.get("position_ids")
         if ids is not None:
@@ -161,12 +147,11 @@ class Memories:
             layout: of the prefill that begins.
             wanted: False for rows that compute everything whatever they could recall.
         """
-        memories: list[Memory | None] = []
-        for name in dict.fromkeys(ids):
-            self._settle(name)
-        for row, (name, use) in enumerate(zip(ids, wanted, strict=True)):
-            memory = self._known.get(name) if use else None
-            memories.append(memory if memory is None or memory.fits(record, row) else None)
+        last = zip(self.last.of(ids), wanted, strict=True)
+        memories = [
+            memory if use and memory is not None and memory.fits(record, row) else None
+            for row, (memory, use) in enumerate(last)
+        ]
         if all(memory is None for memory in memories):
             return None
         before = [self._or(memory, record) for memory in memories]
@@ -189,19 +174,7 @@ class Memories:
 
     def close(self, step: Step, record: Record) -> None:
         """A prefill is through: remembered instead of the one before once its step is over."""
-        for row, name in enumerate(step.ids):
-            if name not in step.ids[:row]:
-                self._pending[name] = (step, record, row)
-
-    def _settle(self, name: Hashable) -> None:
-        """An episode's last step is over: remember it, unless it was interrupted."""
-        step, record, row = self._pending.pop(name, (None, None, 0))
-        if step is None or record is None or not step.whole or step.failed:
-            return
-        self._known[name] = record.row(row)
-        self._known.move_to_end(name)
-        while len(self._known) > self.most:
-            self._known.popitem(last=False)
+        self.last.hold(step, record.row)
 
     def _or(self, memory: Memory | None, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Patches, relevance and entropy of a row; zeros for one that recalls nothing."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.baselines.entropy import layer_shares
+from vla_pruner.baselines.reuse import reusable, reuse_counts, reuse_order
 from vla_pruner.methods.base import Method
-from vla_pruner.pruning.entropy import layer_shares
 from vla_pruner.pruning.options import require_choice, require_int
-from vla_pruner.pruning.reuse import reusable, reuse_counts, reuse_order
 from vla_pruner.pruning.schedule import cuts_in
 from vla_pruner.vla_cache.hooks import ReuseHooks
 from vla_pruner.vla_cache.recall import Recall, Reuse

@@ -1,0 +1,1 @@
+"""The maths of other papers' methods: pure tensor functions that know no model."""
