@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,7 @@ def main() -> None:
             print(f"{kind} rows in a pass: {value:.1f}")
         return
     sizes = [int(size) for size in args.batches.split(",")]
+    before = os.getloadavg()
     servers = {size: start(args, size) for size in sizes}
     rows: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     try:
@@ -186,16 +189,26 @@ def main() -> None:
     finally:
         for process, _ in servers.values():
             process.terminate()
-    print(f"{args.policy}, {args.method}@{args.keep}, {args.clients} clients, {args.rounds} rounds")
     result = {
         size: {name: statistics.median(row[name] for row in found) for name in found[0]}
         for size, found in rows.items()
     }
-    for size, row in result.items():
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in row.items())
-        print(f"batch {size:3d}: {shown}")
+    shown = " ".join(sys.argv[1:])
     first, last = result[sizes[0]], result[sizes[-1]]
     ratios = {name: last[name] / first[name] for name in ("per_s", "per_cpu_s", "p95_ms")}
+    print(
+        f"\n`python scripts/bench_serving.py {shown}`: {args.policy}, {args.method} "
+        f"at {args.keep:g}, {args.clients} clients that start at random, medians of {args.rounds} "
+        f"rounds of {args.seconds:g} s; {date.today()}, load before {before[0]:.1f}, after "
+        f"{os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {torch.get_num_threads()} threads.\n"
+    )
+    print("| rows of a pass, at most | answers/s | answers per CPU second | p50, ms | p95, ms |")
+    print("|---|---|---|---|---|")
+    for size, row in result.items():
+        cells = [row[name] for name in ("per_s", "per_cpu_s", "p50_ms", "p95_ms")]
+        print(f"| {size} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
+    print("| ratio | " + " | ".join(f"{v:.2f}x" for v in list(ratios.values())[:2]), end="")
+    print(f" | {last['p50_ms'] / first['p50_ms']:.2f}x | {ratios['p95_ms']:.2f}x |\n")
     print(json.dumps({"median": result, "ratios": ratios}))
 
 

@@ -128,23 +128,24 @@ class Camera:
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._wanted = self._closed = False
-        self._seen: Mapping[str, Any] | None = None
+        self._seen: list[Mapping[str, Any]] = []
 
     def look(self) -> Mapping[str, Any]:
         """The next observation. Raises ConnectionError: nobody draws."""
         with self._lock:
-            self._wanted, self._seen = True, None
-            if not self._lock.wait_for(lambda: self._closed or self._seen is not None, CAMERA_S):
+            self._seen.clear()
+            self._wanted = True
+            if not self._lock.wait_for(lambda: self._closed or bool(self._seen), CAMERA_S):
                 raise ConnectionError(f"the camera gave no image in {CAMERA_S:g} s")
-            if self._seen is None:
+            if not self._seen:
                 raise ConnectionError("the camera is closed")
-            return self._seen
+            return self._seen.pop()
 
     def serve(self, draw: Callable[[], Mapping[str, Any]]) -> None:
         """Draw, if somebody waits for it."""
         with self._lock:
             if self._wanted:
-                self._seen, self._wanted = draw(), False
+                self._seen, self._wanted = [draw()], False
                 self._lock.notify_all()
 
     def close(self) -> None:
