@@ -37,6 +37,7 @@ def seen(episode: int, step: int) -> dict[str, Any]:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # read when Ray is imported
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'vla-pruner[ray]'")
     import ray
     from ray.cluster_utils import Cluster
