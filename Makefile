@@ -36,6 +36,7 @@ LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
 CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "pyzmq>=26" msgpack "websockets>=14" "numpy<2"
 CLIENTS_ENV := $(VENV)-clients
 DOCS_ENV := $(VENV)-docs
+TRACKERS_ENV := $(VENV)-trackers
 OPENPI ?= ../openpi
 OPENPI_PYTHON ?= python3.11
 OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
@@ -45,7 +46,7 @@ OPENPI_ENV := $(VENV)-openpi
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing notebooks models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing test-trackers notebooks models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -90,6 +91,9 @@ format: $(DEV)  ## let ruff rewrite the sources
 docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
 
+test-trackers: $(TRACKERS_ENV)/.installed  ## reports in the real Trackio and W&B, offline
+	$(TRACKERS_ENV)/bin/python -m pytest -q -rs --noconftest tests/reports/test_trackers.py
+
 notebooks: $(DEV)  ## the notebooks of examples/, as notebooks
 	$(PY) -m pip install --disable-pip-version-check -q nbclient ipykernel
 	OMP_NUM_THREADS=1 $(PY) -m jupyter execute examples/*.ipynb
@@ -117,7 +121,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs .venv-trackers site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -135,6 +139,11 @@ $(CLIENTS_ENV)/.installed: Makefile
 $(DOCS_ENV)/.installed: Makefile
 	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
 	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
+	@touch $@
+
+$(TRACKERS_ENV)/.installed: Makefile
+	$(or $(PYTHON),python3) -m venv $(TRACKERS_ENV)
+	$(TRACKERS_ENV)/bin/python -m pip install --disable-pip-version-check -q numpy pillow pytest trackio==0.43.0 wandb==0.31.0
 	@touch $@
 
 # openpi's package index entry is empty, and its class wants files copied over those of transformers.
