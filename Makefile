@@ -37,6 +37,7 @@ CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "py
 CLIENTS_ENV := $(VENV)-clients
 RAY_ENV := $(VENV)-ray
 DOCS_ENV := $(VENV)-docs
+TRACKERS_ENV := $(VENV)-trackers
 # openpi's own entry at the registry is empty; rlinf-openpi is its class, and rlinf-transformer-openpi
 # the transformers that it patches. With a checkout, OPENPI=FOLDER, its files are copied over those.
 OPENPI ?=
@@ -49,7 +50,7 @@ OPENPI_ENV := $(VENV)-openpi$(if $(OPENPI),-checkout)
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing notebooks models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing test-trackers notebooks models docs lint format bench libero gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -98,6 +99,9 @@ format: $(DEV)  ## let ruff rewrite the sources
 docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
 
+test-trackers: $(TRACKERS_ENV)/.installed  ## reports in the real Trackio and W&B, offline
+	$(TRACKERS_ENV)/bin/python -m pytest -q -rs --noconftest tests/reports/test_trackers.py
+
 notebooks: $(DEV)  ## the notebooks of examples/, as notebooks
 	$(PY) -m pip install --disable-pip-version-check -q nbclient ipykernel
 	OMP_NUM_THREADS=1 $(PY) -m jupyter execute examples/*.ipynb
@@ -125,7 +129,7 @@ gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
 	done
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-clients .venv-ray .venv-lerobot-* .venv-openpi* .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-ray .venv-lerobot-* .venv-openpi* .venv-docs .venv-trackers site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -151,6 +155,11 @@ $(RAY_ENV)/.installed: Makefile $(DEV)
 $(DOCS_ENV)/.installed: Makefile
 	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
 	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
+	@touch $@
+
+$(TRACKERS_ENV)/.installed: Makefile
+	$(or $(PYTHON),python3) -m venv $(TRACKERS_ENV)
+	$(TRACKERS_ENV)/bin/python -m pip install --disable-pip-version-check -q numpy pillow pytest trackio==0.43.0 wandb==0.31.0
 	@touch $@
 
 $(OPENPI_ENV)/.installed: Makefile
