@@ -55,6 +55,7 @@ class Call:
         implied: makes the mask `[1, 1, Q, N]` that stands for None, if it is called.
         static: whether the cache is a static one.
         rotary: the decoder's rotary embedding where tokens are renumbered; None: they are not.
+        flash: whether the kernel is one of flash attention.
     """
 
     kwargs: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Call:
     implied: Callable[[], Tensor]
     static: bool
     rotary: Any
+    flash: bool
 
 
 class Drop:
@@ -92,8 +94,8 @@ class Drop:
         for name in tables if call.rotary is None else ():
             short[name] = take_rotary(kwargs[name], rows)
         if (ids := kwargs.get("position_ids")) is not None:
-            # With rotary tables at hand the ids only mislead: gaps look like packed sequences.
-            short["position_ids"] = None if tables else take(ids, rows, dim=-1)
+            places = rows if call.rotary is None else prefill_rows(rows)
+            short["position_ids"] = left_ids(call, ids, places, tables=bool(tables))
         if (slots := kwargs.get("cache_position")) is not None:
             short["cache_position"] = slots[: rows.shape[1]] - (prefill.past - left.offset)
         if (mask := kwargs.get("attention_mask")) is not None:
@@ -218,6 +220,21 @@ def take_rotary(table: Any, rows: Tensor) -> Any:
     if isinstance(table, tuple | list):
         return tuple(take_rotary(one, rows) for one in table)
     return take(table, rows, dim=-2, batch_dim=table.ndim - 3)
+
+
+def prefill_rows(rows: Tensor) -> Tensor:
+    """The first rows, as many: whose positions renumbered tokens take."""
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+
+
+def left_ids(call: Call, ids: Tensor, places: Tensor, *, tables: bool) -> Tensor | None:
+    """Positions `[B, n]` of what is left; None where rotary tables say it and ids would mislead.
+
+    Gaps look like packed sequences to flash attention; other layers may scale by them.
+    """
+    if tables and (call.flash or ids.ndim != 2):
+        return None
+    return take(ids, places, dim=-1)
 
 
 def one_table(call: Call) -> tuple[Tensor, ...]:

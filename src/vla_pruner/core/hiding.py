@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla_pruner.core import refusals
-from vla_pruner.core.arguments import ROTARY, Call, cache_in, one_table, renumbered, take_rotary
+from vla_pruner.core.arguments import (
+    ROTARY,
+    Call,
+    cache_in,
+    left_ids,
+    one_table,
+    renumbered,
+    take_rotary,
+)
 from vla_pruner.core.scores import hides_future
 from vla_pruner.core.tokens import Prefill, TokenSet
 
@@ -39,7 +47,9 @@ class Hide:
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
         if call.rotary is not None:
             rank = (left.present.long().cumsum(dim=1) - 1).clamp_min(0)
-            found |= {"position_ids": None, ROTARY: take_rotary(one_table(call), rank)}
+            found[ROTARY] = take_rotary(one_table(call), rank)
+            if (ids := call.kwargs.get("position_ids")) is not None:
+                found["position_ids"] = left_ids(call, ids, rank, tables=True)
         return found
 
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
