@@ -228,13 +228,8 @@ def prefill_rows(rows: Tensor) -> Tensor:
 
 
 def left_ids(call: Call, ids: Tensor, places: Tensor, *, tables: bool) -> Tensor | None:
-    """Positions `[B, n]` of what is left; None where rotary tables say it and ids would mislead.
-
-    Gaps look like packed sequences to flash attention; other layers may scale by them.
-    """
-    if tables and (call.flash or ids.ndim != 2):
-        return None
-    return take(ids, places, dim=-1)
+    """Positions of what is left; None where tables tell and gaps look like packed sequences."""
+    return None if tables and (call.flash or ids.ndim != 2) else take(ids, places, dim=-1)
 
 
 def one_table(call: Call) -> tuple[Tensor, ...]:
