@@ -53,6 +53,7 @@ ROOMS = (
     "pruning",
     "baselines",
     "temporal",
+    "towers",
     "vla_cache",
     "scenes",
     "episodes",
