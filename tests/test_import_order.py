@@ -35,15 +35,21 @@ ORDER = (
     "tuning",
     "serving",
     "doors",
+    "realtime",
     "reference",
     "commands",
     "cli",
 )
 """A room may import from itself and from those before it."""
 
-ENDS = ("lerobot", "reference", "serving", "doors", "commands")
+ENDS = ("lerobot", "reference", "serving", "doors", "realtime", "commands")
 """Rooms that no other room needs; `cli` loads the commands, and they the server and its doors."""
-MAY_USE = {"serving": {"doors", "commands"}, "doors": {"commands"}, "commands": {"cli"}}
+MAY_USE = {
+    "serving": {"doors", "commands"},
+    "doors": {"commands"},
+    "realtime": {"commands"},
+    "commands": {"cli"},
+}
 
 NAMED = rf"{PACKAGE}(\.\w+)+"
 LARGEST = 13
@@ -65,6 +71,7 @@ ROOMS = (
     "tuning",
     "serving",
     "doors",
+    "realtime",
 )
 WITH_ROOMS = ("models", "commands")
 

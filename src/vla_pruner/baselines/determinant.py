@@ -9,6 +9,11 @@ from torch import Tensor
 from vla_pruner.kernels import determinant as in_c
 from vla_pruner.pruning.selection import top_k
 
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.kernels import triton_determinant as _in_triton
+except ImportError:
+    _in_triton = None  # type: ignore[assignment]
+
 NOTHING_NEW = 1e-5
 """Share of a token's squared length that rounding alone can leave outside of what was chosen."""
 
@@ -91,6 +96,8 @@ def _determinant_search(features: Tensor, quality: Tensor, valid: Tensor, k: int
         if features.device.type == "cpu":
             rows = zip(cosine, quality, last, strict=True)
             return torch.stack([_search_on_cpu(c, q, e, k) for c, q, e in rows])
+        if features.is_cuda and _in_triton is not None and features.shape[1] <= _in_triton.LARGEST:
+            return _in_triton.determinant(cosine, quality, last, k, NOTHING_NEW)
         return _search_on_device(cosine, quality, last, k)
 
 

@@ -69,6 +69,7 @@ class _Attention(ctypes.Structure):
     )
 
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # By `torch.func.grad`, `torch.vmap`.
 _MASKS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
@@ -111,9 +112,11 @@ def by_operators() -> Iterator[None]:
 def readable(*tensors: Tensor | None) -> bool:
     """Whether C can read these as they are or after a conversion: plain tensors on the CPU."""
     usable = not _held_back and _library()[0] is not None
-    return usable and all(
-        one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors
-    )
+    return usable and all(one is None or _has_memory(one) for one in tensors)
+
+
+def _has_memory(one: Tensor) -> bool:
+    return type(one) is Tensor and one.device.type == "cpu" and not _wrapped(one)
 
 
 # -- choosing ------------------------------------------------------------------------------------

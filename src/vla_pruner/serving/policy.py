@@ -14,6 +14,7 @@ from torch import nn
 
 from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
+from vla_pruner.episodes.picture import picture_of
 from vla_pruner.methods import Method
 from vla_pruner.models.prune import prune
 
@@ -41,6 +42,7 @@ class Step:
         warm_up_next: whether the episode's next step will.
         seconds: of the whole pass.
         method: that chose the tokens.
+        picture: of the tokens, for a log, see `episodes.picture`; None: nobody asked.
     """
 
     actions: np.ndarray
@@ -50,6 +52,7 @@ class Step:
     warm_up_next: bool
     seconds: float
     method: str
+    picture: dict[str, Any] | None = None
 
 
 class ServedPolicy:
@@ -66,6 +69,7 @@ class ServedPolicy:
         *,
         unnorm_key: str | None = None,
         center_crop: bool | None = None,
+        show: bool = False,
         **options: Any,
     ) -> None:
         """Attach the method until `close`.
@@ -77,6 +81,7 @@ class ServedPolicy:
                 among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
+            show: steps have a picture of their tokens.
 
         Raises:
             ValueError: the policy cannot act on a batch of observations, the method needs what no
@@ -91,6 +96,7 @@ class ServedPolicy:
         self.policy: Any = policy
         self.session = prune(policy, chosen)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
+        self._show = show
         self._options = {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -148,9 +154,21 @@ class ServedPolicy:
                 warm_up_next=self.warm_up(episode),
                 seconds=seconds,
                 method=self.name,
+                picture=self._picture(number),
             )
-            for row, warm_up, episode in zip(actions, full, episodes, strict=True)
+            for number, (row, warm_up, episode) in enumerate(
+                zip(actions, full, episodes, strict=True)
+            )
         ]
+
+    def _picture(self, row: int) -> dict[str, Any] | None:
+        """Of the last pass; None: not asked for, nothing was cut, or cameras have no grid."""
+        last = self.session.last
+        if not self._show or last is None or last.left_alone is not None:
+            return None
+        with contextlib.suppress(ValueError):
+            return picture_of(last, row)
+        return None
 
     def warm_up(self, episode: EpisodeKey) -> bool:
         """Whether the episode's next step runs on all tokens."""
