@@ -220,6 +220,28 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+_OF_THE_SYSTEM = {
+    FileExistsError: "is in the way; name a folder that can be made",
+    NotADirectoryError: "leads through a file; name a folder",
+    IsADirectoryError: "is a folder; name a file",
+    FileNotFoundError: "does not exist",
+    PermissionError: "may not be read or written by this user; name another, or change its rights",
+}
+
+
+def _sentence(error: OSError) -> str:
+    """What the operating system said of a file."""
+    name = cut(os.fsdecode(error.filename) if _path(error.filename) else str(error.filename), 400)
+    for kind, what in _OF_THE_SYSTEM.items():
+        if isinstance(error, kind):
+            return f"{name} {what}"
+    return f"{name}: {error.strerror or type(error).__name__}"
+
+
+def _path(name: object) -> bool:
+    return isinstance(name, (str, bytes, os.PathLike))
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for an exception that ended a command."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA_OF:
@@ -229,6 +251,9 @@ def explain(error: BaseException) -> tuple[int, str]:
             f"this command needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'vla-pruner[{extra}]'"
         )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        bad = isinstance(error, tuple(_OF_THE_SYSTEM))
+        return BAD_INPUT if bad else FAILED, _sentence(error)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError)):
         return BAD_INPUT, str(error)
     if isinstance(error, (RuntimeError, OSError, ImportError)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 from test_calls import CUT, SAMPLED, logits, prune
-from test_hf_vlm import IMAGE, KEEP, M, inputs_for, llava
+from test_hf_vlm import IMAGE, KEEP, M, inputs_for, llava, paligemma
 from transformers import GenerationConfig, LogitsProcessor
 
 import vla_pruner as vp
@@ -110,6 +111,78 @@ def test_the_image_token_as_a_word_that_the_model_writes(model, inputs, behind):
         same(got, talk())
 
 
+@pytest.mark.parametrize("options", [{"use_mtp": True}, {"speculation_type": "dflash"}], ids=str)
+def test_newer_ways_of_guessing_tokens_are_refused(model, inputs, options):
+    with prune(model):
+        with pytest.raises(NotImplementedError, match="guessing tokens ahead"):
+            model.generate(**inputs, **options)
+        with pytest.raises(NotImplementedError, match="guessing tokens ahead"):
+            model.generate(**inputs, generation_config=GenerationConfig(**options))
+        model.generate(**inputs, max_new_tokens=1, use_mtp=False)
+
+
+def test_prompts_that_are_packed_into_one_row_are_refused(model, inputs):
+    with prune(model), pytest.raises(NotImplementedError, match="`generate_batch` packs"):
+        model.generate_batch([inputs["input_ids"][0].tolist()])
+    assert "generate_batch" not in vars(model)
+
+
+# ---------------------------------------------------------------------- places that are given
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}], ids=str)
+def test_places_serve_every_beam(model, inputs, options):
+    seen = {}
+    decoder = model.model.language_model
+    handle = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    handle.remove()
+    merged = {"inputs_embeds": seen["embeds"], "attention_mask": inputs["attention_mask"]}
+    visual = inputs["input_ids"] == IMAGE
+    with prune(model) as session:
+        session.visual_places(visual)
+        got = model.generate(**merged, **SAMPLED, **options)
+        report = session.last
+        session.visual_places(visual[:, 1:])
+        with pytest.raises(
+            ValueError, match=r"given a mask \(1, 20\), and this pass has \(\d, 21\)"
+        ):
+            model.generate(**merged, **SAMPLED, **options)
+    assert report.kept_mask.sum(1).tolist() == [KEEP] * options["num_beams"]
+    gone = dropped(report, visual.expand(len(report.kept_mask), -1))
+    with hidden_behind(decoder, CUT, gone):
+        same(logits(got), logits(model.generate(**merged, **SAMPLED, **options)))
+
+
+def test_an_image_token_that_is_no_word():
+    """PaliGemma may name a token behind its vocabulary, which no embedding belongs to."""
+    model, ids, pixels = paligemma()
+    model = randomise(model)
+    for config in (model.config, model.model.config):
+        config.image_token_id = 97
+    call = inputs_for(model, [97 if token == IMAGE else token for token in ids], pixels)
+    with prune(model) as session:
+        got = model(**call, logits_to_keep=3).logits
+        gone = dropped(session.last, call["input_ids"] == 97)
+    with hidden_behind(model.model.language_model, CUT, gone):
+        same(got, model(**call, logits_to_keep=3).logits)
+
+
+def test_a_mask_that_numbers_packed_sequences(make, embeds):
+    """Padding is what is 0; other numbers mean the same."""
+    model, padded = make(), torch.ones(2, 30, dtype=torch.long)
+    padded[1, :3] = 0
+    where = vp.models.Decoder(visual=slice(1, 21))
+    runs = []
+    with vp.prune(model, "fastv", tokens=6, layer=CUT, adapter=where) as session:
+        for mask in (padded, padded * (1 + torch.arange(30) // 26), 255 * padded.to(torch.uint8)):
+            runs.append(model(inputs_embeds=embeds(batch=2), attention_mask=mask).logits[:, -1])
+            runs.append(session.last.kept_mask.float())
+    assert torch.equal(runs[1], runs[3]) and torch.equal(runs[1], runs[5])
+    same(runs[2], runs[0])
+    same(runs[4], runs[0])
+
+
 # ---------------------------------------------------------------------- removal
 class Removes:
     """A streamer that takes the session off while words are written."""
@@ -171,6 +244,67 @@ def test_a_call_of_another_thread_holds_a_session_and_an_interrupted_one_does_no
     handle.remove()
     session.remove()
     assert not session.attached
+
+
+# ---------------------------------------------------------------------- a model that changes
+@pytest.mark.parametrize("method", ["fastv", "random"])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+def test_a_layer_that_is_replaced_under_a_session(make, embeds, method, number):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, method, tokens=6, layer=2, adapter=where) as session:
+        expected = model(inputs_embeds=embeds()).logits
+        old = layers[number]
+        layers[number] = copy.deepcopy(make().model.layers[number])
+        with pytest.raises(RuntimeError, match=rf"layer {number} did not run.*Attach .* last"):
+            model(inputs_embeds=embeds())
+        layers[number] = torch.nn.Sequential(old)
+        layers[number].forward = old.__call__
+        session.reset()
+        if method == "fastv":
+            same(model(inputs_embeds=embeds()).logits, expected)
+
+
+def test_layers_that_are_fewer_or_in_another_order(make, embeds):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=where):
+        model.model.layers = layers[:4]
+        with pytest.raises(RuntimeError, match="had 6 layers when the session began and has 4"):
+            model(inputs_embeds=embeds())
+        model.model.layers = torch.nn.ModuleList([layers[i] for i in (0, 1, 3, 2, 4, 5)])
+        with pytest.raises(RuntimeError, match="layer 2 did not run"):
+            model(inputs_embeds=embeds())
+
+
+def test_a_layer_that_runs_twice_in_one_pass(make, embeds):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, "random", tokens=6, layer=2, adapter=where):
+        layers[3].register_forward_pre_hook(
+            lambda _, args, kwargs: ((layers[2](*args, **kwargs),), kwargs), with_kwargs=True
+        )
+        with pytest.raises(NotImplementedError, match="layer 2 of LlamaModel ran more than once"):
+            model(inputs_embeds=embeds(), use_cache=False)
+
+
+@pytest.mark.parametrize(("began", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+def test_a_kernel_that_is_changed_under_a_session(make, embeds, method, began, then):
+    """Eager attention without a mask would look ahead; the other way round every mask is there."""
+    model, where = make(attention=began), vp.models.Decoder(visual=slice(1, 21))
+    options = {"window": 1} if method == "vla-pruner" else {}
+    with vp.prune(model, method, tokens=6, layer=2, adapter=where, **options) as session:
+        model(inputs_embeds=embeds())
+        model.set_attn_implementation(then)
+        if began == "eager":
+            with pytest.raises(RuntimeError, match=r"was 'eager' when .* and is 'sdpa'"):
+                model(inputs_embeds=embeds(1))
+            return
+        got = model(inputs_embeds=embeds(1)).logits[:, 21:]
+        gone = [1 + (~session.last.kept_mask[0]).nonzero()[:, 0]]
+    with hidden_behind(model.model, 2, gone):
+        same(got, model(inputs_embeds=embeds(1)).logits[:, 21:])
 
 
 # ---------------------------------------------------------------------- graphs and transforms

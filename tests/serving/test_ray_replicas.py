@@ -37,6 +37,7 @@ def seen(episode: int, step: int) -> dict[str, Any]:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # read when Ray is imported
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'vla-pruner[ray]'")
     import ray
     from ray.cluster_utils import Cluster
@@ -46,6 +47,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 1000,
         "health_check_failure_threshold": 3,
+        "worker_niceness": 0,  # Ray's own is 15
     }
     memory = {"object_store_memory": 80_000_000}
     made = Cluster(

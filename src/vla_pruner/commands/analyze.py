@@ -27,6 +27,7 @@ from vla_pruner.commands.shared.options import (
     add_scenes,
     add_suite,
     add_unnorm_key,
+    at_least,
     device_of,
     keep_of,
     words_of,
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keeps(parser, ["0.25"])
     parser.add_argument(
         "--layer",
-        type=int,
+        type=at_least(1),
         help="K, for all methods: tokens are cut before it, scores read in the layer before that "
         f"(default: each method's own; scores of all tokens are read before layer {WATCHED})",
     )
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stride",
-        type=int,
+        type=at_least(1),
         default=1,
         help="patches that the oracle's search adds per round: 5 takes a fifth of the time",
     )

@@ -20,6 +20,7 @@ from vla_pruner.commands.shared.options import (
     add_device,
     add_keeps,
     add_methods,
+    at_least,
     device_of,
     keep_of,
     words_of,
@@ -52,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_methods(parser, ["vla-pruner"])
     add_keeps(parser, ["0.5", "0.25", "0.125"])
     parser.add_argument(
-        "--layer", type=int, help="layers that see every token (default: each method's own)"
+        "--layer", type=at_least(0), help="layers that see every token (default: each method's own)"
     )
     add_device(parser)
     parser.add_argument("--repeats", type=int, help="rounds (default: 5 on the CPU, 30 on a GPU)")
     parser.add_argument(
         "--layers",
-        type=int,
+        type=at_least(1),
         help="decoder layers to build, for published sizes (default: 8 on the CPU, all on a GPU)",
     )
     parser.add_argument(

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 
 _MARK = "_vla_pruner_mark"
 _CALL = nn.Module._call_impl.__code__
-_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_GUESSING = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+)
+_PACKING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Calls:
@@ -130,7 +138,7 @@ class Calls:
         def generating(*args: Any, **kwargs: Any) -> Any:
             option = _options(model, generate, args, kwargs)
             for name in _GUESSING:
-                if option(name) is not None:
+                if option(name) not in (None, False):
                     raise refusals.guesses(name)
             if option("prefill_chunk_size") is not None:
                 raise refusals.chunked_prefill()
@@ -142,8 +150,14 @@ class Calls:
                 finally:
                     self.copies = copies
 
+        def packing(name: str, *args: Any, **kwargs: Any) -> None:
+            raise refusals.packs(name)
+
         self._generate = generating.__code__
         replace(model, "generate", generating, undo)
+        for name in _PACKING:
+            if hasattr(model, name):
+                replace(model, name, partial(packing, name), undo)
 
 
 def _options(
@@ -155,15 +169,15 @@ def _options(
     except TypeError:  # `generate` itself will say what is wrong.
         bound = dict(kwargs)
     given, own = bound.get("generation_config"), getattr(model, "generation_config", None)
-    configs = [config for config in (given, own) if config is not None]
+    configs = [(config, type(config)()) for config in (given, own) if config is not None]
 
     def option(name: str) -> Any:
         if bound.get(name) is not None:
             return bound[name]
-        for config in configs:
-            # Where a value is the default of its class, nobody has said it.
-            value, default = getattr(config, name, None), getattr(type(config)(), name, None)
-            if value is not None and value != default:
+        for config, default in configs:
+            value = getattr(config, name, None)
+            # Where it is the default of its class, nobody has said it.
+            if value is not None and value != getattr(default, name, None):
                 return value
         return None
 

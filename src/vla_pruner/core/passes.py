@@ -125,6 +125,7 @@ class Passes:
         now = Pass.of(stack, args, kwargs)
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
             raise refusals.no_values()
+        cut.refuse_changes()
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from vla_pruner._flags import refuse
 
 # -- calls ---------------------------------------------------------------------------------------
 
@@ -48,6 +52,13 @@ def guesses(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"`{name}`: guessing tokens ahead takes some back from the cache, which pruning does not "
         "follow; generate without it."
+    )
+
+
+def packs(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{name}` packs the prompts of several calls into one row, which pruning does not follow; "
+        "use `generate`, with a batch if need be."
     )
 
 
@@ -191,6 +202,36 @@ def flex_attention() -> NotImplementedError:
     )
 
 
+def refuse_replaced(began: Sequence[nn.Module], now: Sequence[nn.Module]) -> None:
+    """Refuse layers that others stand for now, unless these hold them."""
+    for number, (mine, other) in enumerate(zip_longest(began, now)):
+        if mine is None or other is None:
+            raise RuntimeError(
+                f"the decoder had {len(began)} layers when the session began and has {len(now)}; "
+                "change the model first, and attach vla-pruner last."
+            )
+        if not any(module is mine for module in other.modules()):
+            raise RuntimeError(
+                f"the hooks of decoder layer {number} did not run and would not: something has "
+                "replaced the layer since the session began. Attach vla-pruner last."
+            )
+
+
+def other_kernel(began: str | None, now: str | None) -> RuntimeError:
+    return RuntimeError(
+        f"the attention was {began!r} when the session began and is {now!r}, so that masks are "
+        "made for another kernel than runs; call `set_attn_implementation` first, and attach "
+        "vla-pruner last."
+    )
+
+
+def ran_twice(index: int, decoder: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"layer {index} of {type(decoder).__name__} ran more than once in one pass, and would cut "
+        "again what is cut; pruning needs a decoder that runs each layer once."
+    )
+
+
 def unhooked(cut: int) -> RuntimeError:
     return RuntimeError(
         f"the hooks of decoder layer {cut} did not run, so that nothing was cut: something has "
@@ -282,6 +323,16 @@ def wrong_choice(method: str, shape: Any, number: int, expected: Any) -> ValueEr
     return ValueError(
         f"method {method!r} chose {tuple(shape)} at cut {number}; expected [B, k] = {expected}."
     )
+
+
+def refuse_unordered(method: str, kept: Tensor, number: int, size: int) -> None:
+    """Refuse a choice `[B, k]` that is not ascending in 0..size-1: rows would come twice."""
+    what = f"method {method!r} chose, at cut {number},"
+    wanted = f"expected int64, each number of 0..{size - 1} at most once, ascending (`.sort()`)."
+    if kept.dtype != torch.int64:
+        raise ValueError(f"{what} tokens as {kept.dtype}; {wanted}")
+    broken = (kept < 0).any() | (kept >= size).any() | (kept[:, 1:] <= kept[:, :-1]).any()
+    refuse(broken, f"{what} tokens out of order or of range, or one twice; {wanted}")
 
 
 def wrong_merge(method: str, shape: Any, number: int, expected: Any) -> ValueError:

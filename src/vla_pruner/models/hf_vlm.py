@@ -116,7 +116,9 @@ class ImageTokenVLM(Adapter):
             self._verified = True
         mask = self._call.get("attention_mask")
         known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + length
-        valid = mask[:, past : past + length].to(inputs.device) if known else None  # type: ignore[index]
+        valid = None
+        if known:
+            valid = (mask[:, past : past + length] != 0).to(inputs.device, torch.int8)  # type: ignore[index]
         text = text_behind(visual, length, earliest=int(visual[:, -1].min()) + 1)
         read = self._read(is_visual.to(inputs.device), valid)
         return Layout(visual, _runs(visual), valid_rows=valid, text_rows=text, read=read)
@@ -129,16 +131,17 @@ class ImageTokenVLM(Adapter):
         """`[B, S]` bool, where visual tokens are; None: unknown, or there is none."""
         self._reason = None
         shape, call = inputs.shape[:2], self._call
-        if self._places is not None and self._places.shape == shape:
-            return self._places
+        if self._places is not None:
+            return self._given(self._places, shape)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is not None and ids.shape == shape:
             return torch.isin(
                 ids, torch.tensor(self.token_ids, dtype=torch.int64, device=ids.device)
             )
-        if embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
+        words = [token for token in self.token_ids if token < _words(self.model)]
+        if words and embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
             table: Any = _table(self.model)
-            tokens = torch.tensor(self.token_ids, dtype=torch.int64, device=embeds.device)
+            tokens = torch.tensor(words, dtype=torch.int64, device=embeds.device)
             blank = table(tokens).to(embeds.dtype)  # [T, D]
             return (embeds[:, :, None] == blank).all(dim=-1).any(dim=-1)
         if shape[1] > 1:
@@ -149,6 +152,16 @@ class ImageTokenVLM(Adapter):
                 "`session.visual_places(mask)`."
             )
         return None
+
+    def _given(self, places: Tensor, shape: torch.Size) -> Tensor:
+        """The places that the caller gave, for each of the rows that beams make of one."""
+        rows, length = places.shape
+        if length != shape[1] or rows == 0 or shape[0] % rows:
+            raise ValueError(
+                f"`session.visual_places` was given a mask {tuple(places.shape)}, and this pass "
+                f"has {tuple(shape)} tokens; give one for the tokens of the next call."
+            )
+        return places.repeat_interleave(shape[0] // rows, dim=0)
 
     def _has_pixels(self) -> bool:
         return any(value is not None for name, value in self._call.items() if "pixel" in name)
@@ -189,8 +202,10 @@ class ImageTokenVLM(Adapter):
         else:
             table: Any = _table(self.model)
             at = inputs.gather(1, visual[..., None].expand(-1, -1, inputs.shape[-1]))
-            blank = table(ids.to(visual.device).gather(1, visual)).to(at.dtype)
-            empty = int((at == blank).all(dim=-1).sum())
+            named = ids.to(visual.device).gather(1, visual)
+            words = named < _words(self.model)  # Others have no embedding.
+            blank = table(named * words).to(at.dtype)
+            empty = int(((at == blank).all(dim=-1) & words).sum())
             if not empty:
                 return
             found = f"{empty} of {visual.numel()} image tokens hold no image features"
@@ -245,3 +260,8 @@ def _language_model(model: nn.Module) -> nn.Module:
 def _table(model: Any) -> Any:
     """The embedding of token ids."""
     return model.get_input_embeddings()
+
+
+def _words(model: Any) -> int:
+    """How many token ids have an embedding."""
+    return len(_table(model).weight)

@@ -100,8 +100,7 @@ def answers(best: Finding) -> list[tuple[str, str]]:
         found.append(
             (
                 f"{whole.speedup:.2f}x",
-                "speed of whole episodes: the policy's time from the first call to the last, "
-                f"warm-up calls included ({where})",
+                f"speed of whole episodes, warm-up calls included ({where})",
             )
         )
     return found
@@ -165,6 +164,8 @@ _NUMBERS = (
     "All runs use the same weights and start from the same states. A call of the policy is timed "
     "as a whole: image processing, vision towers, language model, action head. Pruning "
     "shortens the language model's share alone, so the speed-up is smaller than that of FLOPs.",
+    "Whole episodes: the policy's time from the first call to the last. The first calls run on all "
+    "tokens, so short episodes gain less than a pruned call does; more calls count against a row.",
     "Few scenes leave wide intervals: a difference that lies inside them is none that this report "
     "can show. More episodes narrow them.",
 )

@@ -133,8 +133,8 @@ class Camera:
     def look(self) -> Mapping[str, Any]:
         """The next observation. Raises ConnectionError: nobody draws."""
         with self._lock:
-            self._wanted = True
             self._seen.clear()
+            self._wanted = True
             if not self._lock.wait_for(lambda: self._closed or bool(self._seen), CAMERA_S):
                 raise ConnectionError(f"the camera gave no image in {CAMERA_S:g} s")
             if not self._seen:
@@ -145,8 +145,7 @@ class Camera:
         """Draw, if somebody waits for it."""
         with self._lock:
             if self._wanted:
-                self._seen.append(draw())
-                self._wanted = False
+                self._seen, self._wanted = [draw()], False
                 self._lock.notify_all()
 
     def close(self) -> None:
