@@ -125,7 +125,7 @@ class Passes:
         now = Pass.of(stack, args, kwargs)
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
             raise refusals.no_values()
-        cut.refuse_changes()
+        self._refuse_changes(cut)
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now
@@ -291,6 +291,14 @@ class Passes:
         return ids
 
     # ------------------------------------------------------------------ refusals
+    def _refuse_changes(self, cut: Cut) -> None:
+        """Refuse layers, or a kernel of the masks, that are others than at the start."""
+        if (layers := list(self.adapter.layers)) != cut.layers:
+            refusals.refuse_replaced(cut.layers, layers)
+        config = getattr(self.adapter.decoder, "config", None)
+        if (kernel := getattr(config, "_attn_implementation", None)) not in (cut.kernel, "eager"):
+            raise refusals.other_kernel(cut.kernel, kernel)
+
     def _check(self, step: Step, now: Pass) -> None:
         """Refuse what would go wrong without a word."""
         if len(step.ids) != now.batch:
