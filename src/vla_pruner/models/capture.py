@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,6 @@ class Capture(Attached):
         self._undo = ExitStack()
         if self.session is not None:
             _check(self.session)
-            self._replays = mode is not None
         with self._undo:
             _captured[policy] = self
             self._undo.callback(_captured.pop, policy, None)
@@ -174,6 +173,24 @@ class Capture(Attached):
     def padded(self, length: int) -> int:
         """The length that a prompt of `length` tokens is padded to."""
         return -(-length // self.bucket) * self.bucket
+
+
+def capture_policy(policy: nn.Module) -> Capture:
+    """Capture a policy as it is pruned now, with CUDA graphs where it is on a GPU.
+
+    Raises:
+        TypeError: it is none of our ports.
+        RuntimeError, NotImplementedError: see `Capture`.
+    """
+    capture: Any = getattr(policy, "capture", None)
+    if capture is None:
+        raise TypeError(
+            f"a {type(policy).__name__} has no captured step; the ports of OpenVLA, OpenVLA-OFT, "
+            "pi0 and pi0.5 in `vla_pruner.models` have one. `session.compile()` compiles the "
+            "decoder of any other model."
+        )
+    on_gpu = any(parameter.is_cuda for parameter in policy.parameters())
+    return cast("Capture", capture(mode="reduce-overhead" if on_gpu else None))
 
 
 class _Memory:

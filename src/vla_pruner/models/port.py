@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "Port",
     "default_dtype",
+    "share",
 ]
 
 ATTENTION = ("sdpa", "eager")
@@ -52,7 +54,7 @@ class Port(Policy):
     def capture(
         self, *, backend: str = "inductor", mode: str | None = None, bucket: int = 16
     ) -> Capture:
-        """Compile whole steps, of the policy as it is pruned now, until `remove()` of what is given.
+        """Compile whole steps, of the policy as it is pruned now, until `remove()` of the result.
 
         Args:
             backend: of `torch.compile`.
@@ -100,6 +102,12 @@ class Port(Policy):
         if random:
             model.reset_parameters()
         return model
+
+
+def share(policy: nn.Module) -> nn.Module:
+    """The same modules once more, over the same weights: hooks of one do not touch the other."""
+    kept = [*policy.parameters(), *policy.buffers(), getattr(policy, "tokenizer", None)]
+    return copy.deepcopy(policy, {id(one): one for one in kept if one is not None})
 
 
 def check_attention(name: Any) -> None:

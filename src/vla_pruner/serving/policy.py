@@ -15,6 +15,7 @@ from torch import nn
 from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
 from vla_pruner.methods import Method
+from vla_pruner.models.capture import capture_policy
 from vla_pruner.models.prune import prune
 
 
@@ -66,6 +67,7 @@ class ServedPolicy:
         *,
         unnorm_key: str | None = None,
         center_crop: bool | None = None,
+        capture: bool = False,
         **options: Any,
     ) -> None:
         """Attach the method until `close`.
@@ -77,8 +79,10 @@ class ServedPolicy:
                 among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
+            capture: compile whole steps; the method then stays as it is.
 
         Raises:
+            TypeError, NotImplementedError: this policy or method cannot be captured.
             ValueError: the policy cannot act on a batch of observations, the method needs what no
                 client reports, or `prune` refuses.
         """
@@ -90,6 +94,9 @@ class ServedPolicy:
         chosen = _servable(make_method(method, **options))
         self.policy: Any = policy
         self.session = prune(policy, chosen)
+        self.captured = capture
+        if capture:
+            capture_policy(policy)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
         self._options = {name: value for name, value in given.items() if value is not None}
 
@@ -178,6 +185,11 @@ class ServedPolicy:
             chosen = _servable(make_method(method, keep=keep, **given))
         if chosen == before.method:
             return
+        if self.captured:
+            raise ValueError(
+                "a captured policy keeps its method and its budget; serve it without --capture to "
+                "change them"
+            )
         before.remove()
         try:
             self.session = prune(self.policy, chosen)

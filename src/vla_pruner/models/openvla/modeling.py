@@ -23,8 +23,8 @@ from .processing import Inputs
 from .vision import LayerScale, Projector, VisionBackbone, VisionTower
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from contextlib import ExitStack
+    from pathlib import Path
     from typing import Self
 
     from ..capture import Capture

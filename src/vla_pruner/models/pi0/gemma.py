@@ -22,7 +22,8 @@ class SharedKV:
 
     The first `update` of a layer is the prefix's and fills it. Every later one is a suffix's: it is
     written behind the prefix, over the suffix of the flow step before, so that the prefix is copied
-    once per call of the policy. Where gradients are recorded, or with `pure`, nothing is written over.
+    once per call of the policy. With `pure`, or where gradients are recorded, nothing is written
+    over.
     """
 
     def __init__(self, *, pure: bool = False) -> None:

@@ -27,7 +27,6 @@ from .gemma import GemmaStack, SharedKV
 from .processing import Inputs
 from .vision import VisionTower
 
-
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
