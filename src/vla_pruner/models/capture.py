@@ -202,6 +202,7 @@ class _Memory:
         self.slots, self.layers = self.spec.slots, len(passes.plan.action_layers)
         self.given: tuple[Tensor, Tensor] | tuple[()] = ()
         self._counts: dict[tuple[Any, ...], Tensor] = {}
+        self._eager = passes.episodes._remember
         replace(passes.episodes, "_forecast", self._read, undo)
         replace(passes.episodes, "_remember", self._remember, undo)
 
@@ -226,7 +227,10 @@ class _Memory:
         self.given = history, self._counts[counts, visual.device]
 
     def _remember(self, episode: Episode, step: Step, action: Tensor, rows: list[int]) -> None:
-        """What the graph made of the memory is kept."""
+        """What the graph made of the memory is kept; of a step before the capture, as ever."""
+        if step.prefill.note is None:
+            self._eager(episode, step, action, rows)
+            return
         episode.memory = step.prefill.note[rows[0]]
         episode.observations += 1
 

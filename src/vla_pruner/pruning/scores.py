@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_pruner import _flags as flags
 from vla_pruner.kernels import native
+
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.kernels import triton_scores as _triton
+except ImportError:
+    _triton = None  # type: ignore[assignment]
 
 Rows = slice | Tensor | None
 
@@ -98,7 +104,7 @@ def attention_column_mean(
     """
     _check(query, key, mask)
     options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or flags.waits(query):
         picked = rows if isinstance(rows, Tensor) else None
         span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
         return _column_mean_node(query, key, columns, picked, *span, *options)
@@ -147,7 +153,7 @@ def _column_mean(
     softcap: float | None,
     chunk: int,
 ) -> Tensor:
-    """See `attention_column_mean`: in C on the CPU, or with PyTorch's operators."""
+    """See `attention_column_mean`: in C, in Triton, or with PyTorch's operators."""
     chosen: range | Tensor
     if isinstance(rows, Tensor):
         chosen, count = rows, rows.shape[-1]
@@ -169,6 +175,19 @@ def _column_mean(
         )
         if received is not None:
             return received
+        if query.is_cuda and _triton is not None and query.shape[3] <= _triton.LARGEST_HEAD:
+            return _triton.column_mean(
+                query,
+                key,
+                columns,
+                chosen,
+                mask=mask,
+                row_weight=row_weight,
+                sinks=sinks,
+                scale=scale,
+                causal=causal,
+                softcap=softcap,
+            )
     return _column_mean_by_operators(
         query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
     )

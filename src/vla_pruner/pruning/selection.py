@@ -127,6 +127,21 @@ def combine_then_filter(
     if action is None or k == features.shape[-2]:
         return top_k(semantic, k, valid=valid)
     _check_first(first)
+    if flags.waits(features) or torch.compiler.is_compiling():
+        given = (semantic, action, features, valid)
+        batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
+        kept, broken = _combine_node(*batched, k, first == "nearest")
+        if flags.may_read(broken):
+            flags.refuse(broken[0], _NAN.format(name="scores"))
+            flags.refuse(broken[1], _NOT_FINITE)
+        return kept if features.ndim == 3 else kept[0]
+    return _combine(semantic, action, features, k, first, valid)
+
+
+def _combine(
+    semantic: Tensor, action: Tensor, features: Tensor, k: int, first: First, valid: Tensor | None
+) -> Tensor:
+    """`combine_then_filter` where neither k nor the action score leaves nothing to choose."""
     if _in_c(semantic, valid, action, features):
         choose = partial(native.combine_then_filter, k=k, nearest=first == "nearest")
         return _by_row(choose, semantic, action=action, features=features, valid=valid)
@@ -135,6 +150,35 @@ def combine_then_filter(
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
     chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
     return chosen.sort(dim=-1).values
+
+
+# One operator, so that a compiled graph holds one node: C on the CPU, Triton on a GPU.
+@torch.library.custom_op(
+    "vla_pruner::combine_then_filter",
+    mutates_args=(),
+    schema="(Tensor semantic, Tensor action, Tensor features, Tensor? valid, int k, bool nearest) "
+    "-> (Tensor, Tensor)",
+)
+def _combine_node(
+    semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    """`_combine` of a batch: `[B, k]`, and whether scores or features are broken, bool `[2]`."""
+    small = features.shape[1] <= (0 if _greedy is None else _greedy.LARGEST)
+    if features.is_cuda and _greedy is not None and small:
+        with torch.autocast("cuda", enabled=False):
+            return _greedy.choose(semantic, action, features, valid, k, nearest)
+    kept = _combine(
+        semantic, action, features, k, "nearest" if nearest else "second-nearest", valid
+    )
+    return kept, torch.zeros(2, dtype=torch.bool, device=kept.device)
+
+
+@_combine_node.register_fake
+def _(
+    semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    kept = features.new_empty((features.shape[0], k), dtype=torch.int64)
+    return kept, features.new_empty((2,), dtype=torch.bool)
 
 
 # One operator, so that a compiled graph holds one node instead of k unrolled steps.
