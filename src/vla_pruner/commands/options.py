@@ -92,9 +92,12 @@ def add_capture(parser: Parser) -> None:
     """`--capture`: whole steps are compiled."""
     parser.add_argument(
         "--capture",
-        action="store_true",
+        nargs="?",
+        const="inductor",
+        default="",
+        metavar="BACKEND",
         help="compile whole steps (on a GPU, into CUDA graphs); the first calls of each kind take "
-        "up to minutes",
+        "up to minutes. BACKEND is one of torch.compile (default: inductor)",
     )
 
 

@@ -90,18 +90,18 @@ class Condition:
 
     @contextmanager
     def attached(
-        self, policy: nn.Module, *, captured: bool = False
+        self, policy: nn.Module, *, captured: str = ""
     ) -> Iterator[tuple[nn.Module, Session | None]]:
         """The policy under this condition, and its session, which ends with the block.
 
-        With `captured`, whole steps are compiled: the policy is then a copy over the same weights,
-        which is kept with its graphs for the next time.
+        With `captured`, a backend, whole steps are compiled: the policy is then a copy over the same
+        weights, which is kept with its graphs for the next time.
 
         Raises:
             TypeError, NotImplementedError: this policy or method cannot be captured.
         """
         if captured:
-            own, session = self._captured(policy)
+            own, session = self._captured(policy, captured)
             session.reset()
             yield own, session
             return
@@ -112,12 +112,12 @@ class Condition:
             if session_now is not None:
                 session_now.remove()
 
-    def _captured(self, policy: nn.Module) -> tuple[nn.Module, Session]:
+    def _captured(self, policy: nn.Module, backend: str) -> tuple[nn.Module, Session]:
         known = _captured.setdefault(policy, {})
         if self.name not in known:
             own = share(policy)
             session = self.attach(own) or prune(own, ALL_TOKENS)
-            capture_policy(own)
+            capture_policy(own, backend)
             known[self.name] = own, session
         return known[self.name]
 

@@ -116,7 +116,7 @@ class _Variant:
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def prepare(self, *, compile_decoder: bool, capture: bool, tick: Callable[[], None]) -> None:
+    def prepare(self, *, compile_decoder: bool, capture: str, tick: Callable[[], None]) -> None:
         """Walk through the method's own warm-up, measure the parts, warm up the caches."""
         decoder = self.workload.decoder(self.policy)
         if self.method is not None:
@@ -143,7 +143,7 @@ class _Variant:
             else:
                 self.session.compile()
         if capture:
-            capture_policy(self.policy)
+            capture_policy(self.policy, capture)
         for _ in range(2 if compile_decoder or capture else 0):
             self.step()
             tick()
@@ -195,7 +195,7 @@ def compare(
     names: Sequence[str] | None = None,
     repeats: int,
     compile_decoder: bool = False,
-    capture: bool = False,
+    capture: str = "",
     ideals: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:
@@ -207,8 +207,8 @@ def compare(
         names: of their rows, all different; None: method and `keep`.
         repeats: rounds; each times every variant once.
         compile_decoder: compile the decoder of every variant, the full one included.
-        capture: compile the whole step of every variant (`policy.capture()`); the time of a prefill
-            is then that of the step.
+        capture: backend that compiles the whole step of every variant (`policy.capture()`); the
+            time of a prefill is then that of the step. Empty: they run as they are.
         ideals: measure each cut once more, with as many tokens that were chosen beforehand: what
             pruning could be if nothing were scored or selected.
         tick: called after every step, for a progress bar.

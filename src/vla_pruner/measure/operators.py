@@ -37,9 +37,9 @@ LAUNCHES = {"attention_column_mean": 2, "combine_then_filter": 5}
 class Operators(TorchDispatchMode):
     """Counts what runs while it is entered; views are free and not counted.
 
-    A call into compiled C counts as one, an operator of ours as what it starts on a GPU. What a GPU would make the host wait for is counted on any
-    device: reading a number, shapes that depend on data, Python numbers that become a tensor
-    (`torch.tensor(list)`), boolean masks as an index.
+    A call into compiled C counts as one, an operator of ours as what it starts on a GPU. What a GPU
+    would make the host wait for is counted on any device: reading a number, shapes that depend on
+    data, Python numbers that become a tensor (`torch.tensor(list)`), boolean masks as an index.
     """
 
     def __init__(self) -> None:

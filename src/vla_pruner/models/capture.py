@@ -175,7 +175,7 @@ class Capture(Attached):
         return -(-length // self.bucket) * self.bucket
 
 
-def capture_policy(policy: nn.Module) -> Capture:
+def capture_policy(policy: nn.Module, backend: str = "inductor") -> Capture:
     """Capture a policy as it is pruned now, with CUDA graphs where it is on a GPU.
 
     Raises:
@@ -190,7 +190,8 @@ def capture_policy(policy: nn.Module) -> Capture:
             "decoder of any other model."
         )
     on_gpu = any(parameter.is_cuda for parameter in policy.parameters())
-    return cast("Capture", capture(mode="reduce-overhead" if on_gpu else None))
+    mode = "reduce-overhead" if on_gpu and backend == "inductor" else None
+    return cast("Capture", capture(backend=backend, mode=mode))
 
 
 class _Memory:

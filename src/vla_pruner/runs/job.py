@@ -33,7 +33,7 @@ class Setup:
         tasks: what is asked for, by target.
         stand_in_assets: whether some objects look other than in the published suite.
         clock: what goes on while the policy computes; None: the scene waits.
-        captured: whether whole steps of the policy are compiled.
+        captured: by which backend whole steps of the policy are compiled; empty: they are not.
     """
 
     suite: str
@@ -44,11 +44,11 @@ class Setup:
     tasks: tuple[str, ...]
     stand_in_assets: bool = False
     clock: Clock | None = None
-    captured: bool = False
+    captured: str = ""
 
     @classmethod
     def of(
-        cls, name: str, policy: nn.Module, suite: Suite, *, captured: bool = False, **control: Any
+        cls, name: str, policy: nn.Module, suite: Suite, *, captured: str = "", **control: Any
     ) -> Setup:
         """The setup of a loaded policy; `control` overrides how it is driven, see `Control.of`.
 

@@ -136,7 +136,7 @@ def measure(
     rounds: int,
     tick: Callable[[], None] = lambda: None,
     *,
-    captured: bool = False,
+    captured: str = "",
 ) -> list[TimedReplay]:
     """Replay every recorded episode under every condition, `rounds` times, in turn.
 
@@ -149,7 +149,7 @@ def measure(
         recorded: episodes.
         rounds: repetitions.
         tick: called after each replay.
-        captured: whether whole steps are compiled.
+        captured: by which backend whole steps are compiled; empty: they are not.
     """
     for condition in conditions:
         calls = first_calls(condition)
@@ -201,7 +201,7 @@ def replay_once(
     round_: int,
     calls: int | None = None,
     *,
-    captured: bool = False,
+    captured: str = "",
 ) -> TimedReplay:
     """One pass over the observations of an episode, with a history of its own.
 

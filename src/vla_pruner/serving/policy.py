@@ -67,7 +67,7 @@ class ServedPolicy:
         *,
         unnorm_key: str | None = None,
         center_crop: bool | None = None,
-        capture: bool = False,
+        capture: str = "",
         **options: Any,
     ) -> None:
         """Attach the method until `close`.
@@ -79,7 +79,8 @@ class ServedPolicy:
                 among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
-            capture: compile whole steps; the method then stays as it is.
+            capture: backend that compiles whole steps; the method then stays as it is. Empty:
+                nothing is compiled.
 
         Raises:
             TypeError, NotImplementedError: this policy or method cannot be captured.
@@ -94,9 +95,9 @@ class ServedPolicy:
         chosen = _servable(make_method(method, **options))
         self.policy: Any = policy
         self.session = prune(policy, chosen)
-        self.captured = capture
+        self.captured = bool(capture)
         if capture:
-            capture_policy(policy)
+            capture_policy(policy, capture)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
         self._options = {name: value for name, value in given.items() if value is not None}
 
