@@ -1,7 +1,7 @@
 """Everything that a GPU has to show, in one go of at most ten minutes.
 
-    python scripts/gpu.py --out bench-results/gpu            # on a GPU: `make gpu`
-    python scripts/gpu.py --out rehearsal --rehearse         # on the CPU, tiny: `make gpu-rehearsal`
+    python scripts/gpu.py --out bench-results/gpu       # on a GPU: `make gpu`
+    python scripts/gpu.py --out rehearsal --rehearse    # on the CPU: `make gpu-rehearsal`
 
 Parts run in this order, each prints when it is done and writes its own files. One that fails is
 written down with its reason, and the next one runs; the exit status then is 1. The rehearsal runs
@@ -186,8 +186,6 @@ def tiny() -> dict[str, Any]:
             cameras=("front", "wrist"),
             chunk=4,
             flow_steps=2,
-            max_action_dim=8,
-            max_state_dim=8,
         ),
     }
 

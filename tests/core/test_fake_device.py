@@ -29,13 +29,17 @@ def fake() -> Iterator[FakeTensorMode]:
         patch.setattr(flags, "waits", lambda tensor: True)
         # What was noted is read between steps, when one may wait.
         patch.setattr(flags.Flags, "raise_noted", lambda self: self._noted.clear())
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
+        yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def mini_oft() -> Any:
-    """The policy with fake weights."""
-    policy = vp.models.load("mini-oft")
+@pytest.fixture
+def policy() -> Any:
+    """mini-oft, still real: fakes cannot be read from a file."""
+    return vp.models.load("mini-oft")
+
+
+def faked(policy: Any) -> Any:
+    """The policy with fake weights, inside of the mode."""
     for module in policy.modules():
         for name, old in list(module._parameters.items()):
             if old is not None:
@@ -56,9 +60,9 @@ def step(policy: Any, prompt: int = 12) -> torch.Tensor:
     return policy(torch.ones(1, prompt, dtype=torch.int64), pixels, proprio)
 
 
-def test_no_operator_of_a_pruned_step_depends_on_values(fake: FakeTensorMode) -> None:
+def test_no_operator_of_a_pruned_step_depends_on_values(policy: Any, fake: FakeTensorMode) -> None:
     with fake:
-        policy = mini_oft()
+        faked(policy)
         step(policy)
         with Operators() as alone:
             step(policy)
@@ -72,9 +76,9 @@ def test_no_operator_of_a_pruned_step_depends_on_values(fake: FakeTensorMode) ->
 
 
 @pytest.mark.parametrize("name", ["fastv", "divprune", "random", "vla-pruner-release"])
-def test_nor_of_other_methods(name: str, fake: FakeTensorMode) -> None:
+def test_nor_of_other_methods(name: str, policy: Any, fake: FakeTensorMode) -> None:
     with fake:
-        policy = mini_oft()
+        faked(policy)
         with vp.prune(policy, name, keep=0.25):
             for _ in range(5):
                 step(policy)

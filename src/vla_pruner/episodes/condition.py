@@ -94,8 +94,8 @@ class Condition:
     ) -> Iterator[tuple[nn.Module, Session | None]]:
         """The policy under this condition, and its session, which ends with the block.
 
-        With `captured`, a backend, whole steps are compiled: the policy is then a copy over the same
-        weights, which is kept with its graphs for the next time.
+        With `captured`, a backend, whole steps are compiled: the policy is then a copy over the
+        same weights, which is kept with its graphs for the next time.
 
         Raises:
             TypeError, NotImplementedError: this policy or method cannot be captured.
