@@ -6,7 +6,7 @@
 #   ARGS="--episodes 4"  passed on to `vla-pruner demo` or `vla-pruner bench`
 #   LIBERO_ASSETS=FILE   meshes and textures for `make libero`, where they cannot be downloaded
 #   OUT=bench-results    where `make bench` and `make gpu` put their tables
-#   OPENPI=FOLDER        a checkout of openpi for `make test-openpi`
+#   OPENPI=FOLDER        a checkout of openpi for `make test-openpi`, instead of the registry's copy
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -35,17 +35,22 @@ LEROBOT_ENV := $(VENV)-lerobot-$(lastword $(subst ==, ,$(LEROBOT)))
 # Clients of robots with pins of their own (openpi-client wants numpy below 2).
 CLIENTS := openpi-client==0.1.2 typing_extensions json-numpy==2.1.1 requests "pyzmq>=26" msgpack "websockets>=14" "numpy<2"
 CLIENTS_ENV := $(VENV)-clients
+RAY_ENV := $(VENV)-ray
 DOCS_ENV := $(VENV)-docs
-OPENPI ?= ../openpi
+TRACKERS_ENV := $(VENV)-trackers
+# openpi's own entry at the registry is empty; rlinf-openpi is its class, and rlinf-transformer-openpi
+# the transformers that it patches. With a checkout, OPENPI=FOLDER, its files are copied over those.
+OPENPI ?=
 OPENPI_PYTHON ?= python3.11
-OPENPI_NEEDS ?= torch==2.13.0 transformers==4.53.2 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 \
-  beartype==0.19.0 einops "numpy<2"
-OPENPI_ENV := $(VENV)-openpi
+OPENPI_NEEDS ?= torch==2.13.0 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 beartype==0.19.0 einops \
+  augmax sentencepiece typing_extensions "numpy<2"
+OPENPI_REGISTRY := rlinf-openpi==0.1.1 openpi-client==0.1.2
+OPENPI_ENV := $(VENV)-openpi$(if $(OPENPI),-checkout)
 # Prints the folder of transformers.
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-lerobot test-openpi test-composing models docs lint format bench libero gpu gpu-rehearsal clean
+.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing test-trackers notebooks models docs lint format bench libero gpu gpu-rehearsal clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -62,14 +67,18 @@ test-all: lint  ## the same, with the tests that compile or try a great many inp
 test-clients: $(CLIENTS_ENV)/.installed $(DEV)  ## the clients of openpi, OpenVLA and GR00T against our doors, 200 observations each
 	OMP_NUM_THREADS=1 CLIENTS_PYTHON=$(CLIENTS_ENV)/bin/python $(PY) -m pytest -q -rs tests/real_clients $(ARGS)
 
+test-ray: $(RAY_ENV)/.installed  ## episodes and replicas on a Ray cluster of two nodes, one of which is killed
+	OMP_NUM_THREADS=1 $(RAY_ENV)/bin/python -m pytest -q -rs tests/runs/test_ray.py tests/serving/test_ray_replicas.py tests/serving/test_rerun_log.py $(ARGS)
+
 test-lerobot: $(LEROBOT_ENV)/.installed  ## lerobot's own policy classes, in their own environment
 	OMP_NUM_THREADS=1 $(if $(wildcard $(PY)),VLA_PRUNER_PYTHON=$(PY)) \
 	  $(LEROBOT_ENV)/bin/python -m pytest -q -rs tests/lerobot_policies \
 	  tests/models/pi0/test_pi0_originals.py --record $(ARGS)
 
-test-openpi: export PYTHONPATH := $(PYTHONPATH):$(OPENPI)/src
-test-openpi: $(OPENPI_ENV)/.installed $(DEV)  ## openpi's own PyTorch class, from a checkout: OPENPI=FOLDER
+test-openpi: export PYTHONPATH := $(PYTHONPATH)$(if $(OPENPI),:$(OPENPI)/src)
+test-openpi: $(OPENPI_ENV)/.installed $(DEV)  ## openpi's own PyTorch class, from the registry or a checkout: OPENPI=FOLDER
 	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python -m pytest -q -rs tests/openpi_policies --record $(ARGS)
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(OPENPI_ENV)/bin/python -m pytest -q -rs tests/openpi_policies $(ARGS)
 	OMP_NUM_THREADS=1 $(OPENPI_ENV)/bin/python tests/openpi_policies/tiny_openpi.py $(OPENPI_ENV)/reference
 	OMP_NUM_THREADS=1 OPENPI_REFERENCE=$(OPENPI_ENV)/reference \
 	  $(PY) -m pytest -q tests/models/pi0/test_pi0_originals.py -k openpi
@@ -90,6 +99,13 @@ format: $(DEV)  ## let ruff rewrite the sources
 docs: $(DOCS_ENV)/.installed  ## the documentation site, in site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
 
+test-trackers: $(TRACKERS_ENV)/.installed  ## reports in the real Trackio and W&B, offline
+	$(TRACKERS_ENV)/bin/python -m pytest -q -rs --noconftest tests/reports/test_trackers.py
+
+notebooks: $(DEV)  ## the notebooks of examples/, as notebooks
+	$(PY) -m pip install --disable-pip-version-check -q nbclient ipykernel
+	OMP_NUM_THREADS=1 $(PY) -m jupyter execute examples/*.ipynb
+
 test-composing: $(DEV)  ## with LoRA, quantised weights, offloading: what docs/composing.md says
 	$(PY) -m pip install --disable-pip-version-check -q "peft>=0.15" "torchao>=0.9" "optimum-quanto>=0.2.7"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs tests/composing
@@ -107,7 +123,7 @@ gpu-rehearsal: $(DEV)  ## the same lines on the CPU, with tiny models
 	$(PY) scripts/gpu.py --out $(OUT)/gpu-rehearsal --rehearse $(ARGS)
 
 clean:  ## remove the virtual environment, caches and results
-	rm -rf .venv .venv-clients .venv-lerobot-* .venv-openpi .venv-docs site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-ray .venv-lerobot-* .venv-openpi* .venv-docs .venv-trackers site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(LEROBOT_ENV)/.installed: Makefile
@@ -122,25 +138,32 @@ $(CLIENTS_ENV)/.installed: Makefile
 	$(CLIENTS_ENV)/bin/python -m pip install --disable-pip-version-check $(CLIENTS)
 	@touch $@
 
+# Ray and Rerun over what the other environment holds.
+$(RAY_ENV)/.installed: Makefile $(DEV)
+	$(PY) -m venv $(RAY_ENV)
+	$(RAY_ENV)/bin/python -m pip install --disable-pip-version-check -q "ray>=2.40" "rerun-sdk>=0.23"
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(RAY_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vla-pruner.pth"
+	@touch $@
+
 $(DOCS_ENV)/.installed: Makefile
 	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
 	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 	@touch $@
 
-# openpi's package index entry is empty, and its class wants files copied over those of transformers.
-$(OPENPI_ENV)/.installed: Makefile | openpi-checkout
-	$(OPENPI_PYTHON) -m venv $(OPENPI_ENV)
-	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check $(OPENPI_NEEDS) pytest hypothesis rich
-	cp -r "$(OPENPI)"/src/openpi/models_pytorch/transformers_replace/* \
-	  "$$($(OPENPI_ENV)/bin/python $(TRANSFORMERS))"
+$(TRACKERS_ENV)/.installed: Makefile
+	$(or $(PYTHON),python3) -m venv $(TRACKERS_ENV)
+	$(TRACKERS_ENV)/bin/python -m pip install --disable-pip-version-check -q numpy pillow pytest trackio==0.43.0 wandb==0.31.0
 	@touch $@
 
-.PHONY: openpi-checkout
-openpi-checkout:
-	@test -f "$(OPENPI)/src/openpi/models_pytorch/pi0_pytorch.py" || { echo "\
-	error: openpi cannot be installed from a package index. Clone its repository \
-	(https://github.com/Physical-Intelligence/openpi) and run: make test-openpi OPENPI=FOLDER. \
-	Without it, make test checks a double of its class." >&2; exit 1; }
+$(OPENPI_ENV)/.installed: Makefile
+	$(OPENPI_PYTHON) -m venv $(OPENPI_ENV)
+	$(OPENPI_ENV)/bin/python -m pip install --disable-pip-version-check pytest hypothesis rich $(OPENPI_NEEDS) \
+	  $(if $(OPENPI),transformers==4.53.2,rlinf-transformer-openpi==4.53.2)
+	$(if $(OPENPI),cp -r "$(OPENPI)"/src/openpi/models_pytorch/transformers_replace/* \
+	  "$$($(OPENPI_ENV)/bin/python $(TRANSFORMERS))",$(OPENPI_ENV)/bin/python -m pip install \
+	  --disable-pip-version-check --no-deps $(OPENPI_REGISTRY))
+	@touch $@
 
 $(VENV)/.installed-sim: pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh $(VENV) sim,smol

@@ -5,7 +5,7 @@
 Two servers, `vla-pruner serve --batch 1` and `--batch N`, take turns; clients of this process speak
 vla-eval's protocol with raw images and ask again as soon as they are answered, in episodes of
 random length. Printed for each: answers per second, per second of the server's CPU time, and
-quantiles of latency; medians over rounds.
+quantiles of latency; medians over rounds, as a table. `--batches 16,16x2,16x4` compares replicas.
 
     python scripts/bench_serving.py --passes
 
@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,17 @@ import websockets
 CHUNK = 1
 
 
-def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[bytes], str]:
+def start(
+    args: argparse.Namespace, batch: int, replicas: int = 0
+) -> tuple[subprocess.Popen[bytes], str]:
     """A server, warmed up, and its address."""
     words = f"-m vla_pruner serve --benchmark pickplace --port 0 --policy {args.policy}".split()
     words += ["--method", args.method, "--keep", str(args.keep), "--chunk-size", str(CHUNK)]
     with tempfile.NamedTemporaryFile("r+", suffix=".log", delete=False) as log:
         process = subprocess.Popen(
-            [sys.executable, *words, "--batch", str(batch)], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *words, "--batch", str(batch), "--replicas", str(replicas)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         while process.poll() is None:
             said = Path(log.name).read_text()
@@ -51,10 +57,12 @@ def start(args: argparse.Namespace, batch: int) -> tuple[subprocess.Popen[bytes]
     raise SystemExit(f"the server did not start, see {log.name}")
 
 
-def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
-    """Processor time that a process has used so far."""
-    words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / 100
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process and what it started have used so far."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(words[11]) + int(words[12])) / 100
+    below = [each.read_text().split() for each in Path(f"/proc/{pid}/task").glob("*/children")]
+    return own + sum(cpu_seconds(int(child)) for found in below for child in found)
 
 
 def packed(kind: str, payload: dict[str, Any], seq: int = 0) -> bytes:
@@ -107,10 +115,10 @@ async def measure(
     process: subprocess.Popen[bytes], address: str, args: argparse.Namespace
 ) -> dict[str, float]:
     """One round at one server."""
-    began, used = time.monotonic(), cpu_seconds(process)
+    began, used = time.monotonic(), cpu_seconds(process.pid)
     until = began + args.seconds
     found = await asyncio.gather(*(client(address, n, args, until) for n in range(args.clients)))
-    wall, used = time.monotonic() - began, cpu_seconds(process) - used
+    wall, used = time.monotonic() - began, cpu_seconds(process.pid) - used
     took = sorted(value for one in found for value in one)
     p50, p95 = np.quantile(took, [0.5, 0.95])
     return {
@@ -161,7 +169,9 @@ def main() -> None:
     parser.add_argument("--method", default="vla-pruner")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--batches", default="1,16", help="sizes to compare")
+    parser.add_argument(
+        "--batches", default="1,16", help="rows of a pass to compare; 16x2: with two replicas"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each round")
     parser.add_argument("--spread", type=float, default=2.0, help="seconds in which clients start")
@@ -176,9 +186,12 @@ def main() -> None:
         for kind, value in passes(args).items():
             print(f"{kind} rows in a pass: {value:.1f}")
         return
-    sizes = [int(size) for size in args.batches.split(",")]
-    servers = {size: start(args, size) for size in sizes}
-    rows: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    sizes = args.batches.split(",")
+    before, servers = os.getloadavg(), {}
+    for size in sizes:
+        batch, _, replicas = size.partition("x")
+        servers[size] = start(args, int(batch), int(replicas or 0))
+    rows: dict[str, list[dict[str, float]]] = {size: [] for size in sizes}
     try:
         for _ in range(args.rounds):
             for size, (process, address) in servers.items():
@@ -186,16 +199,28 @@ def main() -> None:
     finally:
         for process, _ in servers.values():
             process.terminate()
-    print(f"{args.policy}, {args.method}@{args.keep}, {args.clients} clients, {args.rounds} rounds")
     result = {
         size: {name: statistics.median(row[name] for row in found) for name in found[0]}
         for size, found in rows.items()
     }
-    for size, row in result.items():
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in row.items())
-        print(f"batch {size:3d}: {shown}")
+    shown = " ".join(sys.argv[1:])
     first, last = result[sizes[0]], result[sizes[-1]]
     ratios = {name: last[name] / first[name] for name in ("per_s", "per_cpu_s", "p95_ms")}
+    print(
+        f"\n`python scripts/bench_serving.py {shown}`: {args.policy}, {args.method} "
+        f"at {args.keep:g}, {args.clients} clients that start at random, medians of {args.rounds} "
+        f"rounds of {args.seconds:g} s; {date.today()}, load before {before[0]:.1f}, after "
+        f"{os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {torch.get_num_threads()} threads.\n"
+    )
+    print(
+        "| rows of a pass (x replicas) | answers/s | answers per CPU second | p50, ms | p95, ms |"
+    )
+    print("|---|---|---|---|---|")
+    for size, row in result.items():
+        cells = [row[name] for name in ("per_s", "per_cpu_s", "p50_ms", "p95_ms")]
+        print(f"| {size} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
+    print("| ratio | " + " | ".join(f"{v:.2f}x" for v in list(ratios.values())[:2]), end="")
+    print(f" | {last['p50_ms'] / first['p50_ms']:.2f}x | {ratios['p95_ms']:.2f}x |\n")
     print(json.dumps({"median": result, "ratios": ratios}))
 
 

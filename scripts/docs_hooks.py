@@ -14,6 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
+_COMMAND = re.compile(r"^([^|`\s*#-].*)\n(`vla-pruner )", flags=re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -32,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to files outside the site become their paths."""
+    """Links to files outside the site become their paths; a command begins a paragraph."""
 
     def replace(match: re.Match[str]) -> str:
         text, target = match.groups()
@@ -51,4 +52,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             else f"{text} (`{path}`)"
         )
 
-    return _LINK.sub(replace, markdown)
+    return _COMMAND.sub(r"\1\n\n\2", _LINK.sub(replace, markdown))

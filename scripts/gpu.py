@@ -113,7 +113,8 @@ def run_bench(words: list[str]) -> None:
 
 def run_tests(out: Path, rehearse: bool) -> None:
     """The tests that need a GPU; in a rehearsal, those of the kernels. Writes tests.txt."""
-    what = ["tests/kernels/test_triton.py"] if rehearse else ["-m", "gpu", "tests"]
+    kernels = ["tests/kernels/test_triton_step.py", "tests/kernels/test_triton_search.py"]
+    what = kernels if rehearse else ["-m", "gpu", "tests"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", *what],
         cwd=Path(__file__).parents[1],

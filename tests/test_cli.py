@@ -1,5 +1,6 @@
 """The command line: quick help, sentences instead of tracebacks, exit codes."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,6 +123,25 @@ def test_errors_are_one_sentence_without_a_traceback(
     assert shown.startswith("error: ")
     assert str(error) in shown
     assert "Traceback" not in shown
+
+
+def test_what_the_system_says_of_a_file_becomes_a_sentence(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    attempts: dict[str, Callable[[], Any]] = {
+        "is in the way; name a folder": lambda: (tmp_path / "file").mkdir(),
+        "leads through a file": lambda: (tmp_path / "file" / "x").mkdir(),
+        "is a folder; name a file": lambda: tmp_path.read_text(),
+        "does not exist": lambda: (tmp_path / "missing").read_text(),
+    }
+    for said, attempt in attempts.items():
+        assert command(lambda args, attempt=attempt: attempt()) == 2
+        shown = capsys.readouterr().err
+        assert said in shown and str(tmp_path) in shown and "Errno" not in shown
+    full = OSError(errno.ENOSPC, "No space left on device", "rows.sqlite")
+    assert command(raising(full)) == 1
+    assert capsys.readouterr().err == "error: rows.sqlite: No space left on device\n"
 
 
 @pytest.mark.parametrize("argv", [["--debug", "try"], ["try", "--debug"]])

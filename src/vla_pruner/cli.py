@@ -67,11 +67,11 @@ class Command:
     load: Callable[[], tuple[AddArguments, Run]]
 
 
-def _file(word: str) -> Callable[[], tuple[AddArguments, Run]]:
-    """Loads the module of `vla_pruner.commands` that is called like the word."""
+def _file(name: str) -> Callable[[], tuple[AddArguments, Run]]:
+    """Loads a module of `vla_pruner.commands`, which is called like the word."""
 
     def load() -> tuple[AddArguments, Run]:
-        module = importlib.import_module(f"vla_pruner.commands.{word}")
+        module = importlib.import_module(f"vla_pruner.commands.{name}")
         return module.add_arguments, module.run
 
     return load
@@ -116,32 +116,32 @@ COMMANDS = {
         "Runs the held-out scenes of a suite and keeps one row per episode in OUT/episodes.sqlite. "
         "Run again with the same folder, it continues; other methods may be added to it, and "
         "`vla-pruner report` compares them scene by scene.",
-        _file("eval"),
+        _file("runs.eval"),
     ),
     "sweep": Command(
         "eval for a matrix: policies x methods x ratios x suites",
         "Runs every cell that a YAML file describes, each scene under all conditions before the "
         "next one, and resumes where it stopped.",
-        _file("sweep"),
+        _file("runs.sweep"),
     ),
     "latency": Command(
         "time the conditions of a run apart, on recorded observations",
         "Records what each policy of a run sees, replays it through every condition in turn, and "
         "keeps latency and memory beside the episodes; `vla-pruner report` then shows these.",
-        _file("latency"),
+        _file("runs.latency"),
     ),
     "report": Command(
         "tables from what eval and sweep have run",
         "Success per suite with intervals, relative accuracy, FLOPs, latency and speed-up, paired "
         "differences with exact tests, success per task.",
-        _file("report"),
+        _file("runs.report"),
     ),
     "watch": Command(
         "films of episodes that a run has finished",
         "Plays episodes of a run again and writes a page for each scene: what the policy saw, "
         "which visual tokens it kept, the scores that chose them, and its actions, on a time line. "
         "`vla-pruner report` then opens these films from its squares.",
-        _file("watch"),
+        _file("runs.watch"),
     ),
     "calibrate": Command(
         "search the settings of a method on recorded observations, for one model",
@@ -173,6 +173,13 @@ COMMANDS = {
         "Every episode has its own history, also where several clients share a pass of the model. "
         "See docs/serve/README.md and docs/serving.md.",
         _file("serve"),
+    ),
+    "realtime": Command(
+        "a simulated arm that does not wait for its policy, with all and with few visual tokens",
+        "PickPlace ticks by the clock on the wall behind our client, the policy answers from a "
+        "server in a process of its own, and what comes too late is not waited for. Success, time "
+        "stood still, age of actions, late answers and motion. See docs/realtime.md.",
+        _file("realtime"),
     ),
 }
 
@@ -213,6 +220,28 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+_OF_THE_SYSTEM = {
+    FileExistsError: "is in the way; name a folder that can be made",
+    NotADirectoryError: "leads through a file; name a folder",
+    IsADirectoryError: "is a folder; name a file",
+    FileNotFoundError: "does not exist",
+    PermissionError: "may not be read or written by this user; name another, or change its rights",
+}
+
+
+def _sentence(error: OSError) -> str:
+    """What the operating system said of a file."""
+    name = cut(os.fsdecode(error.filename) if _path(error.filename) else str(error.filename), 400)
+    for kind, what in _OF_THE_SYSTEM.items():
+        if isinstance(error, kind):
+            return f"{name} {what}"
+    return f"{name}: {error.strerror or type(error).__name__}"
+
+
+def _path(name: object) -> bool:
+    return isinstance(name, (str, bytes, os.PathLike))
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for an exception that ended a command."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRA_OF:
@@ -222,6 +251,9 @@ def explain(error: BaseException) -> tuple[int, str]:
             f"this command needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'vla-pruner[{extra}]'"
         )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        bad = isinstance(error, tuple(_OF_THE_SYSTEM))
+        return BAD_INPUT if bad else FAILED, _sentence(error)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError)):
         return BAD_INPUT, str(error)
     if isinstance(error, (RuntimeError, OSError, ImportError)):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vla_pruner.baselines import determinant
 from vla_pruner.baselines.determinant import most_determinant, stretched, text_likeness
+from vla_pruner.kernels import determinant as in_c
+from vla_pruner.kernels import native
 
 SEEDS = st.integers(0, 10**6)
 
@@ -90,6 +92,53 @@ def test_the_loop_in_numpy_is_the_loop_on_a_device(seed, n, dim, data):
     other = determinant._search_on_device(cosine, quality, last, k)[0]
     assert one[: min(k, dim - 1)].tolist() == other[: min(k, dim - 1)].tolist()
     assert len(set(one.tolist())) == len(set(other.tolist())) == k
+
+
+needs_c = pytest.mark.skipif(not native.readable(), reason="no C compiler here")
+
+
+@needs_c
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, n=st.integers(1, 40), dim=st.integers(2, 48), data=st.data())
+def test_the_loop_in_c_is_the_loop_in_numpy(seed, n, dim, data):
+    """Up to the rank of the features; behind it both order by quality alone."""
+    k = data.draw(st.integers(1, n))
+    unit = torch.nn.functional.normalize(tokens(1, n, dim, seed)[0], dim=-1)
+    cosine, quality = unit @ unit.T, 0.5 + 0.5 * tokens(1, n, 1, seed + 1)[0, :, 0].tanh()
+    before = native.calls()
+    one = in_c.determinant_search(cosine, quality, quality - 2.0, k, determinant.NOTHING_NEW)
+    assert native.calls() == before + 1
+    other = determinant._search_in_numpy(cosine, quality, quality - 2.0, k)
+    assert one[: min(k, dim - 1)].tolist() == other[: min(k, dim - 1)].tolist()
+    assert len(set(one.tolist())) == k
+
+
+@needs_c
+def test_in_c_twins_and_tokens_without_quality_come_last_as_in_numpy():
+    cosine = torch.eye(4).repeat(2, 2)
+    quality = torch.tensor([0.2, 0.9, 0.0, 1.0, 0.3, 0.8, 0.0, 0.7])
+    for k in range(1, 9):
+        one = in_c.determinant_search(cosine, quality, quality - 2.0, k, 1e-5)
+        assert (
+            one.tolist() == determinant._search_in_numpy(cosine, quality, quality - 2.0, k).tolist()
+        )
+    assert one.tolist() == [3, 1, 4, 5, 7, 0, 2, 6]
+
+
+@needs_c
+def test_what_c_would_read_beyond_is_refused():
+    quality = torch.rand(4)
+    for cosine, k in ((torch.eye(3), 2), (torch.eye(4), 5), (torch.eye(4), 0)):
+        with pytest.raises(ValueError, match="`cosine` must be"):
+            in_c.determinant_search(cosine, quality, quality - 2, k, 1e-5)
+
+
+def test_without_a_compiler_the_same_is_found():
+    features, quality = tokens(2, 30, 64, 5), 0.5 + torch.rand(2, 30)
+    found = most_determinant(features, 9, quality=quality)
+    with native.by_operators():
+        assert in_c.determinant_search(torch.eye(2), torch.ones(2), -torch.ones(2), 1, 0) is None
+        assert torch.equal(most_determinant(features, 9, quality=quality), found)
 
 
 def test_a_twin_adds_nothing_and_comes_last():

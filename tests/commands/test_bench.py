@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vla_pruner.cli import main
-from vla_pruner.commands.options import keep_of
+from vla_pruner.commands.shared.options import keep_of
 from vla_pruner.measure.comparison import FULL, compare, steps_to_prepare
 from vla_pruner.measure.timing import PassClock
 from vla_pruner.measure.workloads import build_workload

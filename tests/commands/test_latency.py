@@ -9,7 +9,7 @@ import pytest
 
 from toy_task import ToyScene, rollout, save_policy, tiny_policy, toy_task
 from vla_pruner.cli import main
-from vla_pruner.commands import latency
+from vla_pruner.commands.runs import latency
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.observations import read_episode
 from vla_pruner.reports.compare import read_runs

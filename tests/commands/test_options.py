@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 
 import pytest
 
-from vla_pruner.cli import COMMANDS
+from vla_pruner.cli import COMMANDS, main
 
 SHARED = ("--policy", "--device", "--unnorm-key", "--suite", "--methods", "--resume", "--seed")
 
@@ -41,3 +42,27 @@ def test_what_several_commands_take_is_defined_once() -> None:
 def test_every_argument_is_explained(word: str) -> None:
     for action in actions(word):
         assert action.help, action.dest
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "--out", "o", "--execute", "0"], "0 is no whole number of at least 1"),
+        (["eval", "--out", "o", "--execute", "1.5"], "1.5 is no whole number of at least 1"),
+        (["eval", "--out", "o", "--time-limit", "nan"], "nan is no number of at least 0.001"),
+        (["eval", "--out", "o", "--video", "-1"], "-1 is no whole number of at least 0"),
+        (["sweep", "a.yaml", "--out", "o", "--gpus", "inf"], "inf is no number of at least 0"),
+        (["latency", "o", "--threads", "0"], "0 is no whole number of at least 1"),
+        (["tune", "mini-oft", "--execute", "0"], "0 is no whole number of at least 1"),
+        (["analyze", "--layer", "0"], "0 is no whole number of at least 1"),
+        (["bench", "--layers", "0"], "0 is no whole number of at least 1"),
+        (["calibrate", "vtw", "--eta", "-0.1"], "-0.1 is no number of at least 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and re.search(said, capsys.readouterr().err)

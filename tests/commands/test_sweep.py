@@ -8,8 +8,8 @@ from rich.console import Console
 
 from toy_task import save_policy, tiny_policy, toy_task
 from vla_pruner.cli import main
-from vla_pruner.commands import eval as eval_command
-from vla_pruner.commands.progress import Lines, RunProgress, progress_bar
+from vla_pruner.commands.runs import eval as eval_command
+from vla_pruner.commands.shared.progress import Lines, RunProgress, progress_bar
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.store import Store

@@ -12,7 +12,8 @@ import pytest
 
 from toy_task import tiny_policy, toy_task
 from vla_pruner.cli import main
-from vla_pruner.commands import calibrate, running
+from vla_pruner.commands import calibrate
+from vla_pruner.commands.runs import running
 from vla_pruner.episodes.control import Control, statistics_of
 from vla_pruner.episodes.observations import read_observations
 from vla_pruner.models.loading import load

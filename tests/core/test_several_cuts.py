@@ -500,6 +500,11 @@ def test_impossible_schedules_are_refused(decoders, embeds, left):
     [
         (lambda kept: kept[:, :-1], r"chose \(1, 11\) at cut 0; expected \[B, k\] = \(1, 12\)"),
         (lambda kept: Choice(kept, torch.zeros(1, 12, 5)), r"gave merge \(1, 12, 5\)"),
+        (lambda kept: kept.float(), r"chose, at cut 0, tokens as torch.float32; expected int64"),
+        (lambda kept: kept.flip(1), "out of order or of range, or one twice"),
+        (lambda kept: kept + 20, "out of order or of range, or one twice"),
+        (lambda kept: kept - 20, "out of order or of range, or one twice"),
+        (lambda kept: kept[:, :1].expand(-1, 12), "out of order or of range, or one twice"),
     ],
 )
 def test_choices_of_the_wrong_shape_are_refused(decoders, embeds, made, message):

@@ -17,19 +17,8 @@ from typing import Any
 import pytest
 
 from vla_pruner import cli
-from vla_pruner.commands import (
-    analyze,
-    bench,
-    calibrate,
-    demo,
-    doctor,
-    latency,
-    report,
-    running,
-    serve,
-    tune,
-    watch,
-)
+from vla_pruner.commands import analyze, bench, calibrate, demo, doctor, serve, tune
+from vla_pruner.commands.runs import latency, report, running, watch
 from vla_pruner.runs import execute
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
 

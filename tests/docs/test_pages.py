@@ -139,7 +139,8 @@ def test_the_contract_of_a_decoder_names_what_checks_it() -> None:
         for file, name in re.findall(r"`(\w+\.py)`(?:, `(?:[A-Z]\w*\.)?(\w+)`)?", row):
             found = (DOCS.parent / "src" / "vla_pruner" / "core" / file).read_text(encoding="utf-8")
             assert not name or re.search(rf"(def|class) {name}\b", found), f"{file}: {name}"
-    kinds = re.findall(r"PaliGemma, .*? and Qwen3-VL", text, flags=re.DOTALL)
+    vlms = (DOCS / "policies" / "transformers-vlm.md").read_text(encoding="utf-8")
+    kinds = re.findall(r"PaliGemma, .*?\sand\sQwen3-VL", vlms, flags=re.DOTALL)
     tests = (DOCS.parent / "tests" / "models" / "test_hf_vlm.py").read_text(encoding="utf-8")
     built = re.findall(r'^    "([\w.-]+)": ', tests.partition("BUILD = {")[2], flags=re.MULTILINE)
-    assert {kind.lower() for kind in re.split(r", | and ", kinds[0])} == set(built)
+    assert {kind.lower() for kind in re.split(r",\s+|\s+and\s+", kinds[0])} == set(built)

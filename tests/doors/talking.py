@@ -67,6 +67,7 @@ def ask(
     served: ServedPolicy,
     make: Callable[[Engine], Door],
     talk: Callable[[str], Awaitable[Any]],
+    limit_s: float | None = 120,
 ) -> Any:
     """What `talk(address)` returns while the door of an engine is open."""
 
@@ -74,6 +75,6 @@ def ask(
         engine = Engine(served)
         await engine.start()
         async with opened(make(engine)) as address:
-            return await asyncio.wait_for(talk(address), 120)
+            return await asyncio.wait_for(talk(address), limit_s)
 
     return asyncio.run(both())

@@ -11,7 +11,7 @@ import pytest
 from own_method import FirstTokens
 from toy_task import save_policy, tiny_policy
 from vla_pruner.cli import main
-from vla_pruner.commands.options import keep_of, words_of
+from vla_pruner.commands.shared.options import keep_of, words_of
 from vla_pruner.episodes.condition import Condition, make_method
 from vla_pruner.runs.store import Store
 

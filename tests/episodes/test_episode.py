@@ -143,6 +143,12 @@ def test_control_is_what_the_policy_folder_says(policy, tmp_path):
     control = Control.of(policy, CAMERAS, folder=tmp_path)
     assert control == Control(("hand", "front"), 3, reads_state=True)
     assert Control.of(policy, CAMERAS, folder=tmp_path, execute=1).execute == 1
+    for execute, said in (
+        (0, "at least one camera and one action"),
+        (99, "execute=99: a chunk of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Control.of(policy, CAMERAS, execute=execute)
 
 
 def test_control_falls_back_to_the_policy_s_sizes(policy):

@@ -23,7 +23,7 @@ from tiny_pi0 import make as make_pi0
 
 import vla_pruner as vp
 from vla_pruner.models import openvla, pi0
-from vla_pruner.models.folder import CheckpointError, plain_name
+from vla_pruner.models.given.folder import CheckpointError, plain_name
 
 KINDS = ("openvla", "oft", "pi0", "pi05", "openpi")
 ONE_AT_ONCE = [pytest.param(k, marks=[] if k == "oft" else pytest.mark.slow) for k in KINDS]
@@ -661,7 +661,7 @@ def test_the_package_itself_may_be_installed_as_links(originals, tmp_path, monke
         (policy / file.name).symlink_to(file)
     with pytest.raises(CheckpointError, match="leads out of the folder"):
         vp.models.load(policy)
-    monkeypatch.setattr("vla_pruner.models.folder._PACKAGE", tmp_path / "site-packages")
+    monkeypatch.setattr("vla_pruner.models.given.folder._PACKAGE", tmp_path / "site-packages")
     assert np.isfinite(act(vp.models.load(policy))).all()
 
 

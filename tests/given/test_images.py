@@ -13,7 +13,7 @@ from tiny_openvla import make_oft, make_openvla
 from tiny_pi0 import make as make_pi0
 from tiny_pi0 import observation
 
-from vla_pruner.models.images import check_image
+from vla_pruner.models.given.images import check_image
 from vla_pruner.models.openvla import processing as openvla
 from vla_pruner.models.pi0 import processing as pi0
 

@@ -120,6 +120,22 @@ def test_speedup_of_a_constant_factor_is_certain():
     assert interval.low == pytest.approx(2.0) == interval.high
 
 
+def test_speedup_of_equals_medians_of_the_calls_of_drawn_episodes():
+    rng = np.random.default_rng(5)
+    baseline = [rng.integers(90, 110, size=size) / 7 for size in (4, 9, 1, 6, 3)]
+    treatment = [rng.integers(40, 60, size=size) / 7 for size in (3, 8, 2, 6, 4)]
+
+    def ratio(episodes):
+        before = np.median(np.concatenate([baseline[i] for i in episodes]))
+        return before / np.median(np.concatenate([treatment[i] for i in episodes]))
+
+    draws = np.random.default_rng(0)
+    ratios = [ratio(draws.integers(5, size=5)) for _ in range(1000)]
+    speedup, interval = speedup_of(baseline, treatment)
+    assert speedup == ratio(range(5))
+    assert (interval.low, interval.high) == (quantile(ratios, 0.025), quantile(ratios, 0.975))
+
+
 def test_speedup_of_is_repeatable_and_widens_with_disagreement():
     baseline = [[10.0], [10.0], [10.0], [10.0]]
     treatment = [[5.0], [10.0], [5.0], [8.0]]

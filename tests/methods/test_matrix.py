@@ -49,13 +49,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vla-iap": dict(keep=0.25, share=0.2, motion=255.0),
     "specprune-vla": dict(keep=0.25),
     "prefix-reuse": dict(threshold=255.0),
+    "hiprune": dict(keep=0.25, middle=1),
     "efficientvla": dict(keep=0.5, layer=2, parts="both", skip=1, key=2),
     "fitprune": dict(),
     "vtw": dict(),
     "fixed": dict(indices=(1, 4, 7)),
 }
 
-COMPACT = ("sparsevlm", "divprune", "holov", "vla-adp", "cdpruner", "scope", "dart")
+COMPACT = ("sparsevlm", "divprune", "holov", "vla-adp", "cdpruner", "scope", "dart", "hiprune")
 """Methods that can renumber positions."""
 
 LESS_WHEN_SURE = ("safe-pruner", "vla-iap")
@@ -89,6 +90,8 @@ class Family:
         adapter = self.adapter()
         if name == "prefix-reuse":
             return hasattr(adapter, "hold_prefix")
+        if name == "hiprune":
+            return hasattr(adapter, "towers") and bool(adapter.towers())
         return adapter.gives_frames or "frame" not in self.method(name).needs
 
     def method(self, name: str, **changes: Any) -> Method:
@@ -349,6 +352,11 @@ def test_what_a_family_does_not_have_is_refused(families):
     family = families["oft"]
     with pytest.raises(ValueError, match="holds the prefix of a flow policy"):
         vp.prune(family.model, family.method("prefix-reuse"))
+    for on in ("decoder", "qwen2-vl"):
+        family = families[on]
+        with pytest.raises(ValueError, match="cannot show it for this model"):
+            method = family.method("hiprune", positions="keep")
+            vp.prune(family.model, method, adapter=family.adapter())
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("fitprune", "vtw", "fixed")])
@@ -371,6 +379,8 @@ def test_keeping_everything_is_exact(families, name, on):
 def test_the_other_position_convention(families, name, on):
     """It changes what the model says, not what is kept at the first cut."""
     family, found, kept = families[on], [], []
+    if not family.can_run(name):
+        pytest.skip("refused, see test_what_a_family_does_not_have_is_refused")
     usual = family.method(name).positions
     for positions in (usual, "keep" if usual == "compact" else "compact"):
         method = family.method(name, positions=positions)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import vla_pruner.methods as registry
@@ -102,3 +103,16 @@ def test_the_short_form_of_a_method():
         registry.build("fastv", keep=0.5, tokens=4)
     with pytest.raises(ValueError, match=r"tokens=0\.5"):
         registry.build("fastv", tokens=0.5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    for options in ({"keep": np.float32(0.5)}, {"tokens": np.int64(6)}, {"keep": np.float64(0.5)}):
+        made = registry.build("fastv", layer=np.int32(2), **options)
+        assert made == registry.build("fastv", layer=2, **{k: v.item() for k, v in options.items()})
+        assert type(made.keep) in (int, float) and type(made.layer) is int
+
+
+def test_an_option_that_is_said_twice_is_refused():
+    for text in ("fastv:layer=2:layer=3", "fastv@0.5:keep=0.25"):
+        with pytest.raises(ValueError, match="twice; say it once"):
+            registry.build(text)

@@ -8,6 +8,7 @@ from torch import nn
 
 import vla_pruner as vp
 from checks import near
+from hidden_columns import hidden_behind, same
 from vla_pruner.models.base import built_in
 
 Decoder = vp.models.Decoder
@@ -110,11 +111,73 @@ def test_decoder_called_with_token_ids(decoders):
         (dict(views=(2, 2)), ValueError, "sum to the 5"),
         (dict(views=(5, 0)), ValueError, "positive"),
         (dict(action_rows="prefill"), TypeError, '"decode" or a slice'),
+        (dict(visual=slice("a", "b")), TypeError, "whole numbers"),
+        (dict(visual=torch.arange(9) < 5), TypeError, r"use `mask\.nonzero"),
+        (dict(views=5), TypeError, "whole numbers"),
+        (dict(views=("a",)), TypeError, "whole numbers"),
+        (dict(views=(2.0, 3.0)), TypeError, "whole numbers"),
+        (dict(action_rows=slice(-4.0, None)), TypeError, "whole numbers"),
     ],
 )
 def test_impossible_descriptions(options, error, message):
     with pytest.raises(error, match=message):
         Decoder(**{"visual": slice(1, 6), **options})
+
+
+@pytest.mark.parametrize("rows", [slice(40, 50), slice(0, 5), slice(20, 26), slice(9, 9)], ids=str)
+def test_action_rows_that_a_cut_would_move(decoders, embeds, rows):
+    model, where = decoders(), Decoder(visual=slice(1, 21), action_rows=rows)
+    with (
+        vp.prune(model, tokens=6, window=1, adapter=where),
+        pytest.raises(ValueError, match=r"behind the visual tokens, which end at 20 of 30"),
+    ):
+        model(inputs_embeds=embeds())
+
+
+@pytest.mark.parametrize("adapter", [Decoder, object(), "model.layers"], ids=str)
+def test_an_adapter_that_is_none(decoders, adapter):
+    with pytest.raises(TypeError, match="`adapter` must be an instance of"):
+        vp.prune(decoders(), "fastv", adapter=adapter)
+
+
+def test_layers_that_are_numbers(decoders):
+    where = Decoder("model.embed_tokens.weight", visual=slice(1, 6))
+    with pytest.raises(ValueError, match=r"no layer list at .*it has 'model\.layers'"):
+        vp.prune(decoders(), "fastv", adapter=where)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stay"),
+    [
+        (torch.tensor([5, 29]), {4}),
+        (torch.arange(30) % 7 == 3, {2, 9, 16}),
+        (12, {17, 18, 19}),
+        (1, set()),
+    ],
+    ids=str,
+)
+def test_rows_whose_logits_are_asked_for_are_computed(make, asked, stay):
+    model, ids = make(), torch.arange(10, 40)[None]
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=Decoder(visual=slice(1, 21))) as s:
+        got = model(ids, logits_to_keep=asked).logits
+        kept = s.last.kept_indices[0].tolist()
+    assert stay <= set(kept) and len(kept) == 6
+    gone = [torch.tensor([1 + i for i in range(20) if i not in kept])]
+    with hidden_behind(model.model, 2, gone):
+        same(got, model(ids, logits_to_keep=asked).logits)
+
+
+def test_labels_by_position(make):
+    model, ids = make(), torch.arange(10, 40)[None]
+    labels = torch.full_like(ids, -100)
+    labels[:, [9, 15, 28]] = ids[:, [9, 15, 28]]
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=Decoder(visual=slice(1, 21))) as s:
+        got = model(ids, None, None, None, None, labels).loss
+        kept = s.last.kept_indices[0].tolist()
+    assert {7, 13} <= set(kept)
+    gone = [torch.tensor([1 + i for i in range(20) if i not in kept])]
+    with hidden_behind(model.model, 2, gone):
+        same(got[None], model(ids, labels=labels).loss[None])
 
 
 # ---------------------------------------------------------------------- the registry

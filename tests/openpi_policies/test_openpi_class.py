@@ -11,7 +11,7 @@ import vla_pruner as vp
 from checks import fingerprint, near
 
 if find_spec("openpi") is None or find_spec("openpi.models_pytorch") is None:
-    pytest.skip("needs a checkout of openpi; see `make test-openpi`", allow_module_level=True)
+    pytest.skip("openpi is not installed; run `make test-openpi`", allow_module_level=True)
 
 from tiny_openpi import WORDS, M, act, openpi, revision
 

@@ -8,7 +8,7 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Call
 from vla_pruner.measure.statistics import Interval
-from vla_pruner.pages.demo_page import headline
+from vla_pruner.pages.demo_page import answers, headline
 from vla_pruner.pages.findings import best_of, overview
 from vla_pruner.reports.summary import Summary, summarise
 from vla_pruner.reports.timings import Speed, Timing
@@ -46,6 +46,43 @@ def test_a_policy_that_gains_says_how_much_in_calls_and_in_episodes():
         "is 2.0 times as fast, a whole episode 1.6 times."
     )
     assert best_of(found).reason((128, 8)) == ""
+
+
+def timed(
+    condition: str, seed: int, won: int, warm_up: list[float], pruned: list[float]
+) -> Episode:
+    kept = 20 if condition == "none" else 5
+    calls = [Call(0, ms, True, 40, 20, 20, 100, 100) for ms in warm_up]
+    calls += [Call(0, ms, False, 40, 20, kept, 50, 100) for ms in pruned]
+    return Episode(condition, seed, 0, "pick", bool(won), 4, calls)
+
+
+def test_pruned_calls_the_median_call_and_whole_episodes_are_three_numbers():
+    episodes = [
+        timed("none", 0, 1, [], [100.0] * 8),
+        timed("none", 1, 1, [], [100.0] * 6),
+        timed("none", 2, 0, [], [100.0] * 50),
+        timed("fastv@0.25", 0, 1, [100.0] * 3, [50.0] * 5),
+        timed("fastv@0.25", 1, 1, [100.0] * 3, [50.0] * 5),
+        timed("fastv@0.25", 2, 1, [100.0] * 3, [50.0] * 5),
+    ]
+    found = summarise(episodes, CONDITIONS, planned=6, settings={}, environment={})
+    whole = best_of(found).whole
+    assert whole.scenes == 2
+    assert whole.speedup == pytest.approx((800 + 600) / (550 + 550))
+    assert whole.interval.low <= whole.speedup <= whole.interval.high
+    assert headline(found).endswith("is 2.0 times as fast, a whole episode 1.3 times.")
+    (first, *numbers) = answers(best_of(found))
+    assert first[0] == "3 of 3"
+    assert [number for number, _ in numbers] == ["2.00x", "2.00x", "1.27x"]
+    assert numbers[-1][1].endswith("warm-up calls included (2 scenes that both solve)")
+
+
+def test_without_a_scene_that_both_solve_there_is_no_whole_episode():
+    episodes = [timed("none", 0, 1, [], [100.0]), timed("fastv@0.25", 0, 0, [], [50.0])]
+    found = summarise(episodes, CONDITIONS, planned=2, settings={}, environment={})
+    assert best_of(found).whole is None
+    assert len(answers(best_of(found))) == 3
 
 
 def test_a_policy_that_gains_nothing_says_so_and_why():

@@ -111,6 +111,10 @@ def test_an_error_in_a_file_names_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("policies: [")
     with pytest.raises(ValueError, match=r"a\.yaml is not YAML"):
         read_config(tmp_path / "a.yaml")
+    for twice in ("methods: [a]\nmethods: [b]", "methods: {a: {keep: 0.5}, a: {keep: 0.25}}"):
+        (tmp_path / "a.yaml").write_text(f"policies: [x]\n{twice}")
+        with pytest.raises(ValueError, match=r"a\.yaml is not YAML: (methods|a) is said twice"):
+            read_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("policies: [x]")
     with pytest.raises(ValueError, match=r"a\.yaml: suites: expected a list"):
         read_config(tmp_path / "a.yaml")

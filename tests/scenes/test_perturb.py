@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
-from vla_pruner.commands.running import add_run_arguments, changes_of
+from vla_pruner.commands.runs.running import add_run_arguments, changes_of
 from vla_pruner.scenes.clock import Clock
 from vla_pruner.scenes.perturb import PERTURBATIONS, WORDINGS
 from vla_pruner.scenes.pick_place_task import CAMERAS, INSTRUCTION_TEMPLATES

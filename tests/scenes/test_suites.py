@@ -48,6 +48,9 @@ def test_what_a_function_gives_is_checked(module: ModuleType) -> None:
         ("no_such_module:f", "there is no module no_such_module"),
         ("os.path.nothing:f", "there is no module os.path.nothing"),
         ("toy_task:nothing", "module toy_task has no 'nothing'"),
+        ("os.path:join", "missing a required argument: 'a'; expected a function that is called"),
+        ("./mine.py:suite", "'./mine.py' is no module; write PACKAGE.MODULE:FUNCTION"),
+        (":suite", "'' is no module"),
         ("y" * 5000, "no suite is called 'yyy"),
     ],
 )

@@ -390,10 +390,31 @@ def test_a_replica_that_dies_costs_its_own_episodes_alone() -> None:
             await asyncio.gather(engine.act(one, seen(marker)), engine.act(other, seen(marker)))
         with pytest.raises(Hung, match="died"):
             await engine.act(one, seen(1, "die"))
+        living = engine._episodes[other].lane
+        assert engine._episodes[one].lane is living, "it need not wait for the new process"
+        assert engine._episodes[engine.open("new")].lane is living
         reply = await engine.act(other, seen(5))
         assert reply.actions[0, 0] == 15 and not reply.warm_up, "its history is where it was"
-        assert (await engine.act(one, seen(6))).actions[0, 0] == 6
+        again = await engine.act(one, seen(6))
+        assert again.actions[0, 0] == 6 and again.warm_up
         await engine.drain(5)
+
+    run(talk)
+
+
+def test_what_waits_at_a_replica_that_is_gone_is_asked_elsewhere() -> None:
+    async def talk() -> None:
+        engine = Engine(Scripted, replicas=2, watchdog_s=60, batch=1)
+        await engine.start()
+        keys = [engine.open(str(number)) for number in range(4)]  # 0 and 2 at one, 1 and 3
+        dying = asyncio.create_task(engine.act(keys[0], seen(1, "die")))
+        behind = asyncio.create_task(engine.act(keys[2], seen(7)))
+        with pytest.raises(Hung, match="died"):
+            await dying
+        reply = await behind
+        assert reply.actions[0, 0] == 7 and reply.warm_up
+        await engine.drain(5)
+        assert engine.ended(60)
 
     run(talk)
 

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_pruner.kernels import determinant as in_c
 from vla_pruner.pruning.selection import top_k
+
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.kernels import triton_determinant as _in_triton
+except ImportError:
+    _in_triton = None  # type: ignore[assignment]
 
 NOTHING_NEW = 1e-5
 """Share of a token's squared length that rounding alone can leave outside of what was chosen."""
@@ -89,7 +95,9 @@ def _determinant_search(features: Tensor, quality: Tensor, valid: Tensor, k: int
         last = torch.where(valid, quality - 2.0, -3.0)
         if features.device.type == "cpu":
             rows = zip(cosine, quality, last, strict=True)
-            return torch.stack([_search_in_numpy(c, q, e, k) for c, q, e in rows])
+            return torch.stack([_search_on_cpu(c, q, e, k) for c, q, e in rows])
+        if features.is_cuda and _in_triton is not None and features.shape[1] <= _in_triton.LARGEST:
+            return _in_triton.determinant(cosine, quality, last, k, NOTHING_NEW)
         return _search_on_device(cosine, quality, last, k)
 
 
@@ -126,6 +134,12 @@ def _search_on_device(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> 
         factor[:, step] = row
         rest = rest - row.square()
     return torch.cat(picks, dim=1)
+
+
+def _search_on_cpu(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> Tensor:
+    """One row `[n, n]`, `[n]`, `[n]`, in C where that is compiled."""
+    found = in_c.determinant_search(cosine, quality, last, k, NOTHING_NEW)
+    return _search_in_numpy(cosine, quality, last, k) if found is None else found
 
 
 def _search_in_numpy(cosine: Tensor, quality: Tensor, last: Tensor, k: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""The words of `vla-pruner`: one file each, and what they share."""
+"""The words of `vla-pruner`, one file each; those about a run of episodes are in `runs`."""

@@ -17,7 +17,7 @@ from vla_pruner.analysis.oracle import Oracle
 from vla_pruner.analysis.page import write_page
 from vla_pruner.analysis.record import Trace, Way, trace
 from vla_pruner.analysis.tables import agreement_rows, forecast_rows, overlap_rows, step_rows
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_device,
     add_keeps,
     add_methods,
@@ -27,12 +27,13 @@ from vla_pruner.commands.options import (
     add_scenes,
     add_suite,
     add_unnorm_key,
+    at_least,
     device_of,
     keep_of,
     words_of,
 )
-from vla_pruner.commands.output_folder import prepare_folder
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.output_folder import prepare_folder
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.doctor import check_budget
 from vla_pruner.measure.environment import stamp
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keeps(parser, ["0.25"])
     parser.add_argument(
         "--layer",
-        type=int,
+        type=at_least(1),
         help="K, for all methods: tokens are cut before it, scores read in the layer before that "
         f"(default: each method's own; scores of all tokens are read before layer {WATCHED})",
     )
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stride",
-        type=int,
+        type=at_least(1),
         default=1,
         help="patches that the oracle's search adds per round: 5 takes a fifth of the time",
     )

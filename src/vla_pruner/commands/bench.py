@@ -16,16 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_capture,
     add_device,
     add_keeps,
     add_methods,
+    at_least,
     device_of,
     keep_of,
     words_of,
 )
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.comparison import (
     Comparison,
@@ -53,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_methods(parser, ["vla-pruner"])
     add_keeps(parser, ["0.5", "0.25", "0.125"])
     parser.add_argument(
-        "--layer", type=int, help="layers that see every token (default: each method's own)"
+        "--layer", type=at_least(0), help="layers that see every token (default: each method's own)"
     )
     add_device(parser)
     parser.add_argument("--repeats", type=int, help="rounds (default: 5 on the CPU, 30 on a GPU)")
     parser.add_argument(
         "--layers",
-        type=int,
+        type=at_least(1),
         help="decoder layers to build, for published sizes (default: 8 on the CPU, all on a GPU)",
     )
     parser.add_argument(

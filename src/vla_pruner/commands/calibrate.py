@@ -11,14 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.calibration.search import METHODS, calibrate, check_request
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_device,
     add_out,
     add_policy,
     add_unnorm_key,
+    at_least,
     device_of,
 )
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import Control, statistics_of
 from vla_pruner.episodes.observations import Observations, read_observations, record_observations
 from vla_pruner.methods.recipe import Recipe
@@ -56,11 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layer",
-        type=int,
+        type=at_least(0),
         default=3,
         help="that layer; 0: --keep is the share of the cost itself",
     )
-    parser.add_argument("--eta", type=float, help="divergence that vtw accepts, instead of --keep")
+    parser.add_argument(
+        "--eta", type=at_least(0, float), help="divergence that vtw accepts, instead of --keep"
+    )
     add_out(parser, "recipe.json", "where the recipe goes")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_capture,
     add_device,
     add_keeps,
@@ -26,8 +26,8 @@ from vla_pruner.commands.options import (
     device_of,
     words_of,
 )
-from vla_pruner.commands.output_folder import prepare_folder
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.output_folder import prepare_folder
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.timing import keep_freed_memory

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vla_pruner.commands.options import add_device, device_of
+from vla_pruner.commands.shared.options import add_device, device_of
 from vla_pruner.episodes.control import said_by
 from vla_pruner.measure.doctor import Finding, act_of, examine
 from vla_pruner.measure.environment import stamp

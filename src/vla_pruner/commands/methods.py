@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from vla_pruner.commands.options import pick
+from vla_pruner.commands.shared.options import pick
 from vla_pruner.episodes.condition import make_method
 from vla_pruner.methods import Method, list_methods
 

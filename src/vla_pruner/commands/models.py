@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Column, Table
 
-from vla_pruner.commands.options import pick
+from vla_pruner.commands.shared.options import pick
 from vla_pruner.models import list_models, matrix
 from vla_pruner.models.base import built_in
 from vla_pruner.models.loading import shipped

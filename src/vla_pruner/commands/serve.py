@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_capture,
     add_device,
     add_keep,
@@ -27,7 +27,7 @@ from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import locate
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.engine import Engine
-from vla_pruner.serving.options import engine_from, engine_options
+from vla_pruner.serving.options import apart, engine_from, engine_options
 from vla_pruner.serving.policy import ServedPolicy
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     from vla_pruner.doors.run import wanted
 
     device_of(args.device)
+    if args.rerun is not None:
+        importlib.import_module("rerun")
     if args.port is not None and not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: expected 0 to 65535 (0: any that is free)")
     protocols = wanted(args.protocol or ["vla-eval"], args.port)
@@ -156,8 +158,12 @@ def run(args: argparse.Namespace) -> int:
 def _serve(engine: Engine, doors: list[Any], say: Callable[[str, str], None]) -> None:
     """Answer until the process is ended."""
     from vla_pruner.doors.run import open_doors
+    from vla_pruner.serving.listen import leave
 
-    asyncio.run(open_doors(engine, doors, say))
+    try:
+        asyncio.run(open_doors(engine, doors, say))
+    finally:
+        leave(engine)
 
 
 def opened(
@@ -190,6 +196,7 @@ def opened(
         "unnorm_key": statistics_of(model, args.unnorm_key, folder=folder),
         "center_crop": args.center_crop,
         "capture": args.capture,
+        "show": args.rerun is not None,
         **dict(condition.options),
     }
     robot = Robot(
@@ -199,7 +206,7 @@ def opened(
         gripper=args.gripper or ("robosuite" if control else "rlds"),
     )
     make: Callable[[], ServedPolicy] = partial(ServedPolicy, model, condition.method, **settings)
-    if args.replicas:
+    if apart(args):
         make().close()  # what fits here, fits there; each process loads its own
         make = partial(
             _make_served, args.policy, args.device, args.dtype, condition.method, settings

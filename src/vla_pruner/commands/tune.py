@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_control,
     add_device,
     add_keeps,
@@ -25,7 +25,7 @@ from vla_pruner.commands.options import (
     keep_of,
     words_of,
 )
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.models.loading import load, locate

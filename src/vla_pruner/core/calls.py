@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,7 +19,15 @@ from vla_pruner.core import refusals
 from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.episodes import Step
 
-_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_CALL = nn.Module._call_impl.__code__
+_GUESSING = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+)
+_PACKING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Calls:
@@ -29,12 +40,15 @@ class Calls:
         """Whether all prefills of the outermost call belong to one step."""
         self.shared: Step | None = None
         """That step, once it has begun."""
+        self.grows = False
+        """Whether they are one prompt, read anew without a cache with one more token each time."""
         self.copies = 1
         """Rows that `generate` makes of each row that it is given."""
         self._lock = threading.Lock()
         self._owner: threading.Thread | None = None
         self._inside: list[Any] = []
         self._began = 0.0
+        self._generate: CodeType | None = None
 
     def attach(self, model: nn.Module, undo: ExitStack) -> None:
         """Follow the calls of a model that holds the decoder, until `undo`."""
@@ -73,17 +87,31 @@ class Calls:
             self.step.ms, self.step = 1e3 * (time.perf_counter() - self._began), None
         return mine
 
+    def running(self) -> threading.Thread | None:
+        """The thread that is inside a call of the model just now, by its stack; None: nobody is."""
+        with self._lock:
+            owner, inside = self._owner, list(self._inside)
+        frame = None
+        if owner is not None and owner.ident is not None and inside:
+            frame = sys._current_frames().get(owner.ident)
+        while frame is not None:
+            caller = frame.f_locals.get("self") if frame.f_code is _CALL else None
+            if frame.f_code is self._generate or any(caller is one for one in inside):
+                return owner
+            frame = frame.f_back
+        return None
+
     @torch.compiler.disable
     def _returns(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.ends(model, failed=output is None)
 
     @contextmanager
-    def as_one_step(self) -> Iterator[None]:
+    def as_one_step(self, *, grows: bool = False) -> Iterator[None]:
         """All prefills inside belong to one policy step; an exception undoes the step."""
         inside, outer, failed = object(), self.together, True
         self.begins(inside)  # Refuses other threads before anything is touched.
         if not outer:
-            self.together, self.shared = True, None
+            self.together, self.shared, self.grows = True, None, grows
         try:
             yield
             failed = False
@@ -103,11 +131,11 @@ class Calls:
         def generating(*args: Any, **kwargs: Any) -> Any:
             option = _options(model, generate, args, kwargs)
             for name in _GUESSING:
-                if option(name) is not None:
+                if option(name) not in (None, False):
                     raise refusals.guesses(name)
             if option("prefill_chunk_size") is not None:
                 raise refusals.chunked_prefill()
-            with self.as_one_step():
+            with self.as_one_step(grows=True):
                 copies = self.copies
                 self.copies = max(option(n) or 1 for n in ("num_beams", "num_return_sequences"))
                 try:
@@ -115,7 +143,14 @@ class Calls:
                 finally:
                     self.copies = copies
 
+        def packing(name: str, *args: Any, **kwargs: Any) -> None:
+            raise refusals.packs(name)
+
+        self._generate = generating.__code__
         replace(model, "generate", generating, undo)
+        for name in _PACKING:
+            if hasattr(model, name):
+                replace(model, name, partial(packing, name), undo)
 
 
 def _options(
@@ -126,13 +161,18 @@ def _options(
         bound = by_name(generate, args, kwargs)
     except TypeError:  # `generate` itself will say what is wrong.
         bound = dict(kwargs)
-    configs = (bound.get("generation_config"), getattr(model, "generation_config", None))
+    given, own = bound.get("generation_config"), getattr(model, "generation_config", None)
+    configs = [(config, type(config)()) for config in (given, own) if config is not None]
 
     def option(name: str) -> Any:
         if bound.get(name) is not None:
             return bound[name]
-        found = [getattr(config, name, None) for config in configs]
-        return next((value for value in found if value not in (None, 1, False)), None)
+        for config, default in configs:
+            value = getattr(config, name, None)
+            # Where it is the default of its class, nobody has said it.
+            if value is not None and value != getattr(default, name, None):
+                return value
+        return None
 
     return option
 

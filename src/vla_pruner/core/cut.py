@@ -39,6 +39,7 @@ class Cut:
     def __init__(self, adapter: Adapter, method: Method) -> None:
         self.adapter = adapter
         self.method = method
+        self.of_others = not type(method).__module__.startswith("vla_pruner.")
         self.layers = list(adapter.layers)
         self.readers = list(adapter.reader_layers)
         self.plan = make_plan(method, adapter)
@@ -209,12 +210,11 @@ class Cut:
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
         kept, merge, (batch, size) = choice.kept, choice.merge, evidence.features.shape[:2]
         name, number, count = self.method.name, evidence.number, evidence.keep_count
-        if (
-            kept.ndim != 2
-            or kept.shape[0] != batch
-            or (kept.shape[1] != count and not self.method.adaptive)
-        ):
-            raise refusals.wrong_choice(name, kept.shape, number, (batch, count))
+        expected = (batch, *(kept.shape[-1:] if self.method.adaptive else (count,)))
+        if kept.shape != expected:
+            raise refusals.wrong_choice(name, kept.shape, number, expected)
+        if self.of_others:
+            refusals.refuse_unordered(name, kept, number, size)
         if merge is not None and merge.shape != (*kept.shape, size):
             raise refusals.wrong_merge(name, merge.shape, number, (*kept.shape, size))
         return choice

@@ -42,6 +42,7 @@ def _outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
     return hook
 
 
+_batched = torch._C._functorch.is_batchedtensor  # Inside `torch.vmap`.
 _INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 
@@ -125,6 +126,8 @@ class Passes:
         cut, self._running = self.cut, None
         cut.prefill, cut.phase = None, "later"
         now = Pass.of(stack, args, kwargs)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
+            raise refusals.no_values()
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now
@@ -180,6 +183,8 @@ class Passes:
             return
         if in_prefill:
             self._refuse_unhooked(step.prefill)
+            if getattr(output, "hidden_states", None):
+                output.hidden_states = tuple(map(step.prefill.in_place, output.hidden_states))
         if step.prefill.observed is not None:
             step.add(step.prefill.observed, self._action_rows(step.prefill, now))
         if in_prefill and self.own_hooks:
@@ -210,7 +215,7 @@ class Passes:
         if continued is not None and continued.prefill.mode != "full":
             prefill.before = continued.prefill
         shared = self.calls.shared
-        if shared is not None and len(shared.ids) == now.batch:
+        if shared is not None and self._goes_on(shared, now):
             step = self._again(shared, prefill)
         else:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
@@ -218,9 +223,15 @@ class Passes:
             prefill.mode = own or self._mode(step, now.cache)
             self._fill_in(step)
             self.latest = step
-        self.calls.shared = step if self.calls.together else None
+        if shared is None or not self.calls.grows:  # Else a logits processor may have called.
+            self.calls.shared = step if self.calls.together else None
         self.prefilled = step
         return step
+
+    def _goes_on(self, shared: Step, now: Pass) -> bool:
+        """Whether a prefill belongs to the step in progress."""
+        grown = now.cache is None and now.length == shared.prefill.length + 1
+        return len(shared.ids) == now.batch and (grown or not self.calls.grows)
 
     def _again(self, step: Step, prefill: Prefill) -> Step:
         """One more prefill of a step: what was decided in its first holds."""
@@ -269,10 +280,10 @@ class Passes:
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
-        names = self.ids
+        names, copies = self.ids, 1 if self.calls.shared else self.calls.copies
         if names is None:
-            return tuple(row // self.calls.copies for row in range(batch))
-        ids = tuple(name for name in names for _ in range(self.calls.copies))
+            return tuple(row // copies for row in range(batch))
+        ids = tuple(name for name in names for _ in range(copies))
         if len(ids) != batch:
             raise refusals.other_rows(len(ids), batch)
         return ids

@@ -9,7 +9,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from vla_pruner._flags import refuse
 
 # -- calls ---------------------------------------------------------------------------------------
 
@@ -22,6 +25,13 @@ def second_thread(owner: threading.Thread, other: threading.Thread) -> RuntimeEr
     )
 
 
+def still_running(owner: threading.Thread) -> RuntimeError:
+    return RuntimeError(
+        f"thread {owner.name!r} is inside a call of this model, whose cache and masks go by what "
+        "was cut; remove the session when the call has come back."
+    )
+
+
 def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
     return NotImplementedError(
         f"{type(stack).__name__} was called without any of {', '.join(names)}; pruning has to see "
@@ -29,10 +39,25 @@ def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
     )
 
 
+def no_values() -> NotImplementedError:
+    return NotImplementedError(
+        "a traced or exported graph would keep the same tokens of every image, and inside "
+        "`torch.vmap` nobody can look at values: pruning decides anew in each call. Trace the "
+        "model without a session, use `session.compile()`, or give the rows as a batch."
+    )
+
+
 def guesses(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"`{name}`: guessing tokens ahead takes some back from the cache, which pruning does not "
         "follow; generate without it."
+    )
+
+
+def packs(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{name}` packs the prompts of several calls into one row, which pruning does not follow; "
+        "use `generate`, with a batch if need be."
     )
 
 
@@ -267,6 +292,16 @@ def wrong_choice(method: str, shape: Any, number: int, expected: Any) -> ValueEr
     return ValueError(
         f"method {method!r} chose {tuple(shape)} at cut {number}; expected [B, k] = {expected}."
     )
+
+
+def refuse_unordered(method: str, kept: Tensor, number: int, size: int) -> None:
+    """Refuse a choice `[B, k]` that is not ascending in 0..size-1: rows would come twice."""
+    what = f"method {method!r} chose, at cut {number},"
+    wanted = f"expected int64, each number of 0..{size - 1} at most once, ascending (`.sort()`)."
+    if kept.dtype != torch.int64:
+        raise ValueError(f"{what} tokens as {kept.dtype}; {wanted}")
+    broken = (kept < 0).any() | (kept >= size).any() | (kept[:, 1:] <= kept[:, :-1]).any()
+    refuse(broken, f"{what} tokens out of order or of range, or one twice; {wanted}")
 
 
 def wrong_merge(method: str, shape: Any, number: int, expected: Any) -> ValueError:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core import refusals
 from vla_pruner.core.cleanup import Attached, replace
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.layout import Adapter
@@ -238,8 +239,14 @@ class Session(Attached):
         return known is not None and known() is self
 
     def remove(self) -> None:
-        """Detach: the model is what it was before. Does nothing the second time."""
+        """Detach: the model is what it was before. Does nothing the second time.
+
+        Raises:
+            RuntimeError: a call of the model has not come back yet.
+        """
         if self.attached:
+            if (thread := self._passes.calls.running()) is not None:
+                raise refusals.still_running(thread)
             super().remove()
         self._cut.prefill = self._passes.frames = None
         self._cut.forget(None)

@@ -173,6 +173,18 @@ class Prefill:
         rows = self.sets[number].rows
         return self.length if rows is None else rows.shape[1]
 
+    def in_place(self, hidden: Any) -> Any:
+        """Hidden states `[B, n, D]` of any layer with every token in its row, zeros where one left.
+
+        Others stay as they are.
+        """
+        for one in self.sets:
+            rows = one.rows
+            if rows is not None and isinstance(hidden, Tensor) and hidden.shape[:2] == rows.shape:
+                full = hidden.new_zeros(hidden.shape[0], self.length, hidden.shape[-1])
+                return full.scatter(1, rows[..., None].expand_as(hidden), hidden)
+        return hidden
+
     def start_pass(self) -> None:
         """Forget what an interrupted pass left behind."""
         self.observed, self.watched = None, 0

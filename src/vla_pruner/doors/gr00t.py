@@ -17,7 +17,8 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from vla_pruner._short import cut, short
+from vla_pruner._short import short
+from vla_pruner._yaml import read_yaml
 from vla_pruner.doors.door import Listen, told
 from vla_pruner.doors.keys import Robot, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
@@ -55,12 +56,7 @@ def modalities_of(file: Path) -> Modalities:
     Raises:
         ValueError: no such file, or one that does not fit.
     """
-    import yaml
-
-    try:
-        found = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {cut(str(error), 300)}") from error
+    found = read_yaml(file)
     lists, sizes = ("video", "state"), found.get("action") if isinstance(found, Mapping) else None
     fits = (
         isinstance(found, Mapping)

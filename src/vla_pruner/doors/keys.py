@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner._short import cut, short
+from vla_pruner._yaml import read_yaml
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.serving.engine import Refused
 
@@ -68,12 +69,7 @@ def keys_of(name: str) -> Keys:
     file = Path(name)
     if not file.is_file():
         raise ValueError(f"--keys {short(name)}: choose {', '.join(KEYS)}, or name a YAML file")
-    import yaml
-
-    try:
-        found = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {cut(str(error), 300)}") from error
+    found = read_yaml(file)
     known = [field.name for field in fields(Keys)]
     if not isinstance(found, Mapping) or not {"cameras", "state"} <= set(found) <= set(known):
         raise ValueError(

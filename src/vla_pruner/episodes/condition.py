@@ -91,7 +91,7 @@ class Condition:
     @contextmanager
     def attached(
         self, policy: nn.Module, *, captured: str = ""
-    ) -> Iterator[tuple[nn.Module, Session | None]]:
+    ) -> Iterator[tuple[Any, Session | None]]:
         """The policy under this condition, and its session, which ends with the block.
 
         With `captured`, a backend, whole steps are compiled: the policy is then a copy over the

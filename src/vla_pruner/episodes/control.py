@@ -74,8 +74,8 @@ class Control:
             unnorm_key: dataset whose statistics scale the actions.
 
         Raises:
-            ValueError: a camera that the scene does not have, or statistics that the policy does
-                not have, or several of them and none chosen.
+            ValueError: a camera that the scene does not have, more actions than a chunk has, or
+                statistics that the policy does not have, or several of them and none chosen.
         """
         config = getattr(policy, "config", None)
         said = said_by(folder)
@@ -86,9 +86,11 @@ class Control:
                 f"the policy asks for the cameras {', '.join(unknown)}; "
                 f"the scene has {', '.join(available)}"
             )
+        if execute is not None and hasattr(config, "chunk") and execute > chunk:
+            raise ValueError(f"execute={execute}: a chunk of this policy has {chunk} actions")
         return cls(
             cameras=cameras,
-            execute=execute or int(said.get("execute", min(2, chunk))),
+            execute=int(said.get("execute", min(2, chunk))) if execute is None else execute,
             reads_state=getattr(config, "proprio_dim", None) is not None,
             gripper=gripper or said.get("gripper", "robosuite"),
             unnorm_key=statistics_of(policy, unnorm_key, folder=folder),

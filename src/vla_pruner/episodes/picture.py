@@ -16,22 +16,22 @@ REASONS = {"semantic": "1", "action": "2", "both": "3", "warm-up": "4", "other":
 """One character per visual token says why it stayed; a dropped one is "0"."""
 
 
-def picture_of(report: StepReport) -> dict[str, Any]:
-    """What a call did with its visual tokens (the batch's first row), as plain values.
+def picture_of(report: StepReport, row: int = 0) -> dict[str, Any]:
+    """What a call did with its visual tokens in one row of its batch, as plain values.
 
     Raises:
         ValueError: a camera whose tokens are no square grid.
     """
     kept = ["0"] * report.visual_full
-    indices = report.kept_mask[0].nonzero()[:, 0].tolist()
-    for index, reason in zip(indices, report.reasons()[0], strict=True):
+    indices = report.kept_mask[row].nonzero()[:, 0].tolist()
+    for index, reason in zip(indices, report.reasons()[row], strict=True):
         kept[index] = REASONS[reason]
     return {
         "grids": [_grid(tokens) for tokens in report.views],
-        "warm_up": bool(report.warm_up[0]),
+        "warm_up": bool(report.warm_up[row]),
         "kept": "".join(kept),
-        "semantic": _bytes(report.semantic),
-        "forecast": _bytes(report.forecast),
+        "semantic": _bytes(report.semantic, row),
+        "forecast": _bytes(report.forecast, row),
     }
 
 
@@ -51,9 +51,9 @@ def _grid(tokens: int) -> int:
     return side
 
 
-def _bytes(scores: Tensor | None) -> str | None:
-    """Scores `[B, M]` of the first row as base64 bytes; None if there are none or all are 0."""
-    return None if scores is None else scaled_bytes(scores[0].float().cpu().numpy())
+def _bytes(scores: Tensor | None, row: int) -> str | None:
+    """Scores `[B, M]` of one row as base64 bytes; None if there are none or all are 0."""
+    return None if scores is None else scaled_bytes(scores[row].float().cpu().numpy())
 
 
 def scaled_bytes(scores: np.ndarray) -> str | None:

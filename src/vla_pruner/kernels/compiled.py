@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "max_min.c", HERE / "column_mean.c")
+SOURCES = (HERE / "max_min.c", HERE / "column_mean.c", HERE / "determinant.c")
 HEADERS = (HERE / "lanes.h",)
 
 # -fopenmp: PyTorch brings the same OpenMP runtime, whose threads are then shared.

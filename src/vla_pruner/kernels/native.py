@@ -34,6 +34,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
         [*[_POINTER] * 5, *[_LONG] * 3, _INT, _LONG, _INT, _INT, *[_POINTER] * 2],
         _INT,
     ),
+    "determinant_words": ([_LONG, _LONG], _LONG),
+    "determinant_search": ([*[_POINTER] * 3, _LONG, _LONG, _FLOAT, *[_POINTER] * 2], _INT),
     "column_mean_words": ([_POINTER], _LONG),
     "column_mean": ([_POINTER], _INT),
 }
@@ -67,6 +69,7 @@ class _Attention(ctypes.Structure):
     )
 
 
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # By `torch.func.grad`, `torch.vmap`.
 _MASKS = {None: 0, torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
@@ -109,9 +112,11 @@ def by_operators() -> Iterator[None]:
 def readable(*tensors: Tensor | None) -> bool:
     """Whether C can read these as they are or after a conversion: plain tensors on the CPU."""
     usable = not _held_back and _library()[0] is not None
-    return usable and all(
-        one is None or (type(one) is Tensor and one.device.type == "cpu") for one in tensors
-    )
+    return usable and all(one is None or _has_memory(one) for one in tensors)
+
+
+def _has_memory(one: Tensor) -> bool:
+    return type(one) is Tensor and one.device.type == "cpu" and not _wrapped(one)
 
 
 # -- choosing ------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def _search(
 
 def top_k(scores: Tensor, k: int, valid: Tensor | None) -> Tensor | int:
     """`selection.top_k` of fp32 `[n]` with k in range: `[k]` int64, or `BROKEN_SCORES`."""
-    library = _compiled()
+    library = functions()
     scores = scores.contiguous()
     valid = None if valid is None else valid.contiguous()
     memory = _memory.get(2 * len(scores) + 1)
@@ -231,7 +236,7 @@ def combine_then_filter(
     Returns:
         `[k]` int64, ascending; `BROKEN_SCORES` or `BROKEN_FEATURES` where there is no answer.
     """
-    library = _compiled()
+    library = functions()
     features, pairs, width, stride = _rows(library, features)
     semantic, action = scores.contiguous(), action.float().contiguous()
     valid = None if valid is None else valid.contiguous()
@@ -309,7 +314,7 @@ def column_mean(
     if not readable(query, key, columns, named, mask, row_weight, sinks):
         return None
     return _mean(
-        _compiled(), query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap
+        functions(), query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap
     )
 
 
@@ -396,11 +401,17 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     return compiled.library(_try)
 
 
-def _compiled() -> ctypes.CDLL:
-    library, why = _library()
-    assert library is not None, f"`readable` says so: {why}"
+def functions() -> ctypes.CDLL:
+    """The compiled functions, where `readable` says that there are some."""
+    found, why = _library()
+    assert found is not None, f"`readable` says so: {why}"
     _calls[0] += 1
-    return library
+    return found
+
+
+def memory(count: int) -> Tensor:
+    """As many words of memory, int32, which this thread uses again in its next call."""
+    return _memory.get(count)
 
 
 def _try(library: ctypes.CDLL) -> None:

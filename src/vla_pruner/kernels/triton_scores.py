@@ -184,14 +184,14 @@ def column_mean(
     key = key if key.stride(3) == 1 else key.contiguous()
     listed = rows if isinstance(rows, Tensor) else None
     voting = len(rows) if listed is None else listed.shape[-1]
-    hidden_below, steps = 0.0, (0, 0, 0)
+    hidden_below, steps = 0.0, [0, 0, 0]
     if mask is not None:
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         if mask.dtype != torch.bool:
             hidden_below = torch.finfo(mask.dtype).min / 2
         else:
             mask = mask.view(torch.uint8)
-        steps = tuple(0 if mask.shape[dim] == 1 else mask.stride(dim) for dim in range(3))
+        steps = [0 if mask.shape[dim] == 1 else mask.stride(dim) for dim in range(3)]
     kind = 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2
     weight = None if row_weight is None else row_weight.float()
     asked = columns.shape[1]
@@ -218,7 +218,7 @@ def column_mean(
         width,
         voting,
         asked,
-        *((0, 0) if listed is not None else (rows.start, rows.step)),
+        *((0, 0) if isinstance(rows, Tensor) else (rows.start, rows.step)),
         keys - queries,
         scale,
         softcap or 0.0,

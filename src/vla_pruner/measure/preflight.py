@@ -17,7 +17,7 @@ from torch import nn
 
 from vla_pruner.core.layout import Adapter
 from vla_pruner.measure.doctor import Act, Finding, look
-from vla_pruner.models.folder import is_finite
+from vla_pruner.models.given.folder import is_finite
 
 COST = "docs/pitfalls.md has what it costs"
 

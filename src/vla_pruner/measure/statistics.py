@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
 _BISECTIONS = 60
+_AT_ONCE = 2_000_000
+"""Numbers held at once while medians are counted."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +145,51 @@ def speedup_of(
         raise ValueError(
             f"need the same episodes on both sides, got {len(baseline)} and {len(treatment)}"
         )
-    rng = np.random.default_rng(seed)
-    before = [np.asarray(calls, dtype=np.float64) for calls in baseline]
-    after = [np.asarray(calls, dtype=np.float64) for calls in treatment]
-
-    def ratio(episodes: Iterable[int]) -> float:
-        chosen = list(episodes)
-        slow = np.median(np.concatenate([before[i] for i in chosen]))
-        return float(slow / np.median(np.concatenate([after[i] for i in chosen])))
-
-    if len(before) == 1:
-        return ratio([0]), None
-    drawn = [ratio(rng.integers(len(before), size=len(before))) for _ in range(draws)]
+    before, after = _Pool(baseline), _Pool(treatment)
+    once = np.ones((1, len(baseline)), dtype=np.int64)
+    ratio = float(before.medians(once)[0] / after.medians(once)[0])
+    if len(baseline) == 1:
+        return ratio, None
+    times = _drawn(len(baseline), draws, seed)
+    ratios = (before.medians(times) / after.medians(times)).tolist()
     tail = (1 - confidence) / 2
-    interval = Interval(quantile(drawn, tail), quantile(drawn, 1 - tail))
-    return ratio(range(len(before))), interval
+    return ratio, Interval(quantile(ratios, tail), quantile(ratios, 1 - tail))
+
+
+@lru_cache(maxsize=8)
+def _drawn(count: int, draws: int, seed: int) -> np.ndarray:
+    """How often each of `count` episodes is drawn, with replacement: int64 `[draws, count]`."""
+    rng = np.random.default_rng(seed)
+    chosen = (rng.integers(count, size=count) for _ in range(draws))
+    return np.stack([np.bincount(episodes, minlength=count) for episodes in chosen])
+
+
+class _Pool:
+    """Calls of several episodes, sorted once, so that a median of drawn episodes only counts."""
+
+    def __init__(self, episodes: Sequence[Sequence[float]]) -> None:
+        values = np.concatenate([np.asarray(calls, dtype=np.float64) for calls in episodes])
+        owners = np.repeat(np.arange(len(episodes)), [len(calls) for calls in episodes])
+        order = np.argsort(values, kind="stable")
+        self.values = values[order]
+        # Of each episode, how many calls are among the first ones: [n, calls].
+        self.until = (owners[order] == np.arange(len(episodes))[:, None]).cumsum(axis=1)
+
+    def medians(self, times: np.ndarray) -> np.ndarray:
+        """Medians `[draws]` of the calls, each as often as its episode is in `times` [draws, n]."""
+        rows = max(1, _AT_ONCE // len(self.values))
+        return np.concatenate(
+            [self._medians(times[i : i + rows]) for i in range(0, len(times), rows)]
+        )
+
+    def _medians(self, times: np.ndarray) -> np.ndarray:
+        until = times.astype(np.float64) @ self.until.astype(np.float64)  # whole numbers, exact
+        total = until[:, -1:]
+        low, high = (
+            self.values[np.count_nonzero(until <= place, axis=1)]
+            for place in ((total - 1) // 2, total // 2)
+        )
+        return np.where(low == high, low, (low + high) / 2)
 
 
 def ratio_of_means(

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
+
 from vla_pruner._callable import listing_package
 from vla_pruner.methods.adp import VLAADP
 from vla_pruner.methods.base import Choice, Evidence, Method, OneCut, ScoreSpec, StepContext
@@ -92,6 +94,7 @@ _IN_ROOMS_OF_THEIR_OWN = {
     "vla-iap": "vla_pruner.temporal.vla_iap:VLAIAP",
     "specprune-vla": "vla_pruner.temporal.specprune:SpecPrune",
     "prefix-reuse": "vla_pruner.temporal.prefix_reuse:PrefixReuse",
+    "hiprune": "vla_pruner.towers.hiprune:HiPrune",
     "vla-cache": "vla_pruner.vla_cache.method:VLACache",
 }
 
@@ -159,8 +162,15 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"{text!r}: options come after a colon as name=value, such as ':window=1'"
             )
+        if key in options:
+            raise ValueError(f"{text!r} says {key!r} twice; say it once.")
         options[key] = _value(said)
     return name, options
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, such as `np.linspace` gives, as those of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _value(said: str) -> Any:
@@ -192,7 +202,7 @@ def build(method: str | Method, **options: Any) -> Method:
         ValueError: an unknown name or option (the message lists the valid ones), or a bad value.
         TypeError: `method` is neither a name nor an instance of `Method`.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: _plain(value) for name, value in options.items() if value is not None}
     if isinstance(method, Method):
         if given:
             raise ValueError(

@@ -3,7 +3,7 @@
 from vla_pruner._callable import listing_package
 from vla_pruner.models.base import Adapter, Family, Layout, find_adapter, list_models, models
 from vla_pruner.models.decoder import Decoder
-from vla_pruner.models.folder import CheckpointError
+from vla_pruner.models.given.folder import CheckpointError
 from vla_pruner.models.hf_vlm import ImageTokenVLM
 from vla_pruner.models.loading import load
 from vla_pruner.models.port import NonFiniteActionError, Policy

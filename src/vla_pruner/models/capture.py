@@ -61,7 +61,8 @@ class Capture(Attached):
             raise ValueError(f"`bucket={bucket}` must be at least 1.")
         if policy in _captured:
             raise RuntimeError("this policy is captured already; call `remove()` on its capture.")
-        self.policy, self.session, self.bucket = policy, session_of(policy), bucket
+        self.policy: Any = policy
+        self.session, self.bucket = session_of(policy), bucket
         self.graphs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.options: dict[str, Any] = {"backend": backend, "mode": mode}
         self._placeholders: dict[tuple[Any, ...], Tensor] = {}
@@ -198,9 +199,11 @@ class _Memory:
     """The memory of action scores of a batch, as one tensor that a graph reads and makes anew."""
 
     def __init__(self, passes: Passes, undo: ExitStack) -> None:
-        self.episodes, self.spec = passes.episodes, passes.method.history
-        assert self.spec is not None
-        self.slots, self.layers = self.spec.slots, len(passes.plan.action_layers)
+        spec = passes.method.history
+        assert spec is not None
+        self.spec = spec
+        self.slots, self.layers = spec.slots, len(passes.plan.action_layers)
+        self._blank: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | tuple[()] = ()
         self._counts: dict[tuple[Any, ...], Tensor] = {}
         self._eager = passes.episodes._remember
@@ -214,13 +217,10 @@ class _Memory:
                 "a captured step takes one row of each episode; beams of one episode share a "
                 "memory. Call `remove()` on the capture for them."
             )
-        blank = None
-        found = []
-        for episode in episodes:
-            if episode.memory is None and blank is None:
-                shape = (self.slots, visual.shape[1])
-                blank = torch.zeros(shape, dtype=torch.float32, device=visual.device)
-            found.append(blank if episode.memory is None else episode.memory)
+        shape = (self.slots, visual.shape[1])
+        if self._blank is None or self._blank.shape != shape:
+            self._blank = torch.zeros(shape, dtype=torch.float32, device=visual.device)
+        found = [self._blank if e.memory is None else e.memory for e in episodes]
         history = found[0][None] if len(found) == 1 else torch.stack(found)
         counts = tuple(min(episode.observations, self.slots) for episode in episodes)
         if (counts, visual.device) not in self._counts:

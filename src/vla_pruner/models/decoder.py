@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core.calls import by_name
 from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
 
 
 class Decoder(Adapter):
@@ -30,8 +30,8 @@ class Decoder(Adapter):
     Methods that compare camera images get them from `session.frame`, and take the visual tokens of
     a camera for the patches of its image, row by row.
 
-    The visual token that ends a prompt, and those before a label, stay: their own rows are read.
-    Rows of other dropped tokens come out as zeros.
+    The visual token that ends a prompt, those before a label, and those that `logits_to_keep` names
+    stay: their own rows are read. Rows of other dropped tokens come out as zeros.
 
     Raises:
         TypeError, ValueError: `visual`, `views` or `action_rows` does not make sense, or the model
@@ -53,16 +53,14 @@ class Decoder(Adapter):
         if action_rows != "decode" and not isinstance(action_rows, slice):
             raise TypeError(f'`action_rows` must be "decode" or a slice; got {action_rows!r}.')
         self._action_rows = None if action_rows == "decode" else action_rows
+        if isinstance(action_rows, slice) and not _whole(action_rows):
+            raise TypeError(f"`action_rows={action_rows}` must hold whole numbers.")
         count = self._positions.shape[1]
-        self._views = (count,) if views is None else tuple(views)
-        if sum(self._views) != count or min(self._views) < 1:
-            raise ValueError(
-                f"`views={self._views}` must be positive and sum to the {count} visual tokens."
-            )
+        self._views = _views(views, count)
         self._layers: Sequence[nn.Module] = ()
         self._known: tuple[int, torch.device, Layout] | None = None
         self._model: nn.Module | None = None
-        self._labels: Tensor | None = None
+        self._call: Mapping[str, Any] = {}
 
     def bind(self, model: nn.Module) -> None:
         """Find the decoder: the module that holds the layers."""
@@ -72,6 +70,8 @@ class Decoder(Adapter):
             try:
                 self.decoder = model.get_submodule(path)
                 self._layers = list(getattr(self.decoder, name))
+                if not all(isinstance(layer, nn.Module) for layer in self._layers):
+                    raise TypeError(name)
             except (AttributeError, TypeError):
                 raise ValueError(
                     f"{type(model).__name__} has no layer list at {self._where!r}; it has "
@@ -95,11 +95,10 @@ class Decoder(Adapter):
             after(self._model, self._returned, undo, always=True)
 
     def _called(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        labels = kwargs.get("labels")
-        self._labels = labels if isinstance(labels, Tensor) else None
+        self._call = by_name(model.forward, args, kwargs) if args else kwargs
 
     def _returned(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._labels = None
+        self._call = {}
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """The same positions in every prefill, moved right by padding; all text is behind them.
@@ -112,7 +111,8 @@ class Decoder(Adapter):
         length, device = inputs.shape[1], inputs.device
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        plain = mask is None and self._labels is None
+        labels, asked = self._call.get("labels"), self._call.get("logits_to_keep", 1)
+        plain = mask is None and labels is None and isinstance(asked, int) and asked < 2
         if plain and self._known is not None and self._known[:2] == (length, device):
             return self._known[2]
         first, last = self._span()
@@ -154,8 +154,10 @@ class Decoder(Adapter):
     def _at(self, length: int, past: int, mask: Tensor | None, device: torch.device) -> Layout:
         visual = self._positions.to(device) - past
         if mask is not None:
-            visual = visual + mask.to(device, torch.int8).argmax(dim=1, keepdim=True)
-            mask = mask[:, past : past + length].to(device)
+            mask = (mask != 0).to(device, torch.int8)  # Packed sequences may count from 1.
+            visual = visual + mask.argmax(dim=1, keepdim=True)
+            mask = mask[:, past : past + length]
+        self._check_action_rows(length, past)
         first = int(self._positions[:, -1].min()) + 1 - past
         text = text_behind(visual, length, earliest=first)
         return Layout(
@@ -167,14 +169,30 @@ class Decoder(Adapter):
             read=self._read(visual, length, mask),
         )
 
+    def _check_action_rows(self, length: int, past: int) -> None:
+        """Action queries stand behind the image, so that no cut moves or removes them."""
+        if self._action_rows is None:
+            return
+        named = range(length)[self._action_rows]
+        if not named or min(named) <= self._span()[1] - past:
+            raise ValueError(
+                f"`action_rows={self._action_rows}` must name rows behind the visual tokens, which "
+                f"end at {self._span()[1] - past} of {length}; count from the end: "
+                "`slice(-8, None)`."
+            )
+
     def _read(self, visual: Tensor, length: int, mask: Tensor | None) -> tuple[int, ...]:
-        """Visual tokens that end the prompt, or stand before a label."""
+        """Visual tokens that end the prompt, stand before a label, or are asked for."""
         last = torch.tensor([[length - 1]], dtype=torch.int64, device=visual.device)
         if mask is not None:
             last = length - 1 - mask.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
         hit = (visual == last).any(dim=0)
-        labels = self._labels
-        if labels is not None and labels.ndim == 2 and labels.shape[1] == length:
+        asked, labels = self._call.get("logits_to_keep"), self._call.get("labels")
+        if isinstance(asked, Tensor) or asked:
+            where = asked.to(visual.device) if isinstance(asked, Tensor) else slice(-asked, None)
+            named = torch.arange(length, device=visual.device)[where]
+            hit = hit | torch.isin(visual, named).any(dim=0)
+        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
             rows = torch.arange(1, length + 1, device=visual.device).clamp_max(length - 1)
             named = (labels.to(visual.device)[:, rows] != -100).any(dim=0)
             named[-1] = False
@@ -185,6 +203,8 @@ class Decoder(Adapter):
 def _positions(visual: slice | Tensor) -> Tensor:
     """Positions `[1 or B, M]` int64."""
     if isinstance(visual, slice):
+        if not _whole(visual):
+            raise TypeError(f"`visual={visual}` must hold whole numbers.")
         if visual.start is None or visual.stop is None or visual.start < 0 or visual.stop < 0:
             raise ValueError(f"`visual={visual}` needs a start and a stop that are not negative.")
         positions = torch.arange(visual.start, visual.stop, visual.step or 1)[None]
@@ -192,6 +212,8 @@ def _positions(visual: slice | Tensor) -> Tensor:
         positions = visual[None] if visual.ndim == 1 else visual
     else:
         raise TypeError(f"`visual` must be a slice or a tensor; got {type(visual).__name__}.")
+    if positions.dtype == torch.bool:
+        raise TypeError("`visual` must be positions, no mask; use `mask.nonzero()[:, 0]`.")
     if positions.ndim != 2 or positions.shape[1] == 0 or positions.is_floating_point():
         raise ValueError("`visual` must name at least one position, as [M] or [B, M] integers.")
     positions = positions.long()
@@ -200,5 +222,43 @@ def _positions(visual: slice | Tensor) -> Tensor:
     return positions
 
 
+def _whole(where: slice) -> bool:
+    return all(one is None or isinstance(one, int) for one in (where.start, where.stop, where.step))
+
+
+def _views(views: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if views is None:
+        return (count,)
+    if not isinstance(views, Sequence) or not all(isinstance(one, int) for one in views):
+        raise TypeError(f"`views={views!r}` must be whole numbers, the visual tokens per camera.")
+    if sum(views) != count or min(views) < 1:
+        raise ValueError(
+            f"`views={tuple(views)}` must be positive and sum to the {count} visual tokens."
+        )
+    return tuple(views)
+
+
 def _layer_lists(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+
+
+def text_behind(
+    visual: Tensor, length: int, *, earliest: int, skip: int = 0, until: int = 0
+) -> Tensor | None:
+    """`Layout.text_rows` where the instruction stands behind the visual tokens.
+
+    Args:
+        visual: `[B|1, M]`, see `Layout`.
+        length: S.
+        earliest: first position of text in any row.
+        skip: positions right behind the visual tokens that are no text (a robot state).
+        until: positions at the end that are no text (action slots).
+
+    Returns:
+        `[B|1, length - until - earliest]` int64, or None if nothing stands there.
+    """
+    end = max(earliest, length - until)
+    rows = torch.arange(earliest, end, device=visual.device)[None]
+    if rows.shape[1] == 0:
+        return None
+    return torch.where(rows > visual[:, -1:] + skip, rows, -1)

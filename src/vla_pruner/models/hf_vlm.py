@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
+from vla_pruner.models.towers import of_transformers
+from vla_pruner.towers.reading import Tower
 
 _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -62,6 +64,10 @@ class ImageTokenVLM(Adapter):
         before(self.model, self._called, undo)
         after(self.model, self._returned, undo, always=True)
 
+    def towers(self) -> tuple[Tower, ...]:
+        """The tower of a LLaVA or PaliGemma."""
+        return of_transformers(self.model)
+
     def take_places(self, mask: Tensor) -> None:
         """Visual places `[B, S]` of the next call; see `Session.visual_places`."""
         if mask.ndim != 2 or mask.dtype != torch.bool:
@@ -89,6 +95,8 @@ class ImageTokenVLM(Adapter):
 
     def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
         """The same of a pass that continues a cache."""
+        if past and inputs.shape[1] == 1 and not self._has_pixels():
+            return None  # A word that the model has written, even if it is the image token.
         is_visual = self._visual(inputs)
         if is_visual is None:
             return None
@@ -102,12 +110,15 @@ class ImageTokenVLM(Adapter):
             )
         length = inputs.shape[1]
         visual = is_visual.nonzero()[:, 1].view(len(is_visual), -1).to(inputs.device)
-        if not self._verified and self._call.get("input_ids") is not None:
+        unsure = not self._verified or not self._has_pixels()
+        if unsure and self._call.get("input_ids") is not None:
             self._verify(inputs, visual, self._call["input_ids"])
             self._verified = True
         mask = self._call.get("attention_mask")
         known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + length
-        valid = mask[:, past : past + length].to(inputs.device) if known else None  # type: ignore[index]
+        valid = None
+        if known:
+            valid = (mask[:, past : past + length] != 0).to(inputs.device, torch.int8)  # type: ignore[index]
         text = text_behind(visual, length, earliest=int(visual[:, -1].min()) + 1)
         read = self._read(is_visual.to(inputs.device), valid)
         return Layout(visual, _runs(visual), valid_rows=valid, text_rows=text, read=read)
@@ -120,16 +131,17 @@ class ImageTokenVLM(Adapter):
         """`[B, S]` bool, where visual tokens are; None: unknown, or there is none."""
         self._reason = None
         shape, call = inputs.shape[:2], self._call
-        if self._places is not None and self._places.shape == shape:
-            return self._places
+        if self._places is not None:
+            return self._given(self._places, shape)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is not None and ids.shape == shape:
             return torch.isin(
                 ids, torch.tensor(self.token_ids, dtype=torch.int64, device=ids.device)
             )
-        if embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
+        words = [token for token in self.token_ids if token < _words(self.model)]
+        if words and embeds is not None and embeds.shape[:2] == shape and self._has_pixels():
             table: Any = _table(self.model)
-            tokens = torch.tensor(self.token_ids, dtype=torch.int64, device=embeds.device)
+            tokens = torch.tensor(words, dtype=torch.int64, device=embeds.device)
             blank = table(tokens).to(embeds.dtype)  # [T, D]
             return (embeds[:, :, None] == blank).all(dim=-1).any(dim=-1)
         if shape[1] > 1:
@@ -140,6 +152,16 @@ class ImageTokenVLM(Adapter):
                 "`session.visual_places(mask)`."
             )
         return None
+
+    def _given(self, places: Tensor, shape: torch.Size) -> Tensor:
+        """The places that the caller gave, for each of the rows that beams make of one."""
+        rows, length = places.shape
+        if length != shape[1] or rows == 0 or shape[0] % rows:
+            raise ValueError(
+                f"`session.visual_places` was given a mask {tuple(places.shape)}, and this pass "
+                f"has {tuple(shape)} tokens; give one for the tokens of the next call."
+            )
+        return places.repeat_interleave(shape[0] // rows, dim=0)
 
     def _has_pixels(self) -> bool:
         return any(value is not None for name, value in self._call.items() if "pixel" in name)
@@ -180,8 +202,10 @@ class ImageTokenVLM(Adapter):
         else:
             table: Any = _table(self.model)
             at = inputs.gather(1, visual[..., None].expand(-1, -1, inputs.shape[-1]))
-            blank = table(ids.to(visual.device).gather(1, visual)).to(at.dtype)
-            empty = int((at == blank).all(dim=-1).sum())
+            named = ids.to(visual.device).gather(1, visual)
+            words = named < _words(self.model)  # Others have no embedding.
+            blank = table(named * words).to(at.dtype)
+            empty = int(((at == blank).all(dim=-1) & words).sum())
             if not empty:
                 return
             found = f"{empty} of {visual.numel()} image tokens hold no image features"
@@ -236,3 +260,8 @@ def _language_model(model: nn.Module) -> nn.Module:
 def _table(model: Any) -> Any:
     """The embedding of token ids."""
     return model.get_input_embeddings()
+
+
+def _words(model: Any) -> int:
+    """How many token ids have an embedding."""
+    return len(_table(model).weight)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .checks import listed
-from .folder import CheckpointError, is_finite, read_json, reading
+from .given.checks import listed
+from .given.folder import CheckpointError, is_finite, read_json, reading
 from .port import Policy
 
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"

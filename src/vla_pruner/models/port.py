@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .folder import CheckpointError
+from .given.folder import CheckpointError
 
 if TYPE_CHECKING:
     from .capture import Capture

@@ -65,6 +65,11 @@ def prune(
     if isinstance(keep, int) and not isinstance(keep, bool):
         _refuse_one(keep)
     chosen = build(method, keep=keep, tokens=tokens, layer=layer, **method_options)
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(
+            "`adapter` must be an instance of vp.models.Adapter, such as vp.models.Decoder("
+            f'layers="model.layers", visual=slice(1, 257)); got {adapter!r}.'
+        )
     inner = unwrapped(model)
     adapter = adapter or find_adapter(inner)
     _refuse_old_transformers(adapter)

@@ -47,7 +47,7 @@ def write_page(
         eyebrow=_eyebrow(summary),
         headline=headline(summary),
         notices=_notices(summary),
-        answers=_answers(best) if best else [],
+        answers=answers(best) if best else [],
         reason=best.reason(decoder) if best else "",
         lead=_LEAD,
         chart=chart("Success and speed of every condition", summary, conditions),
@@ -78,7 +78,7 @@ def headline(summary: Summary) -> str:
     return f"{row.label}: {row.successes} of {row.episodes} scenes are solved so far."
 
 
-def _answers(best: Finding) -> list[tuple[str, str]]:
+def answers(best: Finding) -> list[tuple[str, str]]:
     """The numbers that people look for, each with what it is."""
     row, full, speed = best.row, best.full, best.speed
     found = [
@@ -92,9 +92,22 @@ def _answers(best: Finding) -> list[tuple[str, str]]:
         found.append(
             (f"{speed.pruned_speedup:.2f}x", "speed of a pruned call, images in, actions out")
         )
-    if speed.speedup is not None:
-        found.append((f"{speed.speedup:.2f}x", f"speed of {best.overall}, warm-up calls included"))
+    whole = best.whole
+    if speed.speedup is not None and (whole is None or whole.scenes is not None):
+        found.append((f"{speed.speedup:.2f}x", "speed of the median call"))
+    if whole is not None:
+        where = "one episode, replayed" if whole.scenes is None else _scenes(whole.scenes)
+        found.append(
+            (
+                f"{whole.speedup:.2f}x",
+                f"speed of whole episodes, warm-up calls included ({where})",
+            )
+        )
     return found
+
+
+def _scenes(count: int) -> str:
+    return f"{count} scenes that both solve" if count > 1 else "one scene that both solve"
 
 
 def _eyebrow(summary: Summary) -> str:
@@ -151,6 +164,8 @@ _NUMBERS = (
     "All runs use the same weights and start from the same states. A call of the policy is timed "
     "as a whole: image processing, vision towers, language model, action head. Pruning "
     "shortens the language model's share alone, so the speed-up is smaller than that of FLOPs.",
+    "Whole episodes: the policy's time from the first call to the last. The first calls run on all "
+    "tokens, so short episodes gain less than a pruned call does; more calls count against a row.",
     "Few scenes leave wide intervals: a difference that lies inside them is none that this report "
     "can show. More episodes narrow them.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vla_pruner.episodes.condition import ALL_TOKENS
-from vla_pruner.reports.latency import Pace, pace
+from vla_pruner.reports.latency import Pace, WholeEpisodes, pace, whole_episodes
 from vla_pruner.reports.summary import ConditionRow, Summary, percent
 
 SMALL = 512
@@ -29,18 +29,13 @@ class Finding:
     Args:
         row, full: the two.
         speed: how fast the first is.
-        apart: whether that was measured on whole episodes, replayed.
+        whole: in whole episodes; None: no scene that both solved.
     """
 
     row: ConditionRow
     full: ConditionRow
     speed: Pace
-    apart: bool
-
-    @property
-    def overall(self) -> str:
-        """What the speed-up of all calls, warm-up included, is one of."""
-        return "a whole episode" if self.apart else "the median call"
+    whole: WholeEpisodes | None
 
     @property
     def share(self) -> str:
@@ -77,12 +72,12 @@ class Finding:
             return f"{start}."
         if not self.pays:
             return f"{start}. It is no faster here: {times(speedup)}."
-        if pruned is None or f"{pruned:.1f}" == f"{speedup:.1f}":
-            return f"{start}, and is {speedup:.1f} times as fast."
-        return (
-            f"{start}. A pruned call is {pruned:.1f} times as fast, {self.overall} "
-            f"{speedup:.1f} times."
-        )
+        name, overall = "the median call", speedup
+        if self.whole is not None:
+            name, overall = "a whole episode", self.whole.speedup
+        if pruned is None or f"{pruned:.1f}" == f"{overall:.1f}":
+            return f"{start}, and is {overall:.1f} times as fast."
+        return f"{start}. A pruned call is {pruned:.1f} times as fast, {name} {overall:.1f} times."
 
     def reason(self, decoder: tuple[int, int] | None) -> str:
         """Why it does not pay, from what was measured; "" where it does.
@@ -135,7 +130,7 @@ def best_of(summary: Summary) -> Finding | None:
         return (0.0 if level else gap, paces[row.name].speedup or 0.0, -row.visual_kept)
 
     row = max(level or pruned, key=rank)
-    return Finding(row, full, paces[row.name], bool(summary.apart))
+    return Finding(row, full, paces[row.name], whole_episodes(summary, row))
 
 
 def overview(summary: Summary) -> tuple[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vla_pruner.measure.statistics import Interval
+from vla_pruner.episodes.condition import ALL_TOKENS
+from vla_pruner.measure.statistics import Interval, ratio_of_means
 from vla_pruner.reports.summary import (
     COST_NOTES,
     SUCCESS_NOTES,
@@ -118,6 +119,42 @@ def pace(summary: Summary, row: ConditionRow) -> Pace:
         timing.every.interval,
         pruned.speedup if pruned else None,
     )
+
+
+@dataclass(frozen=True)
+class WholeEpisodes:
+    """How many times less time the policy takes from the first call of an episode to the last.
+
+    Args:
+        speedup: of all tokens over this, warm-up calls included; `interval` 95 %, None of one.
+        scenes: that both solved, and that were compared; None: calls of one episode, replayed.
+    """
+
+    speedup: float
+    interval: Interval | None
+    scenes: int | None
+
+
+def whole_episodes(summary: Summary, row: ConditionRow) -> WholeEpisodes | None:
+    """The policy's time in whole episodes, against all tokens; None: nothing to compare.
+
+    In the closed loop these are sums over the calls of an episode, and more calls count against a
+    condition; the interval is drawn over scenes. Replays have the same calls under all conditions.
+    """
+    timing = summary.apart.get(row.name)
+    if timing is not None:
+        every = timing.every
+        return None if every.speedup is None else WholeEpisodes(every.speedup, every.interval, None)
+    spent: dict[str, dict[int, float]] = {row.name: {}, ALL_TOKENS: {}}
+    for episode in summary.episodes:
+        if episode.condition in spent and episode.success:
+            spent[episode.condition][episode.seed] = sum(c.latency_ms for c in episode.calls)
+    before, after = spent[ALL_TOKENS], spent[row.name]
+    common = sorted(before.keys() & after.keys())
+    if row.name == ALL_TOKENS or not common:
+        return None
+    ratio, interval = ratio_of_means([after[s] for s in common], [before[s] for s in common])
+    return WholeEpisodes(ratio, interval, len(common))
 
 
 def pace_notes(summary: Summary) -> str:

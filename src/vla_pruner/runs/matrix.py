@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vla_pruner._short import cut, short, word
+from vla_pruner._yaml import read_yaml
 from vla_pruner.episodes.condition import Condition
 
 
@@ -48,13 +47,11 @@ def read_config(path: str | Path) -> list[Cell]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; docs/evaluating.md shows what it holds")
+    found = read_yaml(path)
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
         return read_matrix(found)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {cut(str(error), 400)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -81,7 +78,7 @@ def read_matrix(values: Any) -> list[Cell]:
         wanted[condition.name] = condition, counts
     if not wanted:
         raise ValueError("nothing to run: name `methods` or `conditions`")
-    if not isinstance(first, int) or first < 0:
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise ValueError(f"seed: {short(first)} must be the number of a held-out scene, from 0")
     return [
         Cell(policy, suite, condition, counts[suite], first)

@@ -64,6 +64,8 @@ BIN_FLOOR_M = 0.82
 BIN_WALL_TOP_M = 0.90
 
 _PHYSICS_STEP_S = 0.004
+SUBSTEPS = round(1 / (CONTROL_HZ * _PHYSICS_STEP_S))
+"""Steps of the physics in one step of the scene."""
 _STIFFNESS = 300.0
 _CLEARANCE_M = 0.05
 _ROBOSUITE_NAMES = ("Milk", "Bread", "Cereal", "Can")
@@ -213,6 +215,16 @@ class PickPlaceScene:
 
         It is rounded to float32, the precision of recordings, so that they replay exactly.
         """
+        self.advance(action, SUBSTEPS)
+
+    def advance(self, action: np.ndarray, substeps: int, *, again: bool = False) -> None:
+        """Apply an action for so many of the `SUBSTEPS` of a step.
+
+        Args:
+            action: `[7]` in [-1, 1].
+            substeps: each lasts 4 ms.
+            again: the action is under way; its goal is not set anew from where the arm is now.
+        """
         action = np.asarray(action, dtype=np.float32).astype(np.float64)
         if action.shape != (ACTION_DIM,) or not np.all(np.isfinite(action)):
             raise ValueError(
@@ -221,10 +233,10 @@ class PickPlaceScene:
             )
         action = np.clip(action, -1.0, 1.0)
         gripper = self._env.robots[0].gripper
-        for substep in range(round(1 / (CONTROL_HZ * _PHYSICS_STEP_S))):
+        for substep in range(substeps):
             gripper.current_action = np.array([-1.0, 1.0]) * np.sign(action[6])
             mujoco.mj_step1(self._model, self._data)
-            self._env._pre_action(action, policy_step=substep == 0)
+            self._env._pre_action(action, policy_step=substep == 0 and not again)
             mujoco.mj_step2(self._model, self._data)
         mujoco.mj_forward(self._model, self._data)
 
@@ -247,6 +259,12 @@ class PickPlaceScene:
         axis_angle = Rotation.from_matrix(self._eef_rotation()).as_rotvec()
         fingers = self._data.qpos[self._finger_qpos]
         return np.concatenate([self._eef_position(), axis_angle, fingers]).astype(np.float32)
+
+    def show(self, state: np.ndarray) -> None:
+        """Put everything where `simulator_state` found it, to be drawn."""
+        positions = len(self._data.qpos)
+        self._data.qpos[:], self._data.qvel[:] = state[:positions], state[positions:]
+        mujoco.mj_forward(self._model, self._data)
 
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
         """The gripper's position `[3]` (m), and the arm's joints `[7]` (rad)."""

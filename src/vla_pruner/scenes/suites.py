@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -98,6 +99,10 @@ def _open_base(name: str) -> Suite:
             f"no suite is called {short(name)}; there are {', '.join(SUITES)}, or give your own as "
             "MODULE:FUNCTION"
         )
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(
+            f"suite {short(name)}: {short(module)} is no module; write PACKAGE.MODULE:FUNCTION"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
@@ -114,6 +119,12 @@ def _open_base(name: str) -> Suite:
             f"suite {short(name)} is {short(found)}; expected a Python function that gives a "
             "vla_pruner.scenes.scene.Suite"
         )
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"suite {short(name)}: {error}; expected a function that is called without arguments"
+        ) from None
     suite = found()
     if not isinstance(suite, Suite):
         raise ValueError(

@@ -12,19 +12,19 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
 from vla_pruner._short import cut
+from vla_pruner.reports.rerun_log import RerunLog, Shown
 from vla_pruner.serving.ladder import Ladder
 from vla_pruner.serving.limits import Limits, Refused
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
-from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Row, linger, next_pass
-from vla_pruner.serving.worker import Apart, Failed, Here, Hung
+from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Reply, Row, linger, next_pass
+from vla_pruner.serving.worker import Apart, Failed, Here, Hung, Worker
 
 __all__ = ["Busy", "Engine", "EpisodeKey", "Failed", "Hung", "Limits", "Refused", "Reply"]
 
@@ -33,32 +33,6 @@ logger = logging.getLogger(__name__)
 
 class Busy(RuntimeError):
     """The server takes no more: it is closing, or too many episodes are open."""
-
-
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """An answer to one observation.
-
-    Args:
-        actions: float32 `[H, dim]`, robot units, finite; `[0, dim]` if nothing is left.
-        late: the deadline passed; `actions` are the rest of the last chunk.
-        age_s: seconds since the observation came that the actions answer.
-        valid: steps of `actions` that may still be carried out.
-        keep, tokens: share and number of the visual tokens that were used; None: not known.
-        warm_up: all tokens were used, because the history was short.
-        infer_ms: milliseconds of the pass.
-        method: name of the method.
-    """
-
-    actions: np.ndarray
-    late: bool
-    age_s: float
-    valid: int
-    keep: float
-    tokens: int | None
-    warm_up: bool
-    infer_ms: float
-    method: str
 
 
 class Engine:
@@ -76,6 +50,8 @@ class Engine:
         execute: int | None = None,
         watchdog_s: float = 30.0,
         replicas: int = 1,
+        log: RerunLog | None = None,
+        apart: Callable[[Callable[[], ServedPolicy], float], Worker] = Apart,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -91,6 +67,8 @@ class Engine:
             execute: steps of a chunk that clients carry out before they ask again; None: all.
             watchdog_s: seconds after which a pass in a process counts as hung.
             replicas: processes; each holds a whole policy.
+            log: is handed every answer; closed when the engine drains.
+            apart: makes a replica's worker: a process, or `partial(OnRay, address=ADDRESS)`.
 
         Raises:
             ValueError: a number that makes no sense, or several replicas of a policy in a thread.
@@ -106,11 +84,11 @@ class Engine:
             )
         self.served = served
         self.limits = limits or Limits()
-        self.deadline_s, self.ladder = deadline_s, ladder
+        self.deadline_s, self.ladder, self.log = deadline_s, ladder, log
         self.metrics = Metrics()
         self._batch, self._wait_s, self._execute = batch, wait_s, execute
-        workers = [
-            Here(served) if isinstance(served, ServedPolicy) else Apart(served, watchdog_s)
+        workers: list[Worker] = [
+            Here(served) if isinstance(served, ServedPolicy) else apart(served, watchdog_s)
             for _ in range(replicas)
         ]
         self._lanes = [
@@ -121,6 +99,7 @@ class Engine:
         self._numbers = itertools.count()
         self._width = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing: list[Future[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Task[None] | None = None
         self._draining = False
@@ -141,7 +120,7 @@ class Engine:
                 lane.ended += lane.episodes
                 lane.episodes.clear()
                 lane.waiting.clear()
-                lane.wake, lane.running = asyncio.Event(), 0
+                lane.wake, lane.running, lane.alive = asyncio.Event(), 0, True
         if self._starting is None:
             self._starting = loop.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -168,6 +147,8 @@ class Engine:
         until = time.monotonic() + timeout_s
         while any(lane.waiting or lane.running for lane in self._lanes):
             if time.monotonic() > until:
+                for lane in self._lanes:
+                    lane.worker.abandon()
                 break
             await asyncio.sleep(0.005)
         for task in self._tasks:
@@ -176,8 +157,14 @@ class Engine:
             for row in lane.waiting:
                 self._fail(row, Busy("the server is closing"))
             lane.waiting.clear()
-            lane.thread.submit(lane.worker.close)
+            self._closing.append(lane.thread.submit(lane.worker.close))
         self._tasks = []
+        if self.log is not None:
+            self.log.close()
+
+    def ended(self, timeout_s: float) -> bool:
+        """Whether, within a time after `drain`, no pass runs; one that hangs in a thread may."""
+        return not wait(self._closing, timeout_s).not_done
 
     # -- episodes --------------------------------------------------------------------------------
     def open(self, label: str = "") -> EpisodeKey:
@@ -194,7 +181,8 @@ class Engine:
         if len(self._episodes) >= self.limits.episodes:
             raise Busy(f"{len(self._episodes)} episodes are open, and no more are taken")
         key = EpisodeKey(cut(label, 200))
-        lane = min(self._lanes, key=lambda lane: len(lane.episodes))
+        lanes = [lane for lane in self._lanes if lane.alive] or self._lanes
+        lane = min(lanes, key=lambda lane: len(lane.episodes))
         episode = Episode(next(self._numbers), key.label, lane, lane.warm_up)
         self._episodes[key] = lane.episodes[episode.number] = episode
         self.metrics.put("episodes", len(self._episodes))
@@ -260,6 +248,9 @@ class Engine:
             self.metrics.add("warm_up_total")
         took = time.monotonic() - arrived
         self.metrics.observe("answer_seconds", took)
+        if self.log is not None:
+            self.log.put(_shown(found, observation, reply, took))
+        found.asked += 1
         if deadline_s is None:  # A client's own deadline says nothing about ours.
             self._climb(took)
         return reply
@@ -276,7 +267,7 @@ class Engine:
         try:
             async with asyncio.timeout(left):
                 step = await asyncio.shield(row.done)
-            reply = _reply(Chunk(step, arrived, row.position), row.position)
+            reply = Chunk(step, arrived, row.position).reply(row.position)
         except TimeoutError:
             reply = self._late(episode)
         except asyncio.CancelledError:
@@ -312,7 +303,7 @@ class Engine:
             now = time.monotonic()
             age = 0.0 if episode.row is None else now - episode.row.arrived
             return Reply(nothing, True, age, 0, 1.0, None, False, 0.0, self._method())
-        return _reply(chunk, episode.position, late=True)
+        return chunk.reply(episode.position, late=True)
 
     def _method(self) -> str:
         if self.ladder is not None:
@@ -390,14 +381,18 @@ class Engine:
                 row.done.set_result(step)
 
     async def _replace(self, lane: Lane) -> None:
-        """A new worker for those that hung or died; its episodes have to warm up again."""
+        """A new worker; episodes of the old one warm up again, with another where there is one."""
         self.metrics.add("worker_restarts_total")
         logger.error("a worker hung or died; it is replaced, its episodes warm up again")
+        lane.alive = False
+        if others := [other for other in self._lanes if other.alive]:
+            lane.leave_to(others)
         for episode in lane.episodes.values():
             episode.warm_up = lane.warm_up
         while True:
             try:
                 await self._start_lane(lane)
+                lane.alive = True
                 return
             except Exception as error:
                 logger.error("the new worker did not start: %s", cut(str(error), 300))
@@ -411,21 +406,16 @@ class Engine:
             row.done.set_exception(error)
 
 
-def _reply(chunk: Chunk, position: int, *, late: bool = False) -> Reply:
-    """What is left of a chunk for an episode that has come so far."""
-    step = chunk.step
-    rest = step.actions[position - chunk.position :]
-    return Reply(
-        actions=rest,
-        late=late,
-        age_s=time.monotonic() - chunk.arrived,
-        valid=len(rest),
-        keep=step.keep,
-        tokens=step.tokens,
-        warm_up=step.warm_up,
-        infer_ms=1000 * step.seconds,
-        method=step.method,
-    )
+def _shown(episode: Episode, seen: Mapping[str, Any], reply: Reply, took: float) -> Shown:
+    """An answer for the log. A late one repeats tokens of an older image: no picture."""
+    picture = None if reply.late or episode.chunk is None else episode.chunk.step.picture
+    numbers = {"latency_ms": 1000 * took, "infer_ms": reply.infer_ms, "keep": reply.keep}
+    numbers |= {"late": float(reply.late), "warm_up": float(reply.warm_up)}
+    if reply.tokens is not None:
+        numbers["tokens"] = reply.tokens
+    where = f"{episode.number} {episode.label}".strip()
+    images = list(seen.get("images", ()))
+    return Shown(where, episode.asked, images, picture, reply.actions, numbers, time.time())
 
 
 def _looked_at(future: asyncio.Future[Step]) -> None:

@@ -188,7 +188,7 @@ class Limits:
         """
         from PIL import Image
 
-        from vla_pruner.models.images import check_image
+        from vla_pruner.models.given.images import check_image
 
         if not isinstance(data, bytes) or len(data) > self.frame:
             raise Refused(f"an image file must be bytes; got {short(data)}")

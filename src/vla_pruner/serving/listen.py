@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import signal
 import ssl
+import sys
 import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 20.0
 """Seconds that a server which is told to end waits for answers that are being worked out."""
+END_S = 10.0
+"""Seconds after that in which a pass may still end, before the process does without it."""
 SEND_S = 30.0
 """Seconds in which a client has to take an answer off the wire."""
 GOING_AWAY, SILENT = 1001, 1008
@@ -301,3 +305,15 @@ def read_token(file: Path) -> str:
     if not 16 <= len(found) <= 512 or not found.isascii() or len(found.split()) != 1:
         raise ValueError(f"{file} must hold one word of 16 to 512 characters: the token")
     return found
+
+
+def leave(engine: Engine, timeout_s: float = END_S) -> None:
+    """End the process, if a pass still hangs in its thread after so long; else do nothing.
+
+    A thread cannot be ended, and an interpreter waits for its threads.
+    """
+    if not engine.ended(timeout_s):
+        print("a pass of the policy hangs; the process ends without it", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from vla_pruner.reports.rerun_log import RerunLog
 from vla_pruner.serving.engine import Engine
 from vla_pruner.serving.ladder import Ladder
 from vla_pruner.serving.limits import Limits
 from vla_pruner.serving.policy import ServedPolicy
+from vla_pruner.serving.worker import Apart, OnRay
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +49,26 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
         "with its process (0: in a thread of this one, which nothing can replace)",
     )
     group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the replicas (at least one) in actors of this Ray cluster, HOST:PORT or auto, "
+        "instead of processes; the policy must be found under its name on every node",
+    )
+    group.add_argument(
+        "--ray-gpus", type=float, default=0.0, help="GPUs that a replica reserves, with --ray"
+    )
+    group.add_argument(
         "--watchdog-s",
         type=float,
         default=30.0,
         help="with --replicas: seconds after which a pass counts as hung",
+    )
+    group.add_argument(
+        "--rerun",
+        type=Path,
+        metavar="FILE",
+        help="write images, kept tokens, scores, actions and latency of every answer to a Rerun "
+        "file (.rrd); images are dropped first, and answers never wait for it",
     )
     default = Limits()
     group.add_argument("--max-text", type=int, default=default.text, help="bytes of an instruction")
@@ -67,6 +87,11 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def apart(arguments: argparse.Namespace) -> bool:
+    """Whether the policy runs in other processes than this one."""
+    return bool(arguments.replicas) or arguments.ray is not None
+
+
 def engine_from(
     arguments: argparse.Namespace,
     make: Callable[[], ServedPolicy],
@@ -78,7 +103,7 @@ def engine_from(
 
     Args:
         arguments: as parsed.
-        make: gives the policy; picklable where `--replicas` is used.
+        make: gives the policy; picklable where `--replicas` or `--ray` is used.
         execute: steps of a chunk that clients carry out per answer; None: all.
         weights: fingerprint of the policy, which a receipt has to be of; None: not compared.
 
@@ -93,8 +118,11 @@ def engine_from(
         ladder = Ladder.read(arguments.ladder, deadline, weights=weights)
     if arguments.replicas < 0:
         raise ValueError(f"--replicas {arguments.replicas}: expected 0 or more")
+    if arguments.ray is not None:
+        importlib.import_module("ray")
+    on_ray = partial(OnRay, address=arguments.ray, gpus=arguments.ray_gpus)
     return Engine(
-        make if arguments.replicas else make(),
+        make if apart(arguments) else make(),
         Limits(
             text=arguments.max_text,
             pixels=arguments.max_pixels,
@@ -109,4 +137,6 @@ def engine_from(
         execute=execute,
         watchdog_s=arguments.watchdog_s,
         replicas=max(arguments.replicas, 1),
+        apart=Apart if arguments.ray is None else on_ray,
+        log=None if arguments.rerun is None else RerunLog(arguments.rerun),
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
+from vla_pruner.episodes.picture import picture_of
 from vla_pruner.methods import Method
 from vla_pruner.models.capture import capture_policy
 from vla_pruner.models.prune import prune
@@ -42,6 +43,7 @@ class Step:
         warm_up_next: whether the episode's next step will.
         seconds: of the whole pass.
         method: that chose the tokens.
+        picture: of the tokens, for a log, see `episodes.picture`; None: nobody asked.
     """
 
     actions: np.ndarray
@@ -51,6 +53,7 @@ class Step:
     warm_up_next: bool
     seconds: float
     method: str
+    picture: dict[str, Any] | None = None
 
 
 class ServedPolicy:
@@ -68,6 +71,7 @@ class ServedPolicy:
         unnorm_key: str | None = None,
         center_crop: bool | None = None,
         capture: str = "",
+        show: bool = False,
         **options: Any,
     ) -> None:
         """Attach the method until `close`.
@@ -81,6 +85,7 @@ class ServedPolicy:
             center_crop: overrides the policy's configuration.
             capture: backend that compiles whole steps; the method then stays as it is. Empty:
                 nothing is compiled.
+            show: steps have a picture of their tokens.
 
         Raises:
             TypeError, NotImplementedError: this policy or method cannot be captured.
@@ -99,6 +104,7 @@ class ServedPolicy:
         if capture:
             capture_policy(policy, capture)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
+        self._show = show
         self._options = {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -156,9 +162,21 @@ class ServedPolicy:
                 warm_up_next=self.warm_up(episode),
                 seconds=seconds,
                 method=self.name,
+                picture=self._picture(number),
             )
-            for row, warm_up, episode in zip(actions, full, episodes, strict=True)
+            for number, (row, warm_up, episode) in enumerate(
+                zip(actions, full, episodes, strict=True)
+            )
         ]
+
+    def _picture(self, row: int) -> dict[str, Any] | None:
+        """Of the last pass; None: not asked for, nothing was cut, or cameras have no grid."""
+        last = self.session.last
+        if not self._show or last is None or last.left_alone is not None:
+            return None
+        with contextlib.suppress(ValueError):
+            return picture_of(last, row)
+        return None
 
     def warm_up(self, episode: EpisodeKey) -> bool:
         """Whether the episode's next step runs on all tokens."""

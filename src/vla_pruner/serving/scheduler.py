@@ -1,4 +1,4 @@
-"""Which of the waiting observations go into the next pass: rows of one kind, the oldest first."""
+"""Which waiting observations go into the next pass (one kind, oldest first), and what is told."""
 
 from __future__ import annotations
 
@@ -9,11 +9,39 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from vla_pruner.serving.policy import Step
 from vla_pruner.serving.worker import Worker
 
 SHORT_TEXT = 8
 """Instructions below 2 ** SHORT_TEXT bytes count as one length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """An answer to one observation.
+
+    Args:
+        actions: float32 `[H, dim]`, robot units, finite; `[0, dim]` if nothing is left.
+        late: the deadline passed; `actions` are the rest of the last chunk.
+        age_s: seconds since the observation came that the actions answer.
+        valid: steps of `actions` that may still be carried out.
+        keep, tokens: share and number of the visual tokens that were used; None: not known.
+        warm_up: all tokens were used, because the history was short.
+        infer_ms: milliseconds of the pass.
+        method: name of the method.
+    """
+
+    actions: np.ndarray
+    late: bool
+    age_s: float
+    valid: int
+    keep: float
+    tokens: int | None
+    warm_up: bool
+    infer_ms: float
+    method: str
 
 
 @dataclass(eq=False)
@@ -23,6 +51,22 @@ class Chunk:
     step: Step
     arrived: float
     position: int
+
+    def reply(self, position: int, *, late: bool = False) -> Reply:
+        """What is left of it for an episode that has come so far."""
+        step = self.step
+        rest = step.actions[position - self.position :]
+        return Reply(
+            actions=rest,
+            late=late,
+            age_s=time.monotonic() - self.arrived,
+            valid=len(rest),
+            keep=step.keep,
+            tokens=step.tokens,
+            warm_up=step.warm_up,
+            infer_ms=1000 * step.seconds,
+            method=step.method,
+        )
 
 
 @dataclass(eq=False)
@@ -44,6 +88,8 @@ class Episode:
     """Whether somebody waits for it."""
     lost: Exception | None = None
     """That its worker was replaced, where nobody waited to hear of it."""
+    asked: int = 0
+    """Observations that were answered."""
     replied: float = 0.0
     think: float = float("inf")
     """Seconds that the client took from the last reply to its next observation."""
@@ -77,6 +123,20 @@ class Lane:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     warm_up: bool = True
     running: int = 0
+    alive: bool = True
+    """Whether its worker runs, and is not being replaced."""
+
+    def leave_to(self, others: Sequence[Lane]) -> None:
+        """Give episodes, which have no history any more, and what they ask to lanes that run."""
+        for number, episode in list(self.episodes.items()):
+            lane = min(others, key=lambda lane: len(lane.episodes))
+            del self.episodes[number]
+            lane.episodes[number] = episode
+            episode.lane, episode.warm_up = lane, lane.warm_up
+            if episode.row is not None and episode.row in self.waiting:
+                self.waiting.remove(episode.row)
+                lane.waiting.append(episode.row)
+                lane.wake.set()
 
 
 class Waits(Protocol):

@@ -38,7 +38,7 @@ from vla_pruner.serving.conventions import CONVENTIONS, Gripper, Translator
 from vla_pruner.serving.engine import Engine, EpisodeKey, Failed, Reply
 from vla_pruner.serving.ladder import Ladder
 from vla_pruner.serving.limits import Limits, Refused
-from vla_pruner.serving.listen import listening, read_token, serve_async
+from vla_pruner.serving.listen import leave, listening, read_token, serve_async
 from vla_pruner.serving.policy import ServedPolicy
 
 logger = logging.getLogger(__name__)
@@ -352,8 +352,11 @@ def run_server() -> None:
             raise SystemExit(f"--address {said.address}: expected host:port")
         host, port = before or host, int(number)
     server = PolicyServer(**said.args.as_dict())
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve_async(server, host, port))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve_async(server, host, port))
+    finally:
+        leave(server.engine)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who runs the policy: this process, or one of its own that is replaced when it hangs or dies."""
+"""Who runs the policy: this process, one of its own, or a Ray actor; the last two are replaced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_pruner._short import cut
+from vla_pruner._short import cut, short
 from vla_pruner.serving.ladder import Rung
 from vla_pruner.serving.limits import RateLimit, Refused
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
@@ -43,6 +44,9 @@ class Worker(Protocol):
 
     def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
         """One pass, after forgetting episodes that ended. Raises Hung: call `start` again."""
+
+    def abandon(self) -> None:
+        """End a pass that is under way, if that can be done; from any thread."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -89,6 +93,9 @@ class Here:
                 return [_typed(error)]
             return [self._isolated([key], [row])[0] for key, row in zip(keys, seen, strict=True)]
         return [step if np.isfinite(step.actions).all() else _broken() for step in steps]
+
+    def abandon(self) -> None:
+        """A thread cannot be ended."""
 
     def close(self) -> None:
         for key in self._keys.values():
@@ -155,6 +162,10 @@ class Apart:
         self.close()
         return Hung(f"the policy's process {what} and is replaced; start the episode anew")
 
+    def abandon(self) -> None:
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -182,6 +193,128 @@ def _apart(pipe: Any, make: Callable[[], ServedPolicy]) -> None:
             except Exception as error:
                 found = _typed(error)
             pipe.send(found)
+
+
+class OnRay:
+    """A policy in an actor of a Ray cluster, on a node that has room; replaced as in `Apart`."""
+
+    def __init__(
+        self,
+        make: Callable[[], ServedPolicy],
+        watchdog_s: float = 30.0,
+        *,
+        address: str = "auto",
+        gpus: float = 0.0,
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            make: gives the policy, on its node; picklable.
+            watchdog_s: seconds that a pass may take.
+            address: of the cluster; "auto" is the one on this machine.
+            gpus: that the actor reserves; it reserves one CPU, too.
+        """
+        self._make, self._watchdog_s = make, watchdog_s
+        self._address, self._gpus = address, gpus
+        self._actor: Any = None
+
+    def start(self) -> tuple[bool, int]:
+        import ray
+
+        self.close()
+        join_cluster(self._address)
+        placed = {"num_cpus": 1, "num_gpus": self._gpus, "scheduling_strategy": "SPREAD"}
+        self._actor = ray.remote(_OnNode).options(**placed).remote(self._make)
+        found = self._answer(self._actor.start.remote(), START_S, "start")
+        if isinstance(found, Exception):
+            self.close()
+            raise found
+        return found
+
+    def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
+        if self._actor is None:
+            raise self._lost("is gone")
+        asked = self._actor.step.remote(list(rows), rung, list(ended))
+        found = self._answer(asked, self._watchdog_s, "answer")
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _answer(self, asked: Any, seconds: float, what: str) -> Any:
+        import ray
+
+        try:
+            return ray.get(asked, timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise self._lost(f"did not {what} within {seconds:g} s") from None
+        except ray.exceptions.RayError as error:  # the actor, its node, or what was sent is gone
+            raise self._lost(f"died ({cut(str(error), 80)})") from None
+
+    def _lost(self, what: str) -> Hung:
+        self.close()
+        return Hung(f"the policy's actor {what} and is replaced; start the episode anew")
+
+    def abandon(self) -> None:
+        if (actor := self._actor) is not None:
+            import ray
+
+            ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # its node may be gone
+            self.abandon()
+        self._actor = None
+
+
+class _OnNode:
+    """What runs on a node."""
+
+    def __init__(self, make: Callable[[], ServedPolicy]) -> None:
+        self._make = make
+        self._here: Here | None = None
+
+    def start(self) -> Any:
+        """As `Here.start`, or why not."""
+        try:
+            self._here = Here(self._make())
+            return self._here.start()
+        except Exception as error:
+            return RuntimeError(f"the policy cannot be served: {_said(error)}")
+
+    def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> Any:
+        """As `Here.step`, or why not."""
+        assert self._here is not None
+        try:
+            return self._here.step(rows, rung, ended)
+        except Exception as error:
+            return _typed(error)
+
+
+_joining = threading.Lock()
+
+
+def join_cluster(address: str) -> None:
+    """Be a driver of a Ray cluster; once per process.
+
+    Raises:
+        RuntimeError: nobody answers there.
+        ModuleNotFoundError: Ray is not installed.
+    """
+    import ray
+
+    with _joining:
+        if ray.is_initialized():
+            return
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            if port.isdecimal():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address, log_to_driver=False)
+        except OSError as error:  # ConnectionError among them
+            raise RuntimeError(
+                f"no Ray cluster answers at {short(address)} ({error}); start one with "
+                "`ray start --head`, or give the address of its head"
+            ) from error
 
 
 def _said(error: Exception) -> str:

@@ -13,7 +13,8 @@ from vla_pruner.core.cleanup import replace
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.session import Session
 from vla_pruner.models.adapters.patching import one_step
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
+from vla_pruner.towers.reading import Tower
 
 
 class OpenVLAPolicyAdapter(Adapter):
@@ -86,6 +87,18 @@ class OpenVLAPolicyAdapter(Adapter):
             return prepare(input_ids, past_key_values=past_key_values, **kwargs)
 
         replace(self.model, "prepare_inputs_for_generation", prepared, undo)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers of timm, which are read one block before their last."""
+        found: dict[str, Any] = {
+            name: getattr(self.model.vision_backbone, name, None)
+            for name in ("featurizer", "fused_featurizer")
+        }
+        return tuple(
+            Tower(name, tuple(block.attn for block in tower.blocks[:-1]), tower.num_prefix_tokens)
+            for name, tower in found.items()
+            if hasattr(tower, "blocks")
+        )
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """Layout of embeddings [B, S, D]; None for token ids and for calls without an image.

@@ -16,6 +16,8 @@ from vla_pruner.core.session import Session
 from vla_pruner.models.adapters.patching import one_step, run_hooks_on_forward
 from vla_pruner.models.adapters.prefix import PrefixAdapter
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
+from vla_pruner.models.towers import of_transformers
+from vla_pruner.towers.reading import Tower
 
 
 class FlowPolicyAdapter(PrefixAdapter):
@@ -40,6 +42,7 @@ class FlowPolicyAdapter(PrefixAdapter):
         core = _core(policy)
         stacks: Any = core.paligemma_with_expert
         super().__init__(policy, core, stacks)
+        self.paligemma: nn.Module = stacks.paligemma
         self.decoder, self.reader = _language_model(stacks.paligemma), stacks.gemma_expert.model
         config: Any = core.config
         # lerobot and openpi have their own names for the same two numbers.
@@ -63,6 +66,10 @@ class FlowPolicyAdapter(PrefixAdapter):
             run_hooks_on_forward(stack, undo)
             undo.callback(stack.register_forward_pre_hook(count).remove)
 
+    def towers(self) -> tuple[Tower, ...]:
+        """PaliGemma's SigLIP."""
+        return of_transformers(self.paligemma)
+
     def reader_rows(self, length: int) -> slice | None:
         """The chunk, behind pi0's state token; None in flow steps that are not averaged."""
         if not self._steps.counts(self._flow_steps):
@@ -80,12 +87,17 @@ class FastPolicyAdapter(PrefixAdapter):
         core = _core(policy)
         stacks: Any = core.paligemma_with_expert
         super().__init__(policy, core, stacks)
+        self.paligemma: nn.Module = stacks.paligemma
         self.decoder = _language_model(stacks.paligemma)
 
     def attach(self, undo: ExitStack) -> None:
         """Listen; let direct calls of `forward` run hooks."""
         super().attach(undo)
         run_hooks_on_forward(self.decoder, undo)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """PaliGemma's SigLIP."""
+        return of_transformers(self.paligemma)
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """The prefix, and behind it the tokens written so far where there is no cache."""

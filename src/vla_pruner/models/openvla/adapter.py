@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vla_pruner._numbers import on_device
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.text import text_behind
+from vla_pruner.models.decoder import text_behind
+from vla_pruner.towers.reading import Tower
 
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
@@ -55,6 +56,14 @@ class OpenVLAAdapter(Adapter):
             take(colours(pixels, tower))
 
         undo.callback(backbone.register_forward_pre_hook(send, with_kwargs=True).remove)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """DINOv2 and SigLIP, all blocks that run."""
+        backbone = self.model.vision_backbone
+        return tuple(
+            Tower(name, tuple(block.attn for block in tower.blocks), tower.prefix)  # type: ignore
+            for name, tower in backbone.named_children()
+        )
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:
         """Layout of embeddings [B, S, D]; None for token ids (a decode step) and short passes."""

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import listed
-from ..folder import CheckpointError
+from ..given.checks import listed
+from ..given.folder import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def attach_openvla(policy: OpenVLA, capture: Capture, undo: ExitStack) -> None:
         tokens = [
             capture.run("prefill", model.model, call, prefill, cache, ids, pixel_values, mask)
         ]
-        mask = widen_mask(mask, visual)
+        mask = F.pad(mask, (0, visual), value=1)
         while len(tokens) < policy.config.action_dim:
             mask = F.pad(mask, (0, 1), value=1)
             call = {"input_ids": tokens[-1], "past_key_values": cache, "attention_mask": mask}

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..checks import listed, shown
-from ..folder import (
+from ..given.checks import listed, shown
+from ..given.folder import (
     CheckpointError,
     Stored,
     check_control,

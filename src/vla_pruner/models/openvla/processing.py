@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import check_instruction, check_keys, check_state, flags, listed, numbers
-from ..images import check_image, check_nesting, is_one_image
+from ..given.checks import check_instruction, check_keys, check_state, flags, listed, numbers
+from ..given.images import check_image, check_nesting, is_one_image
 from .config import OpenVLAConfig, OpenVLAOFTConfig, TowerConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"

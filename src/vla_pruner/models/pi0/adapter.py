@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
+from vla_pruner.towers.reading import Tower
 
 from .feature_cache import feature_cache
 from .modeling import Pi0
@@ -56,6 +57,11 @@ class Pi0Adapter(Adapter):
         if not self._steps.counts(config.flow_steps):
             return None
         return slice(length - config.chunk, length)
+
+    def towers(self) -> tuple[Tower, ...]:
+        """SigLIP."""
+        layers: Any = self.model.vision_tower.encoder.layers
+        return (Tower("vision_tower", tuple(layer.self_attn for layer in layers)),)
 
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout:
         """Cameras first, then the prompt; a missing camera is padding."""

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..checks import shown, whole
-from ..folder import (
+from ..given.checks import shown, whole
+from ..given.folder import (
     CheckpointError,
     Stored,
     check_control,

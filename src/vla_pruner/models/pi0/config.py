@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..checks import flag, number, shown, whole
+from ..given.checks import flag, number, shown, whole
 
 Scaling = Literal["quantiles", "mean-std", "min-max", "identity"]
 SCALINGS = ("quantiles", "mean-std", "min-max", "identity")

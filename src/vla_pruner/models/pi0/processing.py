@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import check_instruction, check_keys, check_state, numbers
-from ..images import check_image, check_nesting, is_one_image
+from ..given.checks import check_instruction, check_keys, check_state, numbers
+from ..given.images import check_image, check_nesting, is_one_image
 from .config import Pi0Config
 
 OBSERVATION_KEYS = ("images", "instruction", "proprio")

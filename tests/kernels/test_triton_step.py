@@ -27,7 +27,6 @@ def build(kernel, types, constants):
     built = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
     print(kernel.__name__, len(built.asm["cubin"]), built.metadata.shared)
 
-build(triton_search.greedy_kernel, "*fp32 *fp32 *u8 *i64 i32 i32", {"BLOCK": 512})
 build(triton_search.pool_kernel, "*fp32 *fp32 *u8 *u8 *u8 i32 i32", {"VALID": True, "BLOCK": 512})
 build(triton_search.choose_kernel, "*fp32 *u8 *i64 *u8 i32 i32", {"NEAREST": False, "BLOCK": 512})
 for dtype in ("fp32", "bf16"):
@@ -36,25 +35,6 @@ for dtype in ("fp32", "bf16"):
     sizes = dict(WIDTH=128, ROWS=16, KEYS=64)
     numbers = " ".join(["i32"] * 21 + ["fp32"] * 3)
     build(triton_scores.column_kernel, f"{pointers} {numbers}", options | sizes)
-"""
-
-INTERPRET = """
-import torch
-from vla_pruner.pruning.selection import _greedy_by_operators
-from vla_pruner.kernels.triton_search import greedy
-for seed, n in enumerate((2, 7, 16, 33, 100)):
-    generator = torch.Generator().manual_seed(seed)
-    unit = torch.nn.functional.normalize(torch.randn(2, n, 8, generator=generator), dim=-1)
-    unit[:, n // 2] = unit[:, 0]  # A tie.
-    distance = 1 - unit @ unit.transpose(1, 2)
-    score = torch.rand(2, n, generator=generator)
-    candidates = torch.rand(2, n, generator=generator) > 0.3
-    candidates[:, :2] = True
-    k = int(candidates.sum(dim=1).min())
-    expected = _greedy_by_operators(distance, score, candidates, k)
-    got = greedy(distance, score, candidates, k)
-    assert got.dtype == torch.int64 and torch.equal(got, expected), (n, got, expected)
-print("alike")
 """
 
 CHOOSE = """
@@ -132,7 +112,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("code", [INTERPRET, CHOOSE, SCORES], ids=["search", "choice", "scores"])
+@pytest.mark.parametrize("code", [CHOOSE, SCORES], ids=["choice", "scores"])
 def test_the_interpreter_finds_what_operators_find(code: str) -> None:
     assert run(code, TRITON_INTERPRET="1").strip() == "alike"
 
@@ -143,7 +123,6 @@ def test_they_compile_ahead_of_time(capability: str) -> None:
         pytest.skip("with a GPU the kernels themselves are tried")
     built = [line.split() for line in run(COMPILE, capability, TRITON_INTERPRET="0").splitlines()]
     assert [name for name, *_ in built] == [
-        "greedy_kernel",
         "pool_kernel",
         "choose_kernel",
         "column_kernel",

@@ -22,7 +22,7 @@ from torch import Tensor
 from .checks import listed, shown, whole
 
 LARGEST_JSON = 64 << 20
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 # Modules that compiling and distributed training put around others, and names of nested states.
 _AROUND = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"}
 _AROUND |= {"_checkpoint_wrapped_module"}

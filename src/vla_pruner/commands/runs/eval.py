@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.runs.running import add_run_arguments, run_command
+from vla_pruner.commands.shared.options import (
     add_keep,
     add_method,
     add_policy,
@@ -12,7 +13,6 @@ from vla_pruner.commands.options import (
     add_suite,
     words_of,
 )
-from vla_pruner.commands.running import add_run_arguments, run_command
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.runs.matrix import Cell
 

@@ -10,16 +10,17 @@ from typing import get_args
 
 from rich.console import Console
 
-from vla_pruner.commands.options import (
+from vla_pruner.commands.shared.options import (
     add_capture,
     add_control,
     add_device,
     add_out,
+    at_least,
     control_of,
     device_of,
     words_of,
 )
-from vla_pruner.commands.progress import RunProgress
+from vla_pruner.commands.shared.progress import RunProgress
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.reports.compare import read_runs
 from vla_pruner.reports.terminal import table
@@ -44,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy-actors",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="with --ray: N actors hold the policy, and the workers only simulators, which ask "
@@ -52,20 +53,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gpus",
-        type=float,
+        type=at_least(0, float),
         help="with --ray: GPUs that an actor with a policy reserves, such as 0.5; default: 1 with "
         "--device cuda",
     )
     add_device(parser)
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=at_least(0.001, float),
         default=1800.0,
         help="seconds after which an episode's process is replaced and the episode begun anew",
     )
     parser.add_argument(
         "--video",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="write an mp4 of the first N episodes of each condition into OUT/videos, dropped "

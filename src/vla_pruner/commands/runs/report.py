@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vla_pruner.commands.options import words_of
+from vla_pruner.commands.shared.options import words_of
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.pages.films import recordings_of, write_films
 from vla_pruner.pages.report_page import report_page

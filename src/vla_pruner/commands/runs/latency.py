@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from vla_pruner._short import short
-from vla_pruner.commands.options import add_device, device_of
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.options import add_device, at_least, device_of
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.models.loading import load
@@ -32,13 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often everything is replayed")
     parser.add_argument(
         "--scenes",
-        type=int,
+        type=at_least(1),
         default=2,
         help="episodes to record, on all tokens, of the first scenes of each suite; those that are "
         "in RUN/observations already are not recorded again",
     )
     parser.add_argument(
-        "--calls", type=int, default=40, help="at most so many calls of each recorded episode"
+        "--calls",
+        type=at_least(1),
+        default=40,
+        help="at most so many calls of each recorded episode",
     )
     parser.add_argument(
         "--observations",
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "needs no simulator",
     )
     add_device(parser)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="of the CPU")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from vla_pruner._short import short
+from vla_pruner._short import short, word
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.models.loading import shipped
@@ -104,7 +105,9 @@ def add_capture(parser: Parser) -> None:
 def add_control(parser: Parser) -> None:
     """`--execute`, `--gripper` and `--unnorm-key`: how the policy is driven."""
     parser.add_argument(
-        "--execute", type=int, help="actions of a chunk to carry out before the policy is asked"
+        "--execute",
+        type=at_least(1),
+        help="actions of a chunk to carry out before the policy is asked",
     )
     parser.add_argument(
         "--gripper",
@@ -145,6 +148,22 @@ _COMMA = r",(?![^()\[\]]*[)\]])"
 
 
 # -- reading them --------------------------------------------------------------------------------
+
+
+def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """The `type` of an argument: a finite number, whole unless `kind` is float, from `least` on."""
+    what = "whole number" if kind is int else "number"
+
+    def read(said: str) -> float:
+        try:
+            value = kind(said)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{word(said)} is no {what} of at least {least}")
+        return value
+
+    return read
 
 
 def words_of(option: str, given: str | Sequence[str]) -> list[str]:

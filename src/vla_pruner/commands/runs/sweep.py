@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vla_pruner.commands.running import add_run_arguments, run_command
+from vla_pruner.commands.runs.running import add_run_arguments, run_command
 from vla_pruner.runs.matrix import read_config
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.commands.options import add_device, device_of, words_of
-from vla_pruner.commands.progress import progress_bar
+from vla_pruner.commands.shared.options import add_device, device_of, words_of
+from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.models.loading import load

@@ -1,0 +1,1 @@
+"""Words of the command line that fill a run folder, or read one."""

@@ -1,0 +1,1 @@
+"""What the words of the command line share: options, folders, progress."""

@@ -1,0 +1,1 @@
+"""What callers and files give: checked before anything is worked out."""
