@@ -18,7 +18,7 @@ from vla_pruner.core.cleanup import Attached, replace
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Episode, Step
 from vla_pruner.core.passes import Passes
-from vla_pruner.core.session import Session, session_of
+from vla_pruner.core.session import session_of
 from vla_pruner.core.tokens import Prefill
 from vla_pruner.methods.base import Method
 
@@ -69,7 +69,7 @@ class Capture(Attached):
         self._memory: _Memory | None = None
         self._undo = ExitStack()
         if self.session is not None:
-            _check(self.session)
+            check_method(self.session.method)
         with self._undo:
             _captured[policy] = self
             self._undo.callback(_captured.pop, policy, None)
@@ -304,9 +304,8 @@ def _own_code(function: Any) -> Callable[..., Any]:
     )
 
 
-def _check(session: Session) -> None:
+def check_method(method: Method) -> None:
     """Refuse methods that cannot be captured. Errors: NotImplementedError."""
-    method = session.method
     reason = None
     if method.adaptive:
         reason = "keeps as many tokens as it sees fit, so that every step would be another graph"
