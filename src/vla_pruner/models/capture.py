@@ -307,10 +307,10 @@ def _own_code(function: Any) -> Callable[..., Any]:
 def check_method(method: Method) -> None:
     """Refuse methods that cannot be captured. Errors: NotImplementedError."""
     reason = None
-    if method.adaptive:
-        reason = "keeps as many tokens as it sees fit, so that every step would be another graph"
-    elif type(method).hooks is not Method.hooks:
+    if type(method).hooks is not Method.hooks:
         reason = "decides on the host, while a pass runs, what it uses of the step before"
+    elif method.adaptive:
+        reason = "keeps as many tokens as it sees fit, so that every step would be another graph"
     elif method.flow_interval > 1:
         reason = "leaves out flow steps by counting them on the host"
     if reason is not None:
