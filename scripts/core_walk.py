@@ -26,7 +26,7 @@ import vla_pruner as vp
 from vla_pruner.kernels import native
 
 ROOT = Path(vp.__file__).parent
-MOST = {True: (98, 1265), False: (113, 1475)}
+MOST = {True: (84, 925), False: (104, 1235)}
 """Moves and lines, whether or not scores and search are compiled on this machine."""
 
 

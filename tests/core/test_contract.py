@@ -359,8 +359,8 @@ def test_a_kernel_that_others_replace_is_looked_up_anew(monkeypatch):
 
 
 def test_an_unknown_tensor_of_the_attention_is_refused():
-    from vla_pruner.core.scores import Seen
+    from vla_pruner.core.scores import see
 
     attention, x = nn.Identity(), torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="`position_bias`"):
-        Seen.of(None, (attention, x, x, None, {"position_bias": x}), None)
+        see(None, (attention, x, x, None, {"position_bias": x}), None)

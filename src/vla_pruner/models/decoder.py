@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.calls import by_name
-from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 
 
@@ -110,12 +110,17 @@ class Decoder(Adapter):
             ValueError: the prefill ends among the visual positions.
         """
         length, device = inputs.shape[1], inputs.device
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = _padding(kwargs)
         labels, asked = self._call.get("labels"), self._call.get("logits_to_keep", 1)
         plain = mask is None and labels is None and isinstance(asked, int) and asked < 2
         if plain and self._known is not None and self._known[:2] == (length, device):
             return self._known[2]
+        layout = self._made(length, mask, device)
+        if plain and layout is not None:
+            self._known = (length, device, layout)
+        return layout
+
+    def _made(self, length: int, mask: Tensor | None, device: torch.device) -> Layout | None:
         first, last = self._span()
         if length <= first:
             return None
@@ -124,10 +129,7 @@ class Decoder(Adapter):
                 f"`visual` reaches position {last}, but this prefill has {length} tokens."
             )
         with torch.inference_mode(False):  # What is known may be saved for a backward pass later.
-            layout = self._at(length, 0, mask, device)
-        if plain:
-            self._known = (length, device, layout)
-        return layout
+            return self._at(length, 0, mask, device)
 
     def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
         """The visual tokens, if this pass brings them all.
@@ -144,8 +146,7 @@ class Decoder(Adapter):
                 f"{past + length - 1}; an image that is split over several passes cannot be pruned "
                 "as a whole. Give the prompt at once, or all of the image in one pass."
             )
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = _padding(kwargs)
         with torch.inference_mode(False):
             return self._at(length, past, mask, inputs.device)
 
@@ -199,6 +200,12 @@ class Decoder(Adapter):
             named[-1] = False
             hit = hit | named[visual].any(dim=0)
         return tuple(hit.nonzero()[:, 0].tolist())
+
+
+def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`[B, S]` mask of real tokens, if the decoder is given one."""
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _positions(visual: slice | Tensor) -> Tensor:
