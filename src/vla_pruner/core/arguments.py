@@ -220,8 +220,7 @@ def prefill_rows(rows: Tensor) -> Tensor:
 
 def left_ids(call: Call, ids: Tensor, places: Tensor, *, tables: bool) -> Tensor | None:
     """Positions of what is left; None where tables tell and gaps look like packed sequences."""
-    mislead = ids.ndim != 2 or "flash" in (call.cut.kernel or "")
-    return None if tables and mislead else take(ids, places, dim=-1)
+    return None if tables and (call.cut.flash or ids.ndim != 2) else take(ids, places, dim=-1)
 
 
 def one_table(call: Call) -> tuple[Tensor, ...]:

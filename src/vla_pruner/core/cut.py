@@ -58,6 +58,7 @@ class Cut:
         plan = self.plan
         kernel = getattr(getattr(self.attention(0), "config", None), "_attn_implementation", None)
         self.eager, self.kernel = kernel == "eager", _kernel_of(self.adapter.decoder)
+        self.flash = "flash" in (self.kernel or "")
         if kernel == "flex_attention" and plan.cuts:
             raise refusals.flex_attention()
         scores.watch_layers(self, undo)
