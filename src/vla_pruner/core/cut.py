@@ -24,6 +24,7 @@ from vla_pruner.core.episodes import Step
 from vla_pruner.core.hooks import after, before, skip_layers
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
+from vla_pruner.core.projected import project
 from vla_pruner.core.read_tokens import choose_beside
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Choice, Evidence, Method
@@ -75,7 +76,7 @@ class Cut:
         for index, layer in enumerate(self.layers):
             number, cuts_here = plan.number[index], index in plan.cuts
             if index in projected and cuts_here:
-                before(layer, partial(scores.project, self, index, number - 1), undo)
+                before(layer, partial(project, self, index, number - 1), undo)
             hook = partial(self.at_cut if cuts_here else self._behind_cut, number)
             if cuts_here and index == 0 and not self.readers:
                 hook = partial(hiding.before_layer_0, self)
@@ -83,7 +84,7 @@ class Cut:
             for one in [layer, *followers[index : index + 1]] if number else []:
                 before(one, hook, undo)
             if index in projected:
-                before(layer, partial(scores.project, self, index, number), undo)
+                before(layer, partial(project, self, index, number), undo)
         after(self.layers[-1], self._restore_length, undo)
 
     def attention(self, index: int) -> nn.Module:
