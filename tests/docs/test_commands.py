@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from vla_pruner import cli
-from vla_pruner.commands import analyze, bench, calibrate, demo, doctor, serve, tune
+from vla_pruner.commands import analyze, bench, calibrate, demo, doctor, realtime, serve, tune
 from vla_pruner.commands.runs import latency, report, running, watch
 from vla_pruner.runs import execute
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
@@ -113,6 +113,8 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     monkeypatch.setattr(tune, "open_source", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "opened", reach)
+    monkeypatch.setattr(realtime, "_trials", reach)
+    monkeypatch.syspath_prepend(ROOT / "clients" / "python" / "src")
 
     def run(command: str) -> str:
         words = shlex.split(command.partition("vla-pruner ")[2])
