@@ -95,6 +95,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     for name in ("experiments", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "clients" / "python" / "src"))
     monkeypatch.setattr(execute, "open_suite", stand_in)
     monkeypatch.setattr(demo, "open_suite", stand_in)
     monkeypatch.setattr(analyze, "open_suite", stand_in)
