@@ -115,6 +115,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "opened", reach)
     monkeypatch.setattr(realtime, "_trials", reach)
+    monkeypatch.syspath_prepend(ROOT / "clients" / "python" / "src")
 
     def run(command: str) -> str:
         words = shlex.split(command.partition("vla-pruner ")[2])

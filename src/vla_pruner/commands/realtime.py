@@ -153,7 +153,8 @@ def _trials(
                 mine.append(trial)
                 console.print(
                     f"scene {seed}, {condition.name}: {'solved' if trial.success else 'not solved'}"
-                    f", {trial.ticks / pace.hz:.1f} s, stood {trial.held} of {trial.ticks} ticks",
+                    f", {trial.ticks / pace.hz:.1f} s, stood {trial.before} of {trial.ticks} ticks "
+                    f"before the first action and {trial.held} after it",
                     highlight=False,
                 )
             if args.film:
