@@ -50,7 +50,7 @@ OPENPI_ENV := $(VENV)-openpi$(if $(OPENPI),-checkout)
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing test-trackers notebooks models docs lint format bench libero gpu clean
+.PHONY: help demo test test-all test-clients test-ray test-lerobot test-openpi test-composing test-trackers notebooks models docs lint format bench libero gpu gpu-rehearsal clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -116,17 +116,11 @@ bench: $(SIM)  ## full model against pruned ones, side by side, on this CPU
 libero: $(SIM)  ## LIBERO in the same environment; LIBERO_ASSETS=FOLDER_OR_ARCHIVE where there is no hub
 	INSTALL=$(if $(SIM),1,0) scripts/libero.sh $(PY)
 
-gpu: $(DEV)  ## GPU tests, then the bench at full size, eager and compiled
-	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-	  'make gpu needs an NVIDIA GPU that torch can use; torch ' + torch.__version__ + ' sees none here. ' \
-	  'On the CPU, run: make test bench')"
-	$(PY) -m pytest -q -m gpu
-	for model in openvla-oft-7b openvla-7b; do \
-	  for mode in "" --compile; do \
-	    $(PY) -m vla_pruner bench --device cuda --methods vla-pruner,fastv \
-	      --model $$model $$mode $(ARGS) --out $(OUT)/$$model$$mode.json --out $(OUT)/$$model$$mode.md || exit 1; \
-	  done; \
-	done
+gpu: $(DEV)  ## everything a GPU has to show, in ten minutes at most
+	$(PY) scripts/gpu.py --out $(OUT)/gpu $(ARGS)
+
+gpu-rehearsal: $(DEV)  ## the same lines on the CPU, with tiny models
+	$(PY) scripts/gpu.py --out $(OUT)/gpu-rehearsal --rehearse $(ARGS)
 
 clean:  ## remove the virtual environment, caches and results
 	rm -rf .venv .venv-clients .venv-ray .venv-lerobot-* .venv-openpi* .venv-docs .venv-trackers site bench-results demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -132,6 +132,21 @@ def test_masks_by_position_and_caches_by_another_name(make, layers, kind, cut):
     same(got, expected)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_layers_that_scale_by_positions(kind, mode):
+    """Queries of Ministral 3 grow with their positions, which the layers are told beside rotary."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    rope["original_max_position_embeddings"] = 8
+    config = T.Ministral3Config(**SIZES, num_key_value_heads=2, head_dim=8, rope_parameters=rope)
+    model = randomise(T.Ministral3ForCausalLM(config))
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=at(), mode=mode) as session:
+        got = talk(model, cache_of(kind, model))
+        gone = [1 + (~row).nonzero()[:, 0] for row in session.last.kept_mask]
+    with hidden_behind(model.model, 2, gone):
+        same(got, talk(model, DynamicCache()))
+
+
 def test_a_mask_by_position_may_hold_padding():
     model, mask = randomise(gpt2()), torch.ones(2, 36, dtype=torch.long)
     mask[1, :3] = 0

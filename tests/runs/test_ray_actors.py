@@ -7,9 +7,10 @@ import pytest
 from toy_task import ToyScene, rollout, save_policy, tiny_policy, toy_task
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.models.loading import load
+from vla_pruner.models.port import share
 from vla_pruner.runs import ray_actors
 from vla_pruner.runs.job import Setup
-from vla_pruner.runs.ray_actors import PolicyActor, share
+from vla_pruner.runs.ray_actors import PolicyActor
 
 NONE, HALF, RANDOM = map(Condition.parse, ["none", "vla-pruner@0.5", "random@0.5"])
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vla_pruner.commands.shared.options import (
+    add_capture,
     add_device,
     add_keeps,
     add_methods,
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="default: bf16 for published sizes, else as stored"
     )
     parser.add_argument("--compile", action="store_true", help="compile every variant's decoder")
+    add_capture(parser)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument(
         "--out",
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     for path in args.out:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"--out {path}: the name must end in {' or '.join(SUFFIXES)}")
+    if args.compile and args.capture:
+        raise ValueError("--compile: --capture compiles the decoder, too; give one of them")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: at least one thread is needed")
@@ -114,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
             device=device,
         )
     measured = [None, *methods, *ideals_of(workload, methods).values()]
-    steps = sum(repeats + steps_to_prepare(method, args.compile) for method in measured)
+    steps = sum(
+        repeats + steps_to_prepare(method, args.compile or args.capture) for method in measured
+    )
     with progress_bar(console) as bar:
         task = bar.add_task("measuring", total=steps)
         result = compare(
@@ -123,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
             names=list(named),
             repeats=repeats,
             compile_decoder=args.compile,
+            capture=args.capture,
             ideals=True,
             tick=lambda: bar.advance(task),
         )
@@ -231,6 +238,7 @@ def _headline(result: Comparison) -> str:
     model, settings = result.model, result.settings
     towers = "" if model["vision"] else ", toy vision towers"
     compiled = "compiled" if settings["compiled"] else "eager"
+    compiled = "captured" if settings.get("captured") else compiled
     return (
         f"{model['name']}: {model['layers']} layers x {model['hidden']}, {model['tokens']} tokens "
         f"({model['visual']} visual), {model['dtype']}, {compiled}, {settings['device']}{towers}; "

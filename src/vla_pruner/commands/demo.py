@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.commands.shared.options import (
+    add_capture,
     add_device,
     add_keeps,
     add_method,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_suite(parser)
     add_scenes(parser, 12)
     add_device(parser)
+    add_capture(parser)
     add_unnorm_key(parser)
     add_out(parser, "demo-report", "folder for the report")
     add_resume(parser)
@@ -95,7 +97,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     total, interrupted = len(conditions) * len(seeds), False
     with console.status(f"loading {args.policy}"):
         policy = load(args.policy, device=args.device)
-    control = {"unnorm_key": args.unnorm_key}
+    control = {"unnorm_key": args.unnorm_key, "captured": args.capture}
     planned = plan(cells, {suite.name: suite}, lambda name: policy, control)
     prepare_folder(args.out, FILE, "demo report", resume=args.resume)
     with (
@@ -169,7 +171,14 @@ def _time_apart(
     keep_freed_memory()
     with progress_bar(console) as bar:
         line = bar.add_task("latency", total=rounds * len(conditions))
-        found = measure(policy, conditions, seen, rounds, lambda: bar.advance(line))
+        found = measure(
+            policy,
+            conditions,
+            seen,
+            rounds,
+            lambda: bar.advance(line),
+            captured=setup.captured,
+        )
     store.keep_replays(setup, found)
 
 

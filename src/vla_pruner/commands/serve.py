@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.commands.shared.options import (
+    add_capture,
     add_device,
     add_keep,
     add_method,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override what the policy's configuration says",
     )
     add_device(parser)
+    add_capture(parser)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default as stored")
     parser.add_argument(
         "--chunk-size",
@@ -179,6 +181,8 @@ def opened(
     if args.option and args.keep is None:
         raise ValueError("--option: say with --keep how many tokens stay, too")
     condition = Condition.parse(args.method + kept)
+    if args.capture and args.ladder is not None:
+        raise ValueError("--capture: a captured policy keeps its budget; leave --ladder out")
     model, folder = _load(args.policy, args.device, args.dtype), Path(locate(args.policy))
     control, config = said_by(folder), getattr(model, "config", None)
     chunk = getattr(config, "chunk", 1)
@@ -191,6 +195,7 @@ def opened(
         "keep": condition.keep,
         "unnorm_key": statistics_of(model, args.unnorm_key, folder=folder),
         "center_crop": args.center_crop,
+        "capture": args.capture,
         "show": args.rerun is not None,
         **dict(condition.options),
     }

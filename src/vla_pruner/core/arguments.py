@@ -96,8 +96,8 @@ class Drop:
         for name in tables if call.cut.rotary is None else ():
             short[name] = take_rotary(kwargs[name], rows)
         if (ids := kwargs.get("position_ids")) is not None:
-            # With rotary tables at hand the ids only mislead: gaps look like packed sequences.
-            short["position_ids"] = None if tables else take(ids, rows, dim=-1)
+            places = rows if call.cut.rotary is None else prefill_rows(rows)
+            short["position_ids"] = left_ids(call, ids, places, tables=bool(tables))
         if (slots := kwargs.get("cache_position")) is not None:
             short["cache_position"] = slots[: rows.shape[1]] - (prefill.past - left.offset)
         if (mask := kwargs.get("attention_mask")) is not None:
@@ -211,6 +211,16 @@ def take_rotary(table: Any, rows: Tensor) -> Any:
     if isinstance(table, tuple | list):
         return tuple(take_rotary(one, rows) for one in table)
     return take(table, rows, dim=-2, batch_dim=table.ndim - 3)
+
+
+def prefill_rows(rows: Tensor) -> Tensor:
+    """The first rows, as many: whose positions renumbered tokens take."""
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+
+
+def left_ids(call: Call, ids: Tensor, places: Tensor, *, tables: bool) -> Tensor | None:
+    """Positions of what is left; None where tables tell and gaps look like packed sequences."""
+    return None if tables and (call.cut.flash or ids.ndim != 2) else take(ids, places, dim=-1)
 
 
 def one_table(call: Call) -> tuple[Tensor, ...]:

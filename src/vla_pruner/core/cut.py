@@ -46,6 +46,7 @@ class Cut:
         self.prefill: Prefill | None = None
         self.static_cache = False
         self.eager = False
+        self.kernel: str | None = None  # That the decoder made its masks for, at the start.
         self.flags = Flags()
         self.tuples = False  # Whether layers return tuples.
         self.weighted = any(r.spec.rows == "weighted" for r in self.plan.readings)
@@ -56,7 +57,8 @@ class Cut:
         """Install the hooks; `undo` takes them away."""
         plan = self.plan
         kernel = getattr(getattr(self.attention(0), "config", None), "_attn_implementation", None)
-        self.eager = kernel == "eager"
+        self.eager, self.kernel = kernel == "eager", _kernel_of(self.adapter.decoder)
+        self.flash = "flash" in (self.kernel or "")
         if kernel == "flex_attention" and plan.cuts:
             raise refusals.flex_attention()
         scores.watch_layers(self, undo)
@@ -81,6 +83,13 @@ class Cut:
             if index in projected:
                 before(layer, partial(scores.project, self, index, number), undo)
         after(self.layers[-1], self._restore_length, undo)
+
+    def refuse_changes(self) -> None:
+        """Refuse layers, or a kernel of the masks, that are others than at the start."""
+        if (layers := list(self.adapter.layers)) != self.layers:
+            refusals.refuse_replaced(self.layers, layers)
+        if (kernel := _kernel_of(self.adapter.decoder)) not in (self.kernel, "eager"):
+            raise refusals.other_kernel(self.kernel, kernel)
 
     def attention(self, index: int) -> nn.Module:
         """Attention of a decoder layer."""
@@ -180,6 +189,8 @@ class Cut:
     def _cut(self, number: int, prefill: Prefill, hidden: Tensor) -> Tensor:
         """Cut for the `number`-th time, counting from 1: hidden states `[B, n, D]` that go on."""
         earlier, left, batch = prefill.sets[number - 1], prefill.sets[number], hidden.shape[0]
+        if left.tokens is not None:
+            raise refusals.ran_twice(self.plan.cuts[number - 1], self.adapter.decoder)
         assert earlier.tokens is not None
         tokens = earlier.tokens.expand(batch, -1)
         choice = self._choice(number - 1, prefill, tokens, hidden)
@@ -268,3 +279,7 @@ class Cut:
             alone = take(gone_on, left.columns, dim=1)
             joined = torch.where(prefill.full_rows[:, None, None], alone, joined)
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
+
+
+def _kernel_of(decoder: nn.Module) -> str | None:
+    return getattr(getattr(decoder, "config", None), "_attn_implementation", None)

@@ -212,10 +212,13 @@ class Episodes:
         rows = [row for row, name in enumerate(step.ids) if self._known.get(name) is episode]
         episode.since_full = 0 if step.full[rows[0]] else episode.since_full + 1
         episode.steps += 1
-        action, spec = step.action(), self._spec
-        if action is None or spec is None:
-            return
-        first = slice(rows[0], rows[0] + 1)
+        if self._spec is not None and (action := step.action()) is not None:
+            self._remember(episode, step, action, rows)
+
+    def _remember(self, episode: Episode, step: Step, action: Tensor, rows: list[int]) -> None:
+        """The action score `[B, M]` of a step becomes part of an episode's memory."""
+        spec, first = self._spec, slice(rows[0], rows[0] + 1)
+        assert spec is not None
         observed = action[first] if len(rows) == 1 else action[rows].mean(dim=0, keepdim=True)
         # A broken frame (NaN, infinity) is remembered as the last good one was.
         observed = torch.where(observed.isfinite().all(), observed, episode.memory[:1])

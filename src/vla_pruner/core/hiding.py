@@ -14,6 +14,7 @@ from vla_pruner.core.arguments import (
     ROTARY,
     Call,
     cache_in,
+    left_ids,
     one_table,
     renumbered,
     take,
@@ -48,7 +49,9 @@ class Hide:
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
         if call.cut.rotary is not None:
             rank = (left.present.long().cumsum(dim=1) - 1).clamp_min(0)
-            found |= {"position_ids": None, ROTARY: take_rotary(one_table(call), rank)}
+            found[ROTARY] = take_rotary(one_table(call), rank)
+            if (ids := call.kwargs.get("position_ids")) is not None:
+                found["position_ids"] = left_ids(call, ids, rank, tables=True)
         return found
 
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:

@@ -9,7 +9,7 @@ a beam, the expert's flow step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +29,18 @@ from vla_pruner.core.plan import budgets
 from vla_pruner.core.read_tokens import all_kept, in_place
 from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
+
+
+def _outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
+    """A hook that no graph may hold; where a whole step is one graph, it does without."""
+    outside = torch.compiler.disable(function)
+
+    def hook(passes: Passes, *args: Any) -> None:
+        if not passes.captured:
+            outside(passes, *args)
+
+    return hook
+
 
 _batched = torch._C._functorch.is_batchedtensor  # Inside `torch.vmap`.
 _INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
@@ -101,6 +113,7 @@ class Passes:
         self.prefilled: Step | None = None  # Of the last prefill; None: it showed no image.
         self.session: Any = None
         self.own_results = False  # Whether compiled code may write over what it returned.
+        self.captured = False  # Whether a whole step is compiled, and brackets its passes itself.
         self._running: tuple[Step | None, Pass] | None = None
         self._warned = False
         self._known: _Known | None = None
@@ -116,7 +129,7 @@ class Passes:
         self.calls.follow_generate(model, undo)
 
     # ------------------------------------------------------------------ around each pass
-    @torch.compiler.disable
+    @_outside_graphs
     def _before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what this pass is, and hand the hooks what they need."""
         self.calls.begins(stack)
@@ -125,6 +138,7 @@ class Passes:
         now = Pass.of(stack, args, kwargs)
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
             raise refusals.no_values()
+        cut.refuse_changes()
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now
@@ -171,7 +185,7 @@ class Passes:
             return None
         return step if self.caches.fits(now.cache, step, now.past) else None
 
-    @torch.compiler.disable
+    @_outside_graphs
     def _after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note what the pass saw; `output` is None if it raised an exception."""
         if not self.calls.ends(stack) or self._running is None:

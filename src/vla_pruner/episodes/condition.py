@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +14,16 @@ from torch import nn
 from vla_pruner._short import cut, short
 from vla_pruner.core.session import Session
 from vla_pruner.methods import Method, build, parse
+from vla_pruner.models.capture import capture_policy
+from vla_pruner.models.port import share
 from vla_pruner.models.prune import prune
 
 ALL_TOKENS = "none"
 """Name of the condition without pruning, the baseline of every comparison."""
+
+_captured: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[nn.Module, Session]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,39 @@ class Condition:
     def attach(self, policy: nn.Module) -> Session | None:
         """The session that brings the condition about; None leaves the model untouched."""
         return None if self.keep is None else prune(policy, self.build())
+
+    @contextmanager
+    def attached(
+        self, policy: nn.Module, *, captured: str = ""
+    ) -> Iterator[tuple[Any, Session | None]]:
+        """The policy under this condition, and its session, which ends with the block.
+
+        With `captured`, a backend, whole steps are compiled: the policy is then a copy over the
+        same weights, which is kept with its graphs for the next time.
+
+        Raises:
+            TypeError, NotImplementedError: this policy or method cannot be captured.
+        """
+        if captured:
+            own, session = self._captured(policy, captured)
+            session.reset()
+            yield own, session
+            return
+        session_now = self.attach(policy)
+        try:
+            yield policy, session_now
+        finally:
+            if session_now is not None:
+                session_now.remove()
+
+    def _captured(self, policy: nn.Module, backend: str) -> tuple[nn.Module, Session]:
+        known = _captured.setdefault(policy, {})
+        if self.name not in known:
+            own = share(policy)
+            session = self.attach(own) or prune(own, ALL_TOKENS)
+            capture_policy(own, backend)
+            known[self.name] = own, session
+        return known[self.name]
 
     def build(self) -> Method:
         """The method with its options.

@@ -22,6 +22,7 @@ from vla_pruner.measure.workloads import Workload
 from vla_pruner.methods import Method, build
 from vla_pruner.methods.base import OneCut
 from vla_pruner.methods.none import NoPruning
+from vla_pruner.models.capture import capture_policy
 from vla_pruner.pruning.flops import layered_prefill_flops, prefill_flops
 from vla_pruner.pruning.selection import max_min_filter
 
@@ -115,7 +116,7 @@ class _Variant:
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{self.name}: {error}") from error
 
-    def prepare(self, *, compile_decoder: bool, tick: Callable[[], None]) -> None:
+    def prepare(self, *, compile_decoder: bool, capture: str, tick: Callable[[], None]) -> None:
         """Walk through the method's own warm-up, measure the parts, warm up the caches."""
         decoder = self.workload.decoder(self.policy)
         if self.method is not None:
@@ -141,12 +142,16 @@ class _Variant:
                 decoder.forward = torch.compile(decoder.forward, fullgraph=True)
             else:
                 self.session.compile()
-            for _ in range(2):
-                self.step()
-                tick()
+        if capture:
+            capture_policy(self.policy, capture)
+        for _ in range(2 if compile_decoder or capture else 0):
+            self.step()
+            tick()
         self.memory_mb = timing.peak_memory_mb(self.step, self.device)
         tick()
-        self.clock = PassClock(self.workload.stacks(self.policy), self.device)
+        # A captured step is one graph: nothing can stand between its passes with a clock.
+        stacks = [] if capture else self.workload.stacks(self.policy)
+        self.clock = PassClock(stacks, self.device) if stacks else None
 
     def step(self) -> None:
         self.workload.step(self.policy)
@@ -157,7 +162,7 @@ class _Variant:
         """One timed step; of a method that runs some steps on all tokens, one that drops tokens."""
         for _ in range(_TRIES):
             total = timing.time_ms(self.step, self.device)
-            prefill, *decode = self.clock.take()
+            prefill, *decode = [total] if self.clock is None else self.clock.take()
             if not self._was_full():
                 break
         self.total_ms.append(total)
@@ -178,9 +183,9 @@ class _Variant:
         return self.session.method.cuts(len(self.session.adapter.layers))
 
 
-def steps_to_prepare(method: Method | None, compile_decoder: bool) -> int:
+def steps_to_prepare(method: Method | None, compiled: bool) -> int:
     """Steps that a variant takes before it is timed."""
-    return (method.warmup if method else 0) + 1 + (2 if compile_decoder else 0) + 1
+    return (method.warmup if method else 0) + 1 + (2 if compiled else 0) + 1
 
 
 def compare(
@@ -190,6 +195,7 @@ def compare(
     names: Sequence[str] | None = None,
     repeats: int,
     compile_decoder: bool = False,
+    capture: str = "",
     ideals: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:
@@ -201,6 +207,8 @@ def compare(
         names: of their rows, all different; None: method and `keep`.
         repeats: rounds; each times every variant once.
         compile_decoder: compile the decoder of every variant, the full one included.
+        capture: backend that compiles the whole step of every variant (`policy.capture()`); the
+            time of a prefill is then that of the step. Empty: they run as they are.
         ideals: measure each cut once more, with as many tokens that were chosen beforehand: what
             pruning could be if nothing were scored or selected.
         tick: called after every step, for a progress bar.
@@ -225,7 +233,7 @@ def compare(
     for variant in variants.values():
         variant.ideal = _ideal_name(workload, variant.method)
     for variant in variants.values():
-        variant.prepare(compile_decoder=compile_decoder, tick=tick)
+        variant.prepare(compile_decoder=compile_decoder, capture=capture, tick=tick)
     for name in timing.in_turn(list(variants), repeats):
         variants[name].measure()
         tick()
@@ -254,6 +262,7 @@ def compare(
         settings={
             "repeats": repeats,
             "compiled": compile_decoder,
+            "captured": capture,
             "device": str(device),
             "seconds": round(time.perf_counter() - started, 1),
         },

@@ -30,13 +30,16 @@ _WAITING = frozenset(
 )
 """Operators whose result, or its shape, the host has to know before it goes on."""
 
+LAUNCHES = {"attention_column_mean": 2, "combine_then_filter": 5}
+"""What an operator of ours starts on a GPU with Triton: its kernels, and PyTorch's around them."""
+
 
 class Operators(TorchDispatchMode):
     """Counts what runs while it is entered; views are free and not counted.
 
-    A call into compiled C counts as one. What a GPU would make the host wait for is counted on any
-    device: reading a number, shapes that depend on data, Python numbers that become a tensor
-    (`torch.tensor(list)`), boolean masks as an index.
+    A call into compiled C counts as one, an operator of ours as what it starts on a GPU. What a GPU
+    would make the host wait for is counted on any device: reading a number, shapes that depend on
+    data, Python numbers that become a tensor (`torch.tensor(list)`), boolean masks as an index.
     """
 
     def __init__(self) -> None:
@@ -78,8 +81,10 @@ class Operators(TorchDispatchMode):
             for one in (args[1] if len(args) > 1 else ())
         ):
             self.waits["index by a mask"] += 1
-        if not (func.is_view or func._opname in ("detach", "lift_fresh", "_local_scalar_dense")):
-            self._operators += 1
+        free = func.is_view or func._opname in ("detach", "lift_fresh", "_local_scalar_dense")
+        if not free and func.namespace != "prim":
+            ours = func.namespace == "vla_pruner"
+            self._operators += LAUNCHES.get(func._opname, 1) if ours else 1
         return func(*args, **(kwargs or {}))
 
 

@@ -93,7 +93,8 @@ class Parts:
             or frame.f_code in self._own
         ):
             return SELECTION
-        return SCORING if module.startswith("vla_pruner.pruning.") else None
+        rooms = ("vla_pruner.pruning.", "vla_pruner.baselines.")
+        return SCORING if module.startswith(rooms) else None
 
     def _timed(self, found: Any, part: str) -> Any:
         """The same function, property, static or class method, timed."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +14,7 @@ from vla_pruner.models.loading import load
 from vla_pruner.models.openvla import OpenVLA, OpenVLAOFT, OpenVLAOFTConfig, TowerConfig
 from vla_pruner.models.openvla.config import PUBLISHED as OPENVLA
 from vla_pruner.models.pi0 import Inputs, Pi0, Pi0Config, VisionConfig
+from vla_pruner.models.port import share
 
 PUBLISHED: dict[str, Any] = {**OPENVLA, "pi0": Pi0Config(), "pi05": Pi0Config(kind="pi05")}
 """Names of published sizes, and their configurations."""
@@ -53,8 +52,7 @@ class Workload:
 
     def copy(self) -> Any:
         """The policy once more, with hooks and state of its own and the same weights."""
-        tensors = itertools.chain(self.policy.parameters(), self.policy.buffers())
-        return copy.deepcopy(self.policy, {id(tensor): tensor for tensor in tensors})
+        return share(self.policy)
 
     @staticmethod
     def decoder(policy: Any) -> nn.Module:

@@ -57,7 +57,7 @@ class Decoder(Adapter):
             raise TypeError(f"`action_rows={action_rows}` must hold whole numbers.")
         count = self._positions.shape[1]
         self._views = _views(views, count)
-        self._layers: Sequence[nn.Module] = ()
+        self._name = ""
         self._known: tuple[int, torch.device, Layout] | None = None
         self._model: nn.Module | None = None
         self._call: Mapping[str, Any] = {}
@@ -66,12 +66,11 @@ class Decoder(Adapter):
         """Find the decoder: the module that holds the layers."""
         self._model = model
         if isinstance(self._where, str):
-            path, _, name = self._where.rpartition(".")
+            path, _, self._name = self._where.rpartition(".")
             try:
                 self.decoder = model.get_submodule(path)
-                self._layers = list(getattr(self.decoder, name))
-                if not all(isinstance(layer, nn.Module) for layer in self._layers):
-                    raise TypeError(name)
+                if not all(isinstance(layer, nn.Module) for layer in self.layers):
+                    raise TypeError(self._name)
             except (AttributeError, TypeError):
                 raise ValueError(
                     f"{type(model).__name__} has no layer list at {self._where!r}; it has "
@@ -79,14 +78,16 @@ class Decoder(Adapter):
                 ) from None
             return
         for module in model.modules():
-            if any(child is self._where for child in module.children()):
-                self.decoder, self._layers = module, list(self._where)
-                return
+            for name, child in module.named_children():
+                if child is self._where:
+                    self.decoder, self._name = module, name
+                    return
         raise ValueError(f"the given layers are not part of this {type(model).__name__}.")
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return self._layers
+        found: Sequence[nn.Module] = getattr(self.decoder, self._name)
+        return found
 
     def attach(self, undo: ExitStack) -> None:
         """Read the labels that the model is called with."""

@@ -23,15 +23,21 @@ class FlowSteps:
             raise ValueError(f'`flow_steps={averaged!r}` is unknown; use "latter-half" or "all".')
         self.averaged = averaged
         self.begun = 0
+        self.captured: bool | None = None
+        """Whether the step in progress is averaged, where it is compiled by itself."""
 
     def restart(self, *_: object) -> None:
         """A call begins; also a hook of the decoder that prefills."""
-        self.begun = 0
+        if self.captured is None:
+            self.begun = 0
 
     def count(self, *_: object) -> None:
         """A step begins; also a hook of the expert."""
-        self.begun += 1
+        if self.captured is None:
+            self.begun += 1
 
     def counts(self, total: int) -> bool:
         """Whether the step in progress, of `total` in this call, is averaged."""
+        if self.captured is not None:
+            return self.captured
         return self.averaged == "all" or self.begun > total // 2

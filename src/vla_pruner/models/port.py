@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from .given.folder import CheckpointError
+
+if TYPE_CHECKING:
+    from .capture import Capture
 
 __all__ = [
     "ATTENTION",
@@ -19,6 +23,7 @@ __all__ = [
     "Policy",
     "Port",
     "default_dtype",
+    "share",
 ]
 
 ATTENTION = ("sdpa", "eager")
@@ -42,6 +47,32 @@ class Policy(nn.Module):
 
 class Port(Policy):
     """A policy whose sizes are a configuration; `reset_parameters` makes its weights random."""
+
+    _one_pass = False
+    """Whether a step is one pass of the decoder."""
+
+    def capture(
+        self, *, backend: str = "inductor", mode: str | None = None, bucket: int = 16
+    ) -> Capture:
+        """Compile whole steps, of the policy as it is pruned now, until `remove()` of the result.
+
+        Args:
+            backend: of `torch.compile`.
+            mode: of `torch.compile`; on a GPU "reduce-overhead" replays CUDA graphs.
+            bucket: prompts are padded to a multiple of so many tokens.
+
+        Raises:
+            RuntimeError, NotImplementedError, ValueError: see `models.capture.Capture`.
+        """
+        from .capture import Capture
+
+        return Capture(self, backend=backend, mode=mode, bucket=bucket)
+
+    def _attach(self, capture: Capture, undo: ExitStack) -> None:
+        """Let captured passes take the place of eager ones, until `undo`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no captured step; `session.compile()` compiles its decoder."
+        )
 
     def reset_parameters(self) -> None:
         """Random weights, in place."""
@@ -71,6 +102,12 @@ class Port(Policy):
         if random:
             model.reset_parameters()
         return model
+
+
+def share(policy: nn.Module) -> nn.Module:
+    """The same modules once more, over the same weights: hooks of one do not touch the other."""
+    kept = [*policy.parameters(), *policy.buffers(), getattr(policy, "tokenizer", None)]
+    return copy.deepcopy(policy, {id(one): one for one in kept if one is not None})
 
 
 def check_attention(name: Any) -> None:

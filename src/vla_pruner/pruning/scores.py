@@ -10,6 +10,11 @@ from torch import Tensor
 from vla_pruner.kernels import native
 from vla_pruner.kernels.native import Attention
 
+try:  # It comes with PyTorch for CUDA.
+    from vla_pruner.kernels import triton_scores as _triton
+except ImportError:
+    _triton = None  # type: ignore[assignment]
+
 Rows = slice | Tensor | None
 
 # Stands in a logit for "hidden": exp() of it is 0, and a row that holds nothing else is no NaN.
@@ -109,7 +114,7 @@ def column_mean(
     seen: Attention, columns: Tensor, rows: Rows, weight: Tensor | None = None, chunk: int = _CHUNK
 ) -> Tensor:
     """What `attention_column_mean` says of an attention: `[B, M]` fp32."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not seen.query.is_cpu:
         return _as_node(seen, columns, rows, weight, chunk)
     number = _row_numbers(rows, seen.query.shape[2], seen.query.device)
     received = native.column_mean(seen, columns, number, weight)
@@ -151,14 +156,32 @@ def _column_mean_node(
 ) -> Tensor:
     """`column_mean` with rows as a tensor, or from `start` to `stop`."""
     seen = Attention(query, key, scale, mask, causal, softcap, sinks)
-    return column_mean(
-        seen, columns, slice(start, stop) if rows is None else rows, row_weight, chunk=chunk
+    voting = slice(start, stop) if rows is None else rows
+    if query.is_cpu:
+        return column_mean(seen, columns, voting, row_weight, chunk)
+    small = _triton is not None and query.shape[3] <= _triton.LARGEST_HEAD
+    if not (small and query.is_cuda and query.dtype == key.dtype and query.dtype in _IN_TRITON):
+        return _by_operators(seen, columns, voting, row_weight, chunk)
+    return _triton.column_mean(
+        query,
+        key,
+        columns,
+        range(query.shape[2])[voting] if isinstance(voting, slice) else voting,
+        mask=mask,
+        row_weight=row_weight,
+        sinks=sinks,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
     )
 
 
 @_column_mean_node.register_fake
 def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], columns.shape[1]), dtype=torch.float32)
+
+
+_IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _by_operators(

@@ -128,6 +128,14 @@ def combine_then_filter(
         return top_k(semantic, k, valid=valid)
     _check_k(k, size[-1])
     _check_first(first)
+    if torch.compiler.is_compiling() or not features.is_cpu:
+        given = (semantic, action, features, valid)
+        batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
+        kept, broken = _combine_node(*batched, k, first == "nearest")
+        if flags.may_read(broken):
+            flags.refuse(broken[0], native.BROKEN_SCORES)
+            flags.refuse(broken[1], native.BROKEN_FEATURES)
+        return kept if features.ndim == 3 else kept[0]
     library = _in_c(semantic, valid, action, features)
     if library is not None:
         nearest = first == "nearest"
@@ -149,6 +157,35 @@ def _combine_by_operators(
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
     chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
     return chosen.sort(dim=-1).values
+
+
+# One operator, so that a compiled graph holds one node: C on the CPU, Triton on a GPU.
+@torch.library.custom_op(
+    "vla_pruner::combine_then_filter",
+    mutates_args=(),
+    schema="(Tensor semantic, Tensor action, Tensor features, Tensor? valid, int k, bool nearest) "
+    "-> (Tensor, Tensor)",
+)
+def _combine_node(
+    semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    """`[B, k]` as `combine_then_filter`; whether scores or features are broken, bool `[2]`."""
+    small = features.shape[1] <= (0 if _greedy is None else _greedy.LARGEST)
+    if features.is_cuda and _greedy is not None and small:
+        with torch.autocast("cuda", enabled=False):
+            return _greedy.choose(semantic, action, features, valid, k, nearest)
+    first: First = "nearest" if nearest else "second-nearest"
+    choose = combine_then_filter if features.is_cpu else _combine_by_operators
+    kept = choose(features, semantic, action, k, first, valid)
+    return kept, torch.zeros(2, dtype=torch.bool, device=kept.device)
+
+
+@_combine_node.register_fake
+def _(
+    semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
+) -> tuple[Tensor, Tensor]:
+    kept = features.new_empty((features.shape[0], k), dtype=torch.int64)
+    return kept, features.new_empty((2,), dtype=torch.bool)
 
 
 # One operator, so that a compiled graph holds one node instead of k unrolled steps.

@@ -33,6 +33,7 @@ class Setup:
         tasks: what is asked for, by target.
         stand_in_assets: whether some objects look other than in the published suite.
         clock: what goes on while the policy computes; None: the scene waits.
+        captured: by which backend whole steps of the policy are compiled; empty: they are not.
     """
 
     suite: str
@@ -43,9 +44,12 @@ class Setup:
     tasks: tuple[str, ...]
     stand_in_assets: bool = False
     clock: Clock | None = None
+    captured: str = ""
 
     @classmethod
-    def of(cls, name: str, policy: nn.Module, suite: Suite, **control: Any) -> Setup:
+    def of(
+        cls, name: str, policy: nn.Module, suite: Suite, *, captured: str = "", **control: Any
+    ) -> Setup:
         """The setup of a loaded policy; `control` overrides how it is driven, see `Control.of`.
 
         Raises:
@@ -62,6 +66,7 @@ class Setup:
             tasks=suite.tasks,
             stand_in_assets=suite.stand_in_assets,
             clock=suite.clock,
+            captured=captured,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from vla_pruner._short import cut
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.measure.doctor import check_budget
+from vla_pruner.models.capture import check_method
 from vla_pruner.models.loading import load
 from vla_pruner.runs.job import Job, Planned, Setup
 from vla_pruner.runs.matrix import Cell
@@ -72,6 +73,8 @@ def _planned(cell: Cell, setup: Setup, policy: nn.Module, suite: Suite) -> Plann
     suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
     if suite.clock is not None:
         _check_clock(suite.clock, cell.condition, policy)
+    if setup.captured and cell.condition.keep is not None:
+        check_method(cell.condition.build())
     settings, recipe = settings_of(cell.condition, policy)
     return Planned(setup, cell.condition, settings, recipe, cell.first, cell.episodes)
 

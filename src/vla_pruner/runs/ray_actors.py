@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Answer, LocalPolicyRunner, PolicyRunner
 from vla_pruner.models.loading import load
 from vla_pruner.models.pi0.chunking import Guide
+from vla_pruner.models.port import share
 from vla_pruner.runs.job import Job, Setup
 from vla_pruner.runs.processes import attempt, one_thread
 from vla_pruner.runs.runner import EpisodeRunner, Policies
@@ -53,6 +53,11 @@ class PolicyActor:
             self._shared.clear()
             self._runners.clear()
             self._name = setup.policy
+        if setup.captured:
+            raise ValueError(
+                "--capture: policies of their own actors (--policy-actors) are not captured; leave "
+                "one of the two out"
+            )
         policy = self._policies.get(setup)
         if condition.name not in self._shared:
             own = share(policy)
@@ -86,12 +91,6 @@ class PolicyActor:
         """Forget a runner; one that is not known is no error."""
         if (runner := self._runners.pop(key, None)) is not None:
             runner.end()
-
-
-def share(policy: nn.Module) -> nn.Module:
-    """The same modules once more, over the same weights: hooks of one do not touch the other."""
-    kept = [*policy.parameters(), *policy.buffers(), getattr(policy, "tokenizer", None)]
-    return copy.deepcopy(policy, {id(one): one for one in kept if one is not None})
 
 
 class SimulatorActor:

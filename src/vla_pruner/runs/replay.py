@@ -135,6 +135,8 @@ def measure(
     recorded: Sequence[Recorded],
     rounds: int,
     tick: Callable[[], None] = lambda: None,
+    *,
+    captured: str = "",
 ) -> list[TimedReplay]:
     """Replay every recorded episode under every condition, `rounds` times, in turn.
 
@@ -147,9 +149,11 @@ def measure(
         recorded: episodes.
         rounds: repetitions.
         tick: called after each replay.
+        captured: by which backend whole steps are compiled; empty: they are not.
     """
     for condition in conditions:
-        replay_once(policy, condition, recorded[0], round_=-1, calls=first_calls(condition))
+        calls = first_calls(condition)
+        replay_once(policy, condition, recorded[0], round_=-1, calls=calls, captured=captured)
     counted = {
         (episode.scene, condition.name): count(policy, condition, episode)
         for episode in recorded
@@ -160,7 +164,7 @@ def measure(
         turn = round_ % len(conditions)
         for episode in recorded:
             for condition in [*conditions[turn:], *conditions[:turn]]:
-                one = replay_once(policy, condition, episode, round_)
+                one = replay_once(policy, condition, episode, round_, captured=captured)
                 if round_ == 0:
                     flops = counted[episode.scene, condition.name]
                     one = replace(
@@ -191,7 +195,13 @@ def count(policy: Any, condition: Condition, episode: Recorded) -> list[Flops]:
 
 
 def replay_once(
-    policy: Any, condition: Condition, episode: Recorded, round_: int, calls: int | None = None
+    policy: Any,
+    condition: Condition,
+    episode: Recorded,
+    round_: int,
+    calls: int | None = None,
+    *,
+    captured: str = "",
 ) -> TimedReplay:
     """One pass over the observations of an episode, with a history of its own.
 
@@ -199,22 +209,18 @@ def replay_once(
         ValueError: a method that decides by motion, and observations that do not tell it.
     """
     device = next(policy.parameters()).device
-    session = condition.attach(policy)
     latency_ms, warm_up, peak_mb = [], [], []
-    try:
+    with condition.attached(policy, captured=captured) as (own, session):
         if session is not None:
             session.episodes([episode.scene])
         for number, observation in enumerate(episode.observations[:calls]):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            latency_ms.append(time_ms(lambda: policy.predict_action(**observation), device))  # noqa: B023
+            latency_ms.append(time_ms(lambda: own.predict_action(**observation), device))  # noqa: B023
             if device.type == "cuda":
                 peak_mb.append(torch.cuda.max_memory_allocated(device) / 2**20)
             warm_up.append(session is not None and bool(report_of(session).warm_up[0]))
             _report_motion(session, episode, number)
-    finally:
-        if session is not None:
-            session.remove()
     return TimedReplay(
         condition.name,
         episode.scene,

@@ -88,12 +88,8 @@ class EpisodeRunner:
     def policy_of(self, job: Job) -> Iterator[PolicyRunner]:
         """The policy of a job, under its condition."""
         policy = self._policies.get(job.setup)
-        session = job.condition.attach(policy)
-        try:
-            yield LocalPolicyRunner(policy, session, job.setup.control.arguments)
-        finally:
-            if session is not None:
-                session.remove()
+        with job.condition.attached(policy, captured=job.setup.captured) as (own, session):
+            yield LocalPolicyRunner(own, session, job.setup.control.arguments)
 
     def _open(self, job: Job) -> Scene:
         policy, suite = job.setup.policy, job.suite.name

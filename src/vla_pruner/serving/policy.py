@@ -16,6 +16,7 @@ from vla_pruner._short import short
 from vla_pruner.episodes.condition import make_method
 from vla_pruner.episodes.picture import picture_of
 from vla_pruner.methods import Method
+from vla_pruner.models.capture import capture_policy
 from vla_pruner.models.prune import prune
 
 
@@ -69,6 +70,7 @@ class ServedPolicy:
         *,
         unnorm_key: str | None = None,
         center_crop: bool | None = None,
+        capture: str = "",
         show: bool = False,
         **options: Any,
     ) -> None:
@@ -81,9 +83,12 @@ class ServedPolicy:
                 among them.
             unnorm_key: dataset whose statistics scale the actions.
             center_crop: overrides the policy's configuration.
+            capture: backend that compiles whole steps; the method then stays as it is. Empty:
+                nothing is compiled.
             show: steps have a picture of their tokens.
 
         Raises:
+            TypeError, NotImplementedError: this policy or method cannot be captured.
             ValueError: the policy cannot act on a batch of observations, the method needs what no
                 client reports, or `prune` refuses.
         """
@@ -95,6 +100,9 @@ class ServedPolicy:
         chosen = _servable(make_method(method, **options))
         self.policy: Any = policy
         self.session = prune(policy, chosen)
+        self.captured = bool(capture)
+        if capture:
+            capture_policy(policy, capture)
         given = {"unnorm_key": unnorm_key, "center_crop": center_crop}
         self._show = show
         self._options = {name: value for name, value in given.items() if value is not None}
@@ -196,6 +204,11 @@ class ServedPolicy:
             chosen = _servable(make_method(method, keep=keep, **given))
         if chosen == before.method:
             return
+        if self.captured:
+            raise ValueError(
+                "a captured policy keeps its method and its budget; serve it without --capture to "
+                "change them"
+            )
         before.remove()
         try:
             self.session = prune(self.policy, chosen)

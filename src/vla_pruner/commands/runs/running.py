@@ -11,6 +11,7 @@ from typing import get_args
 from rich.console import Console
 
 from vla_pruner.commands.shared.options import (
+    add_capture,
     add_control,
     add_device,
     add_out,
@@ -80,6 +81,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "be run; `vla-pruner report --without` only leaves them out",
     )
     add_control(parser)
+    add_capture(parser)
     _add_changes(parser)
 
 

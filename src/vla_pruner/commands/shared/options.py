@@ -89,6 +89,19 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N: where policies run")
 
 
+def add_capture(parser: Parser) -> None:
+    """`--capture`: whole steps are compiled."""
+    parser.add_argument(
+        "--capture",
+        nargs="?",
+        const="inductor",
+        default="",
+        metavar="BACKEND",
+        help="compile whole steps (on a GPU, into CUDA graphs); the first calls of each kind take "
+        "up to minutes. BACKEND is one of torch.compile (default: inductor)",
+    )
+
+
 def add_control(parser: Parser) -> None:
     """`--execute`, `--gripper` and `--unnorm-key`: how the policy is driven."""
     parser.add_argument(
@@ -216,4 +229,9 @@ def pick(name: str, known: dict[str, Any], kind: str) -> Any:
 
 def control_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_control` says, as `Control.of` takes it."""
-    return {"execute": args.execute, "gripper": args.gripper, "unnorm_key": args.unnorm_key}
+    return {
+        "captured": args.capture,
+        "execute": args.execute,
+        "gripper": args.gripper,
+        "unnorm_key": args.unnorm_key,
+    }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._numbers import on_device
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.models.decoder import text_behind
 from vla_pruner.towers.reading import Tower
@@ -16,6 +17,8 @@ from vla_pruner.towers.reading import Tower
 from .config import OpenVLAOFTConfig
 from .modeling import OpenVLA, left_padding
 from .processing import colours
+
+_MOST_PADDINGS = 256
 
 
 class OpenVLAAdapter(Adapter):
@@ -39,6 +42,7 @@ class OpenVLAAdapter(Adapter):
             self.robot_state = int(config.proprio_dim is not None)
             self.behind_text = config.slots + 1
         self._unpadded: dict[tuple[torch.device, int], Layout] = {}
+        self._by_padding: dict[tuple[torch.device, int, tuple[int, ...]], Layout] = {}
 
     def send_frames(self, take: Callable[[Tensor], None], undo: ExitStack) -> None:
         """The images that enter the vision towers, in colours 0..255, as the first tower gets them.
@@ -66,7 +70,9 @@ class OpenVLAAdapter(Adapter):
         length = inputs.shape[1]
         if inputs.ndim != 3 or length <= sum(self.views):
             return None
-        mask = kwargs.get("attention_mask")
+        mask, padding = kwargs.get("attention_mask"), kwargs.get("padding")
+        if padding is not None:  # Of a captured step: known without a look at the mask.
+            return self._padded(padding, length, inputs.device)
         # The model gives positions exactly when the batch is padded.
         if mask is None or kwargs.get("position_ids") is None:
             known = (inputs.device, length)
@@ -78,6 +84,17 @@ class OpenVLAAdapter(Adapter):
         # [B, S] as given to the causal decoder, [B, 1, S, S] additive for the bidirectional one.
         valid = mask.bool() if mask.ndim == 2 else mask[:, 0, 0] >= 0
         return self._at(left_padding(valid) + 1, length, valid)
+
+    def _padded(self, padding: tuple[int, ...], length: int, device: torch.device) -> Layout:
+        """Layout of rows with so many padded positions before each; the same object every time."""
+        known = (device, length, padding)
+        if known not in self._by_padding:
+            if len(self._by_padding) >= _MOST_PADDINGS:
+                self._by_padding.clear()
+            before = on_device(padding, device)
+            valid = torch.arange(length, device=device) >= before[:, None]
+            self._by_padding[known] = self._at(before + 1, length, valid)
+        return self._by_padding[known]
 
     def _at(self, first: Tensor, length: int, valid: Tensor | None = None) -> Layout:
         """Layout of visual tokens that start at `first` [B], the longest row right behind BOS."""

@@ -23,8 +23,11 @@ from .processing import Inputs
 from .vision import LayerScale, Projector, VisionBackbone, VisionTower
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
     from pathlib import Path
     from typing import Self
+
+    from ..capture import Capture
 
 
 class OpenVLA(Port):
@@ -318,6 +321,11 @@ class OpenVLA(Port):
         """Action token ids to normalised actions; any other token is clamped to the nearest bin."""
         bins = self.config.action_vocab_end - np.asarray(tokens) - 1
         return self.bin_centers[np.clip(bins, 0, self.config.n_action_bins - 2)]
+
+    def _attach(self, capture: Capture, undo: ExitStack) -> None:
+        from .captured import attach_openvla
+
+        attach_openvla(self, capture, undo)
 
     # ------------------------------------------------------------------ building
     @classmethod

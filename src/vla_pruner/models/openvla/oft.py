@@ -6,7 +6,7 @@ Sequence, padded on the left:
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,11 @@ from ..port import refuse_broken
 from .config import OpenVLAConfig, OpenVLAOFTConfig
 from .modeling import OpenVLA, insert_after_bos, sequence_arguments, widen_mask
 from .processing import Inputs
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from ..capture import Capture
 
 
 class ProprioProjector(nn.Module):
@@ -78,6 +83,7 @@ class OpenVLAOFT(OpenVLA):
 
     config: OpenVLAOFTConfig
     config_class: ClassVar[type[OpenVLAConfig]] = OpenVLAOFTConfig
+    _one_pass = True
 
     def _build_heads(self, hidden_size: int) -> None:
         if self.config.proprio_dim is not None:
@@ -142,6 +148,11 @@ class OpenVLAOFT(OpenVLA):
         return self.action_head(
             self.action_hidden(input_ids, pixel_values, proprio, attention_mask)
         )
+
+    def _attach(self, capture: Capture, undo: ExitStack) -> None:
+        from .captured import attach_oft
+
+        attach_oft(self, capture, undo)
 
     @torch.no_grad()
     def infer(self, inputs: Inputs) -> np.ndarray:

@@ -22,10 +22,12 @@ class SharedKV:
 
     The first `update` of a layer is the prefix's and fills it. Every later one is a suffix's: it is
     written behind the prefix, over the suffix of the flow step before, so that the prefix is copied
-    once per call of the policy. Where gradients are recorded nothing is written over.
+    once per call of the policy. With `pure`, or where gradients are recorded, nothing is written
+    over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pure: bool = False) -> None:
+        self._pure = pure
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self._both: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -35,7 +37,7 @@ class SharedKV:
             self._prefix[layer] = (key, value)
             return key, value
         prefix = self._prefix[layer]
-        if torch.is_grad_enabled():
+        if self._pure or torch.is_grad_enabled():
             return torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
         held, length = prefix[0].shape[2], prefix[0].shape[2] + key.shape[2]
         both = self._both.get(layer)
@@ -53,7 +55,7 @@ class SharedKV:
 
     def repeat(self, times: int) -> SharedKV:
         """The same prefixes, each `times` times in a row."""
-        other = SharedKV()
+        other = SharedKV(pure=self._pure)
         other._prefix = {
             layer: (key.repeat_interleave(times, dim=0), value.repeat_interleave(times, dim=0))
             for layer, (key, value) in self._prefix.items()

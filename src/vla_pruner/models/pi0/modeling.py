@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from .config import Pi0Config
 from .gemma import GemmaStack, SharedKV
 from .processing import Inputs
 from .vision import VisionTower
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from ..capture import Capture
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +117,26 @@ class Pi0(Port):
 
     def read_prefix(self, inputs: Inputs) -> Prefix:
         """Run the prefix once. Padding is seen by nobody and counts for no position."""
+        shared = SharedKV()
+        return Prefix(shared, self._run_prefix(inputs, shared))
+
+    def _run_prefix(self, inputs: Inputs, shared: SharedKV) -> Tensor:
+        """Fill `shared`; which tokens of the prefix are real, [B, P] bool."""
         embeds, valid = self.embed_prefix(inputs)
         length = embeds.shape[1]
         mask = additive(valid, embeds.dtype)[:, None, None, :].expand(-1, -1, length, -1)
-        shared = SharedKV()
         self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(valid.long().cumsum(1) - 1).clamp_min(0),
             past_key_values=shared,
         )
-        return Prefix(shared, valid)
+        return valid
+
+    def _attach(self, capture: Capture, undo: ExitStack) -> None:
+        from .captured import attach
+
+        attach(self, capture, undo)
 
     def embed_suffix(
         self, state: Tensor, noisy: Tensor, time: Tensor
