@@ -227,6 +227,23 @@ def test_local_attention_under_another_name(method):
         vp.prune(gpt_neo(), method, tokens=6, layer=2, adapter=at("transformer.h"), **options)
 
 
+@pytest.mark.parametrize("method", ["random", "divprune"])
+def test_layers_that_carry_a_state(method):
+    config = T.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4)
+    with pytest.raises(NotImplementedError, match="layer 2 is of kind 'RwkvBlock', in which"):
+        vp.prune(T.RwkvForCausalLM(config), method, tokens=6, layer=2, adapter=at("rwkv.blocks"))
+
+
+def test_layers_whose_rows_are_the_batch():
+    config = T.XLNetConfig(vocab_size=97, d_model=32, n_layer=4, n_head=4, d_inner=48)
+    model = T.XLNetLMHeadModel(config).eval()
+    with (
+        vp.prune(model, "random", tokens=6, layer=2, adapter=at("transformer.layer")),
+        pytest.raises(NotImplementedError, match=r"XLNetLayer .* with \(36, 2, 32\) where"),
+    ):
+        model(input_ids=torch.arange(72).view(2, 36))
+
+
 def test_layers_that_are_no_attention():
     class Config:
         layer_types = ("full_attention", "full_attention", "conv", "full_attention")

@@ -133,6 +133,8 @@ class Cut:
         if prefill.mode == "full" and not self.weighted:
             return
         hidden = args[0] if args else self.signatures[layer].bind(args, kwargs)[0]
+        if hidden.shape[1] != prefill.length:
+            raise refusals.other_length(layer, hidden.shape, prefill.length)
         prefill.features = take(hidden, prefill.layout.visual, dim=1)
         if self.plan.needs_text:
             self._see_text(prefill, prefill.features, hidden)

@@ -288,6 +288,14 @@ def no_hidden_states(kind: str, first: str) -> NotImplementedError:
     )
 
 
+def other_length(layer: nn.Module, shape: Any, length: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(layer).__name__} is not called with hidden states [B, S, D] first, but with "
+        f"{tuple(shape)} where the decoder got {length} tokens; pruning takes rows out of them. "
+        "See docs/adding-a-model.md for what a decoder has to hand its layers."
+    )
+
+
 def several_outputs(layer: nn.Module, count: int) -> NotImplementedError:
     return NotImplementedError(
         f"{type(layer).__name__} returns {count} things, which a skipped layer cannot make up; use "
