@@ -390,7 +390,6 @@ def memory(count: int) -> Tensor:
 
 def _try(library: ctypes.CDLL) -> None:
     """Declare the functions of a library, and refuse one that gives wrong answers."""
-
     for name, (arguments, result) in _FUNCTIONS.items():
         try:
             function = getattr(library, name)
