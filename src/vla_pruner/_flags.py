@@ -46,6 +46,10 @@ class Flags:
                 raise ValueError(message)
 
 
+pretend_device = False
+"""Whether tensors on the CPU take the way of those on a GPU, for tests."""
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether values may be looked at: not while a graph is compiled or captured."""
     if torch.compiler.is_compiling():

@@ -27,6 +27,7 @@ def fake() -> Iterator[FakeTensorMode]:
     """Everything inside is fake, and a look at values would be a wait."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "waits", lambda tensor: True)
+        patch.setattr(flags, "pretend_device", True)
         # What was noted is read between steps, when one may wait.
         patch.setattr(flags.Flags, "raise_noted", lambda self: self._noted.clear())
         yield FakeTensorMode(allow_non_fake_inputs=True)

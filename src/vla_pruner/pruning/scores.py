@@ -104,7 +104,7 @@ def attention_column_mean(
     """
     _check(query, key, mask)
     options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
-    if torch.compiler.is_compiling() or flags.waits(query):
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or flags.pretend_device:
         picked = rows if isinstance(rows, Tensor) else None
         span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
         return _column_mean_node(query, key, columns, picked, *span, *options)
@@ -129,7 +129,24 @@ def _column_mean_node(
     *options: Any,
 ) -> Tensor:
     """`_column_mean` with rows as a tensor, or from `start` to `stop`."""
-    return _column_mean(query, key, columns, slice(start, stop) if rows is None else rows, *options)
+    voting = slice(start, stop) if rows is None else rows
+    wide = query.shape[3] > (0 if _triton is None else _triton.LARGEST_HEAD)
+    if wide or not query.is_cuda or query.dtype not in _IN_C or key.dtype != query.dtype:
+        return _column_mean(query, key, columns, voting, *options)
+    mask, row_weight, sinks, scale, causal, softcap, _ = options
+    chosen = voting if isinstance(voting, Tensor) else range(query.shape[2])[voting]
+    return _triton.column_mean(
+        query,
+        key,
+        columns,
+        chosen,
+        mask=mask,
+        row_weight=row_weight,
+        sinks=sinks,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+    )
 
 
 @_column_mean_node.register_fake
@@ -153,7 +170,7 @@ def _column_mean(
     softcap: float | None,
     chunk: int,
 ) -> Tensor:
-    """See `attention_column_mean`: in C, in Triton, or with PyTorch's operators."""
+    """See `attention_column_mean`: in C on the CPU, or with PyTorch's operators."""
     chosen: range | Tensor
     if isinstance(rows, Tensor):
         chosen, count = rows, rows.shape[-1]
@@ -175,19 +192,6 @@ def _column_mean(
         )
         if received is not None:
             return received
-        if query.is_cuda and _triton is not None and query.shape[3] <= _triton.LARGEST_HEAD:
-            return _triton.column_mean(
-                query,
-                key,
-                columns,
-                chosen,
-                mask=mask,
-                row_weight=row_weight,
-                sinks=sinks,
-                scale=scale,
-                causal=causal,
-                softcap=softcap,
-            )
     return _column_mean_by_operators(
         query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
     )

@@ -127,29 +127,36 @@ def combine_then_filter(
     if action is None or k == features.shape[-2]:
         return top_k(semantic, k, valid=valid)
     _check_first(first)
-    if flags.waits(features) or torch.compiler.is_compiling():
-        given = (semantic, action, features, valid)
-        batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
-        kept, broken = _combine_node(*batched, k, first == "nearest")
-        if flags.may_read(broken):
-            flags.refuse(broken[0], _NAN.format(name="scores"))
-            flags.refuse(broken[1], _NOT_FINITE)
-        return kept if features.ndim == 3 else kept[0]
-    return _combine(semantic, action, features, k, first, valid)
-
-
-def _combine(
-    semantic: Tensor, action: Tensor, features: Tensor, k: int, first: First, valid: Tensor | None
-) -> Tensor:
-    """`combine_then_filter` where neither k nor the action score leaves nothing to choose."""
+    if torch.compiler.is_compiling() or features.device.type != "cpu" or flags.pretend_device:
+        return _as_one_operator(features, semantic, action, k, first == "nearest", valid)
     if _in_c(semantic, valid, action, features):
         choose = partial(native.combine_then_filter, k=k, nearest=first == "nearest")
         return _by_row(choose, semantic, action=action, features=features, valid=valid)
+    return _combine_by_operators(semantic, action, features, k, first, valid)
+
+
+def _combine_by_operators(
+    semantic: Tensor, action: Tensor, features: Tensor, k: int, first: First, valid: Tensor | None
+) -> Tensor:
+    """`combine_then_filter` with PyTorch's operators: the reference."""
     best = top_k(semantic, k, valid=valid)
     pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
     chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
     return chosen.sort(dim=-1).values
+
+
+def _as_one_operator(
+    features: Tensor, semantic: Tensor, action: Tensor, k: int, nearest: bool, valid: Tensor | None
+) -> Tensor:
+    """`combine_then_filter` as one node of a graph, or a few launches on a GPU."""
+    given = (semantic, action, features, valid)
+    batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
+    kept, broken = _combine_node(*batched, k, nearest)
+    if flags.may_read(broken):
+        flags.refuse(broken[0], _NAN.format(name="scores"))
+        flags.refuse(broken[1], _NOT_FINITE)
+    return kept if features.ndim == 3 else kept[0]
 
 
 # One operator, so that a compiled graph holds one node: C on the CPU, Triton on a GPU.
@@ -162,14 +169,17 @@ def _combine(
 def _combine_node(
     semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
 ) -> tuple[Tensor, Tensor]:
-    """`_combine` of a batch: `[B, k]`, and whether scores or features are broken, bool `[2]`."""
+    """`combine_then_filter`: `[B, k]`, and whether scores or features are broken, bool `[2]`."""
     small = features.shape[1] <= (0 if _greedy is None else _greedy.LARGEST)
     if features.is_cuda and _greedy is not None and small:
         with torch.autocast("cuda", enabled=False):
             return _greedy.choose(semantic, action, features, valid, k, nearest)
-    kept = _combine(
-        semantic, action, features, k, "nearest" if nearest else "second-nearest", valid
-    )
+    first: First = "nearest" if nearest else "second-nearest"
+    if _in_c(semantic, valid, action, features):
+        choose = partial(native.combine_then_filter, k=k, nearest=nearest)
+        kept = _by_row(choose, semantic, action=action, features=features, valid=valid)
+    else:
+        kept = _combine_by_operators(semantic, action, features, k, first, valid)
     return kept, torch.zeros(2, dtype=torch.bool, device=kept.device)
 
 
