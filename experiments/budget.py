@@ -24,7 +24,7 @@ from search import DRAWS, Recordings
 
 import vla_pruner as vp
 
-BUCKETS = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5)
+BUCKETS = (0.0625, 0.125, 0.25, 0.5)
 FIXED = (0.125, 0.25)
 KNOWN = (
     "frame change",

@@ -26,7 +26,7 @@ import vla_pruner as vp
 from vla_pruner.kernels import native
 
 ROOT = Path(vp.__file__).parent
-MOST = {True: (95, 1240), False: (110, 1450)}
+MOST = {True: (84, 935), False: (104, 1245)}
 """Moves and lines, whether or not scores and search are compiled on this machine."""
 
 

@@ -22,6 +22,7 @@ class Ladder(Method):
 
     name: ClassVar[str] = "ladder"
     summary: ClassVar[str] = "several cuts, for tests"
+    sees_hidden: ClassVar[bool] = True
 
     at: tuple[int, ...] = (2, 4)
     left: tuple[int, ...] = (12, 5)

@@ -59,6 +59,7 @@ ROOMS = (
     "pruning",
     "baselines",
     "temporal",
+    "towers",
     "vla_cache",
     "scenes",
     "episodes",

@@ -16,7 +16,7 @@ class Flags:
     """What a step found broken, on the device until somebody asks."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[Tensor, str]] = []
+        self.noted: list[tuple[Tensor, str]] = []
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -29,7 +29,7 @@ class Flags:
 
     def note(self, broken: Tensor, message: str) -> None:
         """Remember a bool `[]` and what it means."""
-        self._noted.append((broken, message))
+        self.noted.append((broken, message))
 
     def raise_noted(self) -> None:
         """Wait for the device, once, and forget what was noted.
@@ -37,17 +37,13 @@ class Flags:
         Raises:
             ValueError: the first thing that is broken.
         """
-        noted, self._noted = self._noted, []
+        noted, self.noted = self.noted, []
         if not noted:
             return
         found = torch.stack([broken for broken, _ in noted]).tolist()
         for broken, (_, message) in zip(found, noted, strict=True):
             if broken:
                 raise ValueError(message)
-
-
-pretend_device = False
-"""Whether tensors on the CPU take the way of those on a GPU, for tests."""
 
 
 def may_read(tensor: Tensor) -> bool:

@@ -10,11 +10,5 @@ from torch import Tensor
 
 
 def on_device(values: Sequence[object], device: torch.device, dtype: type = np.int64) -> Tensor:
-    """These numbers (or rows of them) as a tensor; `torch.tensor(values, device=...)` would wait.
-
-    Args:
-        values: numbers, or sequences of them of one length.
-        device: where they are needed.
-        dtype: NumPy's.
-    """
+    """Numbers, or rows of them, as a tensor; `torch.tensor(values, device=...)` would wait."""
     return torch.from_numpy(np.array(values, dtype=dtype)).to(device, non_blocking=True)

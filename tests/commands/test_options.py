@@ -33,7 +33,7 @@ def test_what_several_commands_take_is_defined_once() -> None:
     for option in SHARED:
         assert len(users[option]) >= 2, option
         assert len(texts[option]) == 1, option
-    acting = {"eval", "sweep", "demo", "analyze", "calibrate", "serve", "tune"}
+    acting = {"eval", "sweep", "demo", "analyze", "calibrate", "serve", "tune", "realtime"}
     assert users["--unnorm-key"] == acting
     assert users["--device"] == acting | {"latency", "doctor", "watch", "bench"}
 

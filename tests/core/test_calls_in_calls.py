@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -243,6 +244,67 @@ def test_a_call_of_another_thread_holds_a_session_and_an_interrupted_one_does_no
     handle.remove()
     session.remove()
     assert not session.attached
+
+
+# ---------------------------------------------------------------------- a model that changes
+@pytest.mark.parametrize("method", ["fastv", "random"])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+def test_a_layer_that_is_replaced_under_a_session(make, embeds, method, number):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, method, tokens=6, layer=2, adapter=where) as session:
+        expected = model(inputs_embeds=embeds()).logits
+        old = layers[number]
+        layers[number] = copy.deepcopy(make().model.layers[number])
+        with pytest.raises(RuntimeError, match=rf"layer {number} did not run.*Attach .* last"):
+            model(inputs_embeds=embeds())
+        layers[number] = torch.nn.Sequential(old)
+        layers[number].forward = old.__call__
+        session.reset()
+        if method == "fastv":
+            same(model(inputs_embeds=embeds()).logits, expected)
+
+
+def test_layers_that_are_fewer_or_in_another_order(make, embeds):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=where):
+        model.model.layers = layers[:4]
+        with pytest.raises(RuntimeError, match="had 6 layers when the session began and has 4"):
+            model(inputs_embeds=embeds())
+        model.model.layers = torch.nn.ModuleList([layers[i] for i in (0, 1, 3, 2, 4, 5)])
+        with pytest.raises(RuntimeError, match="layer 2 did not run"):
+            model(inputs_embeds=embeds())
+
+
+def test_a_layer_that_runs_twice_in_one_pass(make, embeds):
+    model, where = make(), vp.models.Decoder(visual=slice(1, 21))
+    layers = model.model.layers
+    with vp.prune(model, "random", tokens=6, layer=2, adapter=where):
+        layers[3].register_forward_pre_hook(
+            lambda _, args, kwargs: ((layers[2](*args, **kwargs),), kwargs), with_kwargs=True
+        )
+        with pytest.raises(NotImplementedError, match="layer 2 of LlamaModel ran more than once"):
+            model(inputs_embeds=embeds(), use_cache=False)
+
+
+@pytest.mark.parametrize(("began", "then"), [("eager", "sdpa"), ("sdpa", "eager")])
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+def test_a_kernel_that_is_changed_under_a_session(make, embeds, method, began, then):
+    """Eager attention without a mask would look ahead; the other way round every mask is there."""
+    model, where = make(attention=began), vp.models.Decoder(visual=slice(1, 21))
+    options = {"window": 1} if method == "vla-pruner" else {}
+    with vp.prune(model, method, tokens=6, layer=2, adapter=where, **options) as session:
+        model(inputs_embeds=embeds())
+        model.set_attn_implementation(then)
+        if began == "eager":
+            with pytest.raises(RuntimeError, match=r"was 'eager' when .* and is 'sdpa'"):
+                model(inputs_embeds=embeds(1))
+            return
+        got = model(inputs_embeds=embeds(1)).logits[:, 21:]
+        gone = [1 + (~session.last.kept_mask[0]).nonzero()[:, 0]]
+    with hidden_behind(model.model, 2, gone):
+        same(got, model(inputs_embeds=embeds(1)).logits[:, 21:])
 
 
 # ---------------------------------------------------------------------- graphs and transforms

@@ -132,6 +132,21 @@ def test_masks_by_position_and_caches_by_another_name(make, layers, kind, cut):
     same(got, expected)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_layers_that_scale_by_positions(kind, mode):
+    """Queries of Ministral 3 grow with their positions, which the layers are told beside rotary."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    rope["original_max_position_embeddings"] = 8
+    config = T.Ministral3Config(**SIZES, num_key_value_heads=2, head_dim=8, rope_parameters=rope)
+    model = randomise(T.Ministral3ForCausalLM(config))
+    with vp.prune(model, "fastv", tokens=6, layer=2, adapter=at(), mode=mode) as session:
+        got = talk(model, cache_of(kind, model))
+        gone = [1 + (~row).nonzero()[:, 0] for row in session.last.kept_mask]
+    with hidden_behind(model.model, 2, gone):
+        same(got, talk(model, DynamicCache()))
+
+
 def test_a_mask_by_position_may_hold_padding():
     model, mask = randomise(gpt2()), torch.ones(2, 36, dtype=torch.long)
     mask[1, :3] = 0
@@ -210,6 +225,23 @@ def test_local_attention_under_another_name(method):
     options = {"positions": "keep"} if method == "divprune" else {}
     with pytest.raises(NotImplementedError, match="layer 3 is of kind 'local'"):
         vp.prune(gpt_neo(), method, tokens=6, layer=2, adapter=at("transformer.h"), **options)
+
+
+@pytest.mark.parametrize("method", ["random", "divprune"])
+def test_layers_that_carry_a_state(method):
+    config = T.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4)
+    with pytest.raises(NotImplementedError, match="layer 2 is of kind 'RwkvBlock', in which"):
+        vp.prune(T.RwkvForCausalLM(config), method, tokens=6, layer=2, adapter=at("rwkv.blocks"))
+
+
+def test_layers_whose_rows_are_the_batch():
+    config = T.XLNetConfig(vocab_size=97, d_model=32, n_layer=4, n_head=4, d_inner=48)
+    model = T.XLNetLMHeadModel(config).eval()
+    with (
+        vp.prune(model, "random", tokens=6, layer=2, adapter=at("transformer.layer")),
+        pytest.raises(NotImplementedError, match=r"XLNetLayer .* with \(36, 2, 32\) where"),
+    ):
+        model(input_ids=torch.arange(72).view(2, 36))
 
 
 def test_layers_that_are_no_attention():
@@ -327,8 +359,8 @@ def test_a_kernel_that_others_replace_is_looked_up_anew(monkeypatch):
 
 
 def test_an_unknown_tensor_of_the_attention_is_refused():
-    from vla_pruner.core.scores import Seen
+    from vla_pruner.core.scores import see
 
     attention, x = nn.Identity(), torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="`position_bias`"):
-        Seen.of(None, (attention, x, x, None, {"position_bias": x}), None)
+        see(None, (attention, x, x, None, {"position_bias": x}), None)

@@ -38,7 +38,7 @@ def as_on_a_device(request: Any, monkeypatch: Any) -> Iterator[None]:
     """Nothing is looked at before it has to be, as where tensors are on a GPU."""
     monkeypatch.setattr(flags, "waits", lambda tensor: True)
     if request.param == "by operators":
-        monkeypatch.setattr(native, "readable", lambda *tensors: False)
+        monkeypatch.setattr(native, "reading", lambda *tensors: None)
         monkeypatch.setattr(selection, "_search_on_cpu", _one_row)
     yield
 
@@ -83,13 +83,13 @@ def test_what_waits_is_seen() -> None:
 @pytest.mark.parametrize("asked", ["last", "the next step"])
 def test_broken_scores_are_refused_when_one_may_wait(asked: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(flags, "waits", lambda tensor: True)
-    monkeypatch.setattr(native, "readable", lambda *tensors: False)
+    monkeypatch.setattr(native, "reading", lambda *tensors: None)
     policy = tiny_policy()
-    whole = scores._column_mean
+    whole = scores._by_operators
     with vp.prune(policy, "fastv", keep=0.5) as session:
         step(policy)
         with monkeypatch.context() as patch:
-            patch.setattr(scores, "_column_mean", lambda *a: whole(*a) * float("nan"))
+            patch.setattr(scores, "_by_operators", lambda *a: whole(*a) * float("nan"))
             step(policy)
         with pytest.raises(ValueError, match="scores contain NaN"):
             _ = session.last if asked == "last" else step(policy)
@@ -99,7 +99,7 @@ def test_broken_scores_are_refused_when_one_may_wait(asked: str, monkeypatch: An
 
 @pytest.mark.parametrize("k", [3, 12])
 def test_flags_are_read_at_once_outside_of_a_step(k: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(native, "readable", lambda *tensors: False)
+    monkeypatch.setattr(native, "reading", lambda *tensors: None)
     broken = torch.full((2, 12), float("nan"))
     with pytest.raises(ValueError, match="scores contain NaN"):
         selection.top_k(broken, k)

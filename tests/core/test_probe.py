@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vla_pruner.core import scores, watching
+from vla_pruner.core import hooks, scores
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
@@ -20,7 +20,7 @@ def test_same_kernel_and_same_numbers(decoders, embeds, family, attention):
     with ExitStack() as undo:
         scores.watch(module, lambda _, query, key, mask, kwargs: seen.append((query, key)), undo)
         assert module.config is not shared and shared._attn_implementation == attention
-        assert watching.implementation(module) == attention
+        assert hooks.implementation(module) == attention
         probed = model(inputs_embeds=embeds()).logits
     assert torch.equal(before, probed)
     (query, key) = seen[0]
@@ -40,7 +40,7 @@ def test_other_layers_are_not_touched(decoders, embeds):
 
 def test_unnamed_attention():
     with pytest.raises(TypeError, match="cannot be watched"):
-        watching.implementation(nn.Linear(2, 2))
+        hooks.implementation(nn.Linear(2, 2))
 
 
 def test_flex_attention_is_refused(make):

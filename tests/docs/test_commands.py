@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from vla_pruner import cli
-from vla_pruner.commands import analyze, bench, calibrate, demo, doctor, serve, tune
+from vla_pruner.commands import analyze, bench, calibrate, demo, doctor, realtime, serve, tune
 from vla_pruner.commands.runs import latency, report, running, watch
 from vla_pruner.runs import execute
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES, open_suite, pick_place
@@ -95,6 +95,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     for name in ("experiments", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "clients" / "python" / "src"))
     monkeypatch.setattr(execute, "open_suite", stand_in)
     monkeypatch.setattr(demo, "open_suite", stand_in)
     monkeypatch.setattr(analyze, "open_suite", stand_in)
@@ -113,6 +114,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     monkeypatch.setattr(tune, "open_source", reach)
     monkeypatch.setattr(report.identical, "compare_runs", reach)
     monkeypatch.setattr(serve, "opened", reach)
+    monkeypatch.setattr(realtime, "_trials", reach)
 
     def run(command: str) -> str:
         words = shlex.split(command.partition("vla-pruner ")[2])

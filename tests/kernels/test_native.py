@@ -287,8 +287,8 @@ def test_any_compiler_may_fail(state, tmp_path):
         copy = f'while [ $# -gt 0 ]; do [ "$1" = -o ] && cp {library} "$2"; shift; done'
         return script(name, copy)
 
-    words = ("memory_words", "choice_words", "column_mean_words")
-    others = ("reads_bf16", "top_k", "combine_then_filter", "column_mean")
+    words = ("memory_words", "choice_words", "column_mean_words", "determinant_words")
+    others = ("reads_bf16", "top_k", "combine_then_filter", "column_mean", "determinant_search")
     head = "".join(f"long {name}(void) {{ return 99; }}\n" for name in words)
     head += "".join(f"int {name}(void) {{ return 0; }}\n" for name in others)
     for cc, reason in {

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vla_pruner.kernels import native
-from vla_pruner.pruning.scores import _column_mean_by_operators, attention_column_mean
+from vla_pruner.kernels.native import Attention
+from vla_pruner.pruning.scores import _by_operators, attention_column_mean
 from vla_pruner.pruning.selection import combine_then_filter, max_min_filter, top_k
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +22,9 @@ def operators(query: Tensor, key: Tensor, columns: Tensor, rows: object, **given
     """The reference in fp32, so that bf16 products are not rounded."""
     options = {"mask": None, "row_weight": None, "sinks": None, "causal": False, "softcap": None}
     options |= {"scale": 0.2, "chunk": 1 << 19, **given}
-    return _column_mean_by_operators(query.float(), key.float(), columns, rows, **options)
+    weight, chunk = options.pop("row_weight"), options.pop("chunk")
+    seen = Attention(query.float(), key.float(), **options)
+    return _by_operators(seen, columns, rows, weight, chunk)
 
 
 @settings(max_examples=60, deadline=None)

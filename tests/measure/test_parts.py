@@ -25,8 +25,8 @@ OBSERVATION = {
     "proprio": [0.0] * 8,
 }
 SCORES = {
-    "fastv": "attention_column_mean",
-    "vla-pruner": "attention_column_mean",
+    "fastv": "column_mean",
+    "vla-pruner": "column_mean",
     "vla-adp": "logit_column_mean",
     "divprune": None,
     "random": None,
@@ -69,7 +69,7 @@ def test_functions_that_score_are_found_by_running_a_step(name: str) -> None:
 
 def test_everything_is_put_back() -> None:
     policy = tiny_policy()
-    before = scores.attention_rows, received.attention_column_max, vars(OneCut)["select"]
+    before = scores.attention_rows, received.column_max, vars(OneCut)["select"]
     with vp.prune(policy, "fastv", keep=0.5, layer=2) as session:
         clock = Parts(session.method, CPU)
         clock.discover(lambda: policy.predict_action(**OBSERVATION))
@@ -79,7 +79,7 @@ def test_everything_is_put_back() -> None:
             assert set(take()) == {SCORING, SELECTION}
             assert take() == {}
             raise KeyboardInterrupt
-    after = scores.attention_rows, received.attention_column_max, vars(OneCut)["select"]
+    after = scores.attention_rows, received.column_max, vars(OneCut)["select"]
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 

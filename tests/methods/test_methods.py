@@ -216,7 +216,7 @@ def test_selection_compiles_into_one_graph(name):
         ({"forecast": None}, "needs the forecast score"),
         ({"semantic": torch.rand(2, 19)}, r"semantic must be \[B, M\] = \(2, 20\)"),
         ({"valid": torch.ones(20).bool()}, r"valid must be \[B, M\]"),
-        ({"views": (12, 9)}, "sum to 21, but the input has 20"),
+        ({"views": (12, 9)}, "sum to 21 = M visual tokens; got"),
         ({"features": torch.rand(20, 6)}, r"features must be \[B, M, D\]"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vla_pruner as vp
 from vla_pruner.baselines.merging import merge_into
-from vla_pruner.core import cut
+from vla_pruner.core import scores
 from vla_pruner.methods import Choice, Evidence, build
 from vla_pruner.methods.team_vla import closest
 from vla_pruner.pruning.hashed_uniform import hashed_uniform
@@ -196,14 +196,14 @@ def test_the_tokens_like_words_or_actions_stay():
 
 def test_guides_are_the_hidden_states_of_words_and_action_slots(monkeypatch):
     policy = make_oft()
-    seen, original = [], cut.guides
+    seen, original = [], scores.guides
 
     def noting(prefill, left, hidden):
         found = original(prefill, left, hidden)
         seen.append((prefill, hidden, found["guides"], found["guides_valid"]))
         return found
 
-    monkeypatch.setattr(cut, "guides", noting)
+    monkeypatch.setattr(scores, "guides", noting)
     with vp.prune(policy, "team-vla", keep=0.2, tau=9.0, chance=0.0) as session:
         policy.predict_action(**observation(0, 2))
     assert [stage.layer for stage in session.last.stages] == [0, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -15,6 +16,7 @@ from scripted import DIM, HORIZON, WARM_UP, Scripted, seen
 from vla_pruner.serving.engine import Busy, Engine, Failed, Hung, Refused, Reply
 from vla_pruner.serving.ladder import Ladder, Rung
 from vla_pruner.serving.limits import Limits
+from vla_pruner.serving.options import engine_from, engine_options
 from vla_pruner.serving.scheduler import kind, next_pass
 
 
@@ -454,3 +456,13 @@ def test_a_start_that_fails_is_not_ready_and_says_so_again() -> None:
         assert not engine.ready
 
     run(talk)
+
+
+@pytest.mark.parametrize(
+    "words", ["--watchdog-s nan", "--deadline-ms inf", "--idle-s -1", "--ray-gpus nan"]
+)
+def test_numbers_that_mean_nothing_are_refused_before_a_policy_is_made(words: str) -> None:
+    parser = argparse.ArgumentParser()
+    engine_options(parser)
+    with pytest.raises(ValueError, match=words.split()[0]):
+        engine_from(parser.parse_args(words.split()), broken)

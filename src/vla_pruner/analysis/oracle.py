@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.calibration.calls import Call, Observation, caller
-from vla_pruner.core.cleanup import Attached
+from vla_pruner.core.hooks import Attached
 from vla_pruner.core.layout import Layout
 from vla_pruner.core.session import Session, StepReport
 from vla_pruner.methods.fixed import Fixed

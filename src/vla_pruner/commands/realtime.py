@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from vla_pruner.realtime.arm import Pace
 
-    if args.max_age_s <= 0 or (args.deadline_ms is not None and args.deadline_ms < 1):
+    if not args.max_age_s > 0 or not (args.deadline_ms is None or args.deadline_ms >= 1):
         raise ValueError("--max-age-s is above 0, and --deadline-ms is 1 or more")
     conditions = [Condition.parse(word) for word in words_of("--conditions", args.conditions)]
     if args.url is not None and len(conditions) > 1:

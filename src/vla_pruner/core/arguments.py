@@ -8,9 +8,9 @@ in `hiding.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from vla_pruner.core import refusals
 from vla_pruner.core.tokens import Prefill, TokenSet
+
+if TYPE_CHECKING:
+    from vla_pruner.core.cut import Cut
 
 ROTARY = "position_embeddings"
 _PER_TOKEN = ("attention_mask", "position_ids", "cache_position")
@@ -46,23 +49,21 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A layer's call: hidden states, everything else by name, and what the decoder implies.
+    """A call of the first layer behind a cut.
 
     Args:
-        kwargs: the layer's arguments by name, without the hidden states.
+        cut: the hooks on the decoder.
+        number: cuts that have happened.
+        layer: that is called.
         hidden: `[B, Q, D]`.
-        kind: name of the layer's class.
-        implied: makes the mask `[1, 1, Q, N]` that stands for None, if it is called.
-        static: whether the cache is a static one.
-        rotary: the decoder's rotary embedding where tokens are renumbered; None: they are not.
+        kwargs: the layer's other arguments by name.
     """
 
-    kwargs: Mapping[str, Any]
+    cut: Cut
+    number: int
+    layer: nn.Module
     hidden: Tensor
-    kind: str
-    implied: Callable[[], Tensor]
-    static: bool
-    rotary: Any
+    kwargs: Mapping[str, Any]
 
 
 class Drop:
@@ -78,26 +79,29 @@ class Drop:
             past = held(prefill, number, visual)
             left.offset = past.shape[1]
             left.retained = torch.cat([past, rows + prefill.past], dim=1)
+        assert left.tokens is not None
+        nowhere = torch.full_like(prefill.layout.visual, -1).expand(visual.shape[0], -1)
+        left.places = nowhere.scatter(1, left.tokens, left.columns + left.offset)
         stay = rows if earlier is None else torch.searchsorted(earlier, rows)
         return take(hidden, stay, dim=1)
 
     def in_prefill(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
         kwargs, rows = call.kwargs, left.rows
         assert rows is not None
-        refuse_unknown(kwargs, prefill.length, call.kind)
+        refuse_unknown(kwargs, prefill.length, type(call.layer).__name__)
         short: dict[str, Any] = {}
         tables = [n for n, table in kwargs.items() if n.startswith(ROTARY) and table is not None]
-        if call.rotary is not None:
+        if call.cut.rotary is not None:
             short[ROTARY] = tuple(table[:, : rows.shape[1]] for table in one_table(call))
-        for name in tables if call.rotary is None else ():
+        for name in tables if call.cut.rotary is None else ():
             short[name] = take_rotary(kwargs[name], rows)
         if (ids := kwargs.get("position_ids")) is not None:
-            # With rotary tables at hand the ids only mislead: gaps look like packed sequences.
-            short["position_ids"] = None if tables else take(ids, rows, dim=-1)
+            places = rows if call.cut.rotary is None else prefill_rows(rows)
+            short["position_ids"] = left_ids(call, ids, places, tables=bool(tables))
         if (slots := kwargs.get("cache_position")) is not None:
             short["cache_position"] = slots[: rows.shape[1]] - (prefill.past - left.offset)
         if (mask := kwargs.get("attention_mask")) is not None:
-            short["attention_mask"] = _short_mask(mask, prefill, left, call.static)
+            short["attention_mask"] = _short_mask(mask, prefill, left, call.cut.static_cache)
         return short
 
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
@@ -106,10 +110,12 @@ class Drop:
         found: dict[str, Any] = {}
         removed = prefill.total - retained.shape[1]
         if mask is not None:
-            found["attention_mask"] = _short_columns(mask, retained, prefill.total, call.static)
+            found["attention_mask"] = _short_columns(
+                mask, retained, prefill.total, call.cut.static_cache
+            )
         if call.kwargs.get("cache_position") is not None:
             found["cache_position"] = call.kwargs["cache_position"] - removed
-        return found if call.rotary is None else found | renumbered(call, removed)
+        return found if call.cut.rotary is None else found | renumbered(call, removed)
 
 
 def held(prefill: Prefill, number: int, like: Tensor) -> Tensor:
@@ -135,11 +141,7 @@ class Signature:
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states `[B, n, D]`, and the other arguments by name.
-
-        Raises:
-            NotImplementedError: arguments without a name, or a first one that is no hidden states.
-        """
+        """Hidden states `[B, n, D]` and the rest by name. Errors: NotImplementedError, no names."""
         if len(args) > max(len(self.names), 1):
             raise refusals.unnamed_arguments(self.kind, len(args), len(self.names))
         named = {**kwargs, **dict(zip(self.names[1:], args[1:], strict=False))}
@@ -168,24 +170,15 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
 
 
 def refuse_unknown(kwargs: Mapping[str, Any], length: int, kind: str) -> None:
-    """Refuse arguments of layers that have one entry per token, and that nobody shortens.
-
-    Raises:
-        NotImplementedError: names the argument.
-    """
+    """Refuse arguments that have one entry per token, and that nobody shortens."""
     for name, value in kwargs.items():
-        if name in _PER_TOKEN and isinstance(value, Tensor):
-            continue
-        for one in _leaves(value):
-            if isinstance(one, Tensor):
-                table = name.startswith(ROTARY) and one.ndim in (3, 4)
-                shape: Any = tuple(one.shape)
-                unknown = length > 1 and length in shape[-3:] and not table
-            else:
-                shape = "(a block mask of flex_attention)"
-                unknown = type(one).__name__ == "BlockMask"
-            if unknown:
+        for one in [] if name in _PER_TOKEN and isinstance(value, Tensor) else _leaves(value):
+            shape: Any = tuple(one.shape) if isinstance(one, Tensor) else ()
+            table = name.startswith(ROTARY) and len(shape) in (3, 4)
+            if length > 1 and length in shape[-3:] and not table:
                 raise refusals.unknown_argument(kind, name, shape)
+            if type(one).__name__ == "BlockMask":
+                raise refusals.unknown_argument(kind, name, "(a block mask of flex_attention)")
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -220,6 +213,16 @@ def take_rotary(table: Any, rows: Tensor) -> Any:
     return take(table, rows, dim=-2, batch_dim=table.ndim - 3)
 
 
+def prefill_rows(rows: Tensor) -> Tensor:
+    """The first rows, as many: whose positions renumbered tokens take."""
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+
+
+def left_ids(call: Call, ids: Tensor, places: Tensor, *, tables: bool) -> Tensor | None:
+    """Positions of what is left; None where tables tell and gaps look like packed sequences."""
+    return None if tables and (call.cut.flash or ids.ndim != 2) else take(ids, places, dim=-1)
+
+
 def one_table(call: Call) -> tuple[Tensor, ...]:
     tables = call.kwargs.get(ROTARY)
     if not isinstance(tables, tuple | list) or any(table.ndim != 3 for table in tables):
@@ -233,7 +236,7 @@ def renumbered(call: Call, removed: Tensor | int) -> dict[str, Any]:
     if ids is None:
         raise refusals.no_position_ids()
     ids = ids - removed
-    return {"position_ids": ids, ROTARY: call.rotary(call.hidden, ids)}
+    return {"position_ids": ids, ROTARY: call.cut.rotary(call.hidden, ids)}
 
 
 def _short_mask(mask: Tensor, prefill: Prefill, left: TokenSet, static: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls of a pruned model: one thread at a time, which of them are one step, and `generate`."""
+"""Which step a call belongs to, and which step a cache: one thread at a time, marks on caches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import inspect
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla_pruner.core import refusals
-from vla_pruner.core.cleanup import after, before, replace
 from vla_pruner.core.episodes import Step
+from vla_pruner.core.hooks import after, before, replace
+from vla_pruner.core.tokens import Prefill
 
+if TYPE_CHECKING:
+    from vla_pruner.core.cut import Cut
+    from vla_pruner.core.passes import Pass
+
+_MARK = "_vla_pruner_mark"
 _CALL = nn.Module._call_impl.__code__
 _GUESSING = (
     "assistant_model",
@@ -57,10 +65,9 @@ class Calls:
 
     @torch.compiler.disable
     def begins(self, what: Any, *_: Any) -> None:
-        """A call of `what` begins: of the model, of a stack of layers, or a step of several calls.
+        """A call begins, of the model, of a stack of layers, or a step of several calls.
 
-        Raises:
-            RuntimeError: another thread is inside.
+        Errors: RuntimeError, another thread is inside.
         """
         me = threading.current_thread()
         with self._lock:
@@ -187,3 +194,151 @@ def by_name(
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(parameter.name, {})
     return bound
+
+
+# -- caches --------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Mark:
+    """What a session knows of a cache; copies of the cache share it."""
+
+    caches: weakref.ref[Caches]
+    step: Step | None
+    """None: it holds no image that this session has seen."""
+    order: Order | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        return self
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())
+
+
+def _nothing() -> None:
+    return None
+
+
+class Order:
+    """Tells whether the rows of a cache, which are different episodes, stand as they stood.
+
+    A cache that something else has written to is compared with what the prefill left in its last
+    slot; one that only passes have written to is known by its tensor, without looking at values.
+    """
+
+    def __init__(self, keys: Tensor, slot: int) -> None:
+        self.slot = slot
+        self.rows = keys[:, :, slot].detach().clone()
+        self.written(keys)
+
+    def written(self, keys: Tensor) -> None:
+        """A pass has written these keys."""
+        self.latest, self.version = weakref.ref(keys), _version(keys)
+
+    def is_kept(self, keys: Tensor) -> bool:
+        """Whether these keys `[B, H, N, D]` have the rows in the same order."""
+        if self.latest() is keys and self.version == _version(keys):
+            return True
+        if keys.shape[:2] != self.rows.shape[:2] or keys.shape[2] <= self.slot:
+            return True  # Other checks say what is wrong.
+        rows, now = self.rows.float(), keys[:, :, self.slot].to(self.rows.device).float()
+        # Rows that are beams of one episode are alike but for rounding.
+        nearly = 8 * torch.finfo(self.rows.dtype).eps * rows.abs().max()
+        return bool((rows - now).abs().max() <= nearly)
+
+
+def _version(keys: Tensor) -> int | None:
+    return None if keys.is_inference() else keys._version
+
+
+class Caches:
+    """Marks the caches of one decoder."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut, self.plan = cut, cut.plan
+
+    def mark(self, cache: Any, step: Step | None) -> None:
+        """This cache belongs to a step; None: it holds no image."""
+        if cache is not None and hasattr(cache, "__dict__"):
+            setattr(cache, _MARK, Mark(weakref.ref(self), step))
+
+    def of(self, cache: Any) -> Mark | None:
+        """The mark of a cache."""
+        mark = getattr(cache, _MARK, None)
+        return mark if isinstance(mark, Mark) else None
+
+    def continued(self, now: Pass, shared: Step | None) -> Step | None:
+        """The step whose prefill filled the cache of a pass; None: it was left alone.
+
+        `shared` is the step in progress, if all of a call is one.
+
+        Raises:
+            RuntimeError: a pruned cache of which this session knows nothing.
+        """
+        cache, past = now.cache, now.past
+        mark = self.of(cache)
+        if mark is None and shared is not None and self.fits(cache, shared, past):
+            return shared  # Copied by the policy, within one call.
+        if mark is None or mark.step is None:
+            if not isinstance(cache, tuple) and self.plan.cuts and not self._even(cache):
+                raise refusals.uneven_cache()
+            return None
+        if mark.caches() is not self:
+            if mark.step.prefill.mode == "full":
+                return None
+            raise refusals.other_session()
+        if not self.fits(cache, mark.step, past):
+            raise refusals.changed_cache(past)
+        keys = _last_keys(cache, past)
+        if mark.order is not None and keys is not None and not mark.order.is_kept(keys):
+            raise refusals.other_order()
+        return mark.step
+
+    def written(self, cache: Any, step: Step, past: int, *, in_prefill: bool) -> None:
+        """A pass of a batch of different episodes has written to this cache, which held `past`."""
+        mark, keys = self.of(cache), _last_keys(cache, past)
+        if mark is None or keys is None:
+            return
+        slot = _held(step.prefill) - 1
+        if in_prefill and slot < keys.shape[2]:
+            mark.order = Order(keys, slot)
+        elif mark.order is not None:
+            mark.order.written(keys)
+
+    def fits(self, cache: Any, step: Step, past: int) -> bool:
+        """Whether every layer holds what the step's prefill left there, and what came later."""
+        prefill = step.prefill
+        if past < prefill.total:
+            return False
+        if self.cut.static_cache or not hasattr(cache, "layers"):
+            return True
+        for number, layer in enumerate(self.plan.first):
+            if layer and past - int(cache.get_seq_length(layer)) != prefill.total - _held(
+                prefill, number
+            ):
+                return False
+        return True
+
+    def _even(self, cache: Any) -> bool:
+        if self.cut.static_cache or not hasattr(cache, "layers"):
+            return True
+        layers = [layer for layer in self.plan.first if layer]
+        first = int(cache.get_seq_length())
+        return all(int(cache.get_seq_length(layer)) in (0, first) for layer in layers)
+
+
+def _held(prefill: Prefill, number: int = -1) -> int:
+    """Tokens that layers after `number` cuts hold after a prefill; -1: after all cuts."""
+    retained = prefill.sets[number].retained if prefill.mode == "drop" else None
+    return prefill.total if retained is None else retained.shape[1]
+
+
+def _last_keys(cache: Any, past: int) -> Tensor | None:
+    """`[B, H, N, D]` keys of the last layer, if they stand where they were written."""
+    layers = getattr(cache, "layers", None)
+    layer = layers[-1] if layers else None
+    keys = getattr(layer, "keys", None)
+    if not isinstance(keys, Tensor) or keys.ndim != 4:
+        return None
+    moves = getattr(layer, "is_sliding", False) and past >= getattr(layer, "sliding_window", 0) - 1
+    return None if moves else keys

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vla_pruner import _flags
 from vla_pruner._flags import Flags
-from vla_pruner.core import dead_slots, refusals, scores
+from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
-from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.episodes import Step
-from vla_pruner.core.guides import guides
-from vla_pruner.core.hiding import Hide, implied_mask
+from vla_pruner.core.hooks import after, before, skip_layers
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.plan import make_plan
-from vla_pruner.core.projected import project
 from vla_pruner.core.read_tokens import choose_beside
-from vla_pruner.core.skipping import skip_layers
 from vla_pruner.core.tokens import Mode, Prefill
 from vla_pruner.methods.base import Choice, Evidence, Method
 
-STRATEGIES: dict[Mode, Strategy] = {"drop": Drop(), "hide": Hide()}
+STRATEGIES: dict[Mode, Strategy] = {"drop": Drop(), "hide": hiding.Hide()}
 
 
 class Cut:
@@ -48,17 +46,19 @@ class Cut:
         self.prefill: Prefill | None = None
         self.static_cache = False
         self.eager = False
+        self.kernel: str | None = None  # That the decoder made its masks for, at the start.
         self.flags = Flags()
         self.tuples = False  # Whether layers return tuples.
         self.weighted = any(r.spec.rows == "weighted" for r in self.plan.readings)
         compact = method.positions == "compact"
-        self.rotary = adapter.decoder.rotary_emb if compact and self.plan.cuts else None
+        self.rotary: Any = adapter.decoder.rotary_emb if compact and self.plan.cuts else None
 
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
         plan = self.plan
         kernel = getattr(getattr(self.attention(0), "config", None), "_attn_implementation", None)
-        self.eager = kernel == "eager"
+        self.eager, self.kernel = kernel == "eager", _kernel_of(self.adapter.decoder)
+        self.flash = "flash" in (self.kernel or "")
         if kernel == "flex_attention" and plan.cuts:
             raise refusals.flex_attention()
         scores.watch_layers(self, undo)
@@ -73,16 +73,23 @@ class Cut:
         for index, layer in enumerate(self.layers):
             number, cuts_here = plan.number[index], index in plan.cuts
             if index in projected and cuts_here:
-                before(layer, partial(project, self, index, number - 1), undo)
+                before(layer, partial(scores.project, self, index, number - 1), undo)
             hook = partial(self.at_cut if cuts_here else self._behind_cut, number)
             if cuts_here and index == 0 and not self.readers:
-                hook = partial(dead_slots.before_layer_0, self)
-                after(layer, partial(dead_slots.fill_up, self), undo)
+                hook = partial(hiding.before_layer_0, self)
+                after(layer, partial(hiding.fill_up, self), undo)
             for one in [layer, *followers[index : index + 1]] if number else []:
                 before(one, hook, undo)
             if index in projected:
-                before(layer, partial(project, self, index, number), undo)
+                before(layer, partial(scores.project, self, index, number), undo)
         after(self.layers[-1], self._restore_length, undo)
+
+    def refuse_changes(self) -> None:
+        """Refuse layers, or a kernel of the masks, that are others than at the start."""
+        if (layers := list(self.adapter.layers)) != self.layers:
+            refusals.refuse_replaced(self.layers, layers)
+        if (kernel := _kernel_of(self.adapter.decoder)) not in (self.kernel, "eager"):
+            raise refusals.other_kernel(self.kernel, kernel)
 
     def attention(self, index: int) -> nn.Module:
         """Attention of a decoder layer."""
@@ -126,13 +133,20 @@ class Cut:
         if prefill.mode == "full" and not self.weighted:
             return
         hidden = args[0] if args else self.signatures[layer].bind(args, kwargs)[0]
+        if hidden.shape[1] != prefill.length:
+            raise refusals.other_length(layer, hidden.shape, prefill.length)
         prefill.features = take(hidden, prefill.layout.visual, dim=1)
-        if prefill.index.text_rows is not None and self.plan.needs_text:
+        if self.plan.needs_text:
+            self._see_text(prefill, prefill.features, hidden)
+
+    def _see_text(self, prefill: Prefill, features: Tensor, hidden: Tensor) -> None:
+        """The instruction among `hidden` `[B, S, D]`, and how much its words count."""
+        if prefill.index.text_rows is not None:
             prefill.text = take(hidden, prefill.index.text_rows, dim=1)
         if self.weighted:
             assert prefill.text is not None and prefill.index.text_valid is not None
             valid = prefill.index.text_valid.expand(hidden.shape[0], -1)
-            prefill.query_weights = self.method.query_weights(prefill.features, prefill.text, valid)
+            prefill.query_weights = self.method.query_weights(features, prefill.text, valid)
 
     def _behind_cut(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -159,9 +173,7 @@ class Cut:
         if in_prefill:
             hidden = self._cut(number, prefill, hidden)
         make = strategy.in_prefill if in_prefill else strategy.later
-        implied = partial(implied_mask, self, number, hidden, kwargs)
-        kind = type(layer).__name__
-        call = Call(kwargs, hidden, kind, implied, self.static_cache, self.rotary)
+        call = Call(self, number, layer, hidden, kwargs)
         left.arguments = make(call, prefill, left)
         return (hidden,), {**kwargs, **left.arguments}
 
@@ -179,6 +191,8 @@ class Cut:
     def _cut(self, number: int, prefill: Prefill, hidden: Tensor) -> Tensor:
         """Cut for the `number`-th time, counting from 1: hidden states `[B, n, D]` that go on."""
         earlier, left, batch = prefill.sets[number - 1], prefill.sets[number], hidden.shape[0]
+        if left.tokens is not None:
+            raise refusals.ran_twice(self.plan.cuts[number - 1], self.adapter.decoder)
         assert earlier.tokens is not None
         tokens = earlier.tokens.expand(batch, -1)
         choice = self._choice(number - 1, prefill, tokens, hidden)
@@ -206,64 +220,55 @@ class Cut:
 
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
-        chosen = self._select(evidence)
+        features, method, number = evidence.features, self.method, evidence.number
+        if torch.compiler.is_compiling() or not _flags.waits(features):
+            chosen = method.select(evidence)
+        else:
+            with self.flags.collect():  # What is broken is noted: looking at it would mean waiting.
+                chosen = method.select(evidence)
         choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
-        kept, merge, (batch, size) = choice.kept, choice.merge, evidence.features.shape[:2]
-        name, number, count = self.method.name, evidence.number, evidence.keep_count
-        expected = (batch, *(kept.shape[-1:] if self.method.adaptive else (count,)))
-        if kept.shape != expected:
-            raise refusals.wrong_choice(name, kept.shape, number, expected)
+        kept, merge = choice.kept.shape, choice.merge
+        expected = len(features), *(kept[-1:] if method.adaptive else (evidence.keep_count,))
+        if kept != expected:
+            raise refusals.wrong_choice(method.name, kept, number, expected)
         if self.of_others:
-            refusals.refuse_unordered(name, kept, number, size)
-        if merge is not None and merge.shape != (*kept.shape, size):
-            raise refusals.wrong_merge(name, merge.shape, number, (*kept.shape, size))
+            refusals.refuse_unordered(method.name, choice.kept, number, features.shape[1])
+        if merge is not None and merge.shape != (*kept, features.shape[1]):
+            raise refusals.wrong_merge(method.name, merge.shape, number, (*kept, features.shape[1]))
         return choice
 
-    def _select(self, evidence: Evidence) -> Tensor | Choice:
-        """What the method says; what is broken is noted where looking at it would mean waiting."""
-        if torch.compiler.is_compiling():
-            return self.method.select(evidence)
-        with self.flags.collect():
-            return self.method.select(evidence)
-
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
-        left, text_valid = prefill.sets[number], prefill.index.text_valid
+        """What the method may look at when it decides about `tokens` `[B, m]`."""
+        left, index, found = prefill.sets[number], prefill.index, {}
+        for name, reading in self.plan.asked[number].items():
+            if reading not in prefill.scores:
+                layer = self.plan.readings[reading].spec.layer
+                raise refusals.unseen(layer, self.attention(layer))
+            found[name] = prefill.scores[reading]
         assert prefill.features is not None and left.columns is not None
-
-        def of_left(whole: Tensor | None) -> Tensor | None:
-            return whole if number == 0 or whole is None else take(whole, tokens, dim=1)
-
-        features = of_left(prefill.features)
-        assert features is not None
-        asked = self.plan.asked[number].items()
-        found = {name: self._score(number, reading, prefill, tokens) for name, reading in asked}
-        return Evidence(
-            features=features,
+        batch, valid = len(tokens), index.text_valid
+        evidence = Evidence(
+            features=prefill.features,
             semantic=found.get("semantic"),
-            forecast=of_left(prefill.forecast),
+            forecast=prefill.forecast,
             views=left.views,
             layer=self.plan.cuts[number],
-            valid=of_left(prefill.layout.visual_valid),
+            valid=prefill.layout.visual_valid,
             seeds=prefill.seeds,
             scores=found,
-            hidden=take(hidden, left.columns.expand(hidden.shape[0], -1), dim=1),
-            tokens=tokens,
+            tokens=index.tokens.expand(batch, -1),
             text=prefill.text,
-            text_valid=None if text_valid is None else text_valid.expand(tokens.shape[0], -1),
+            text_valid=None if valid is None else valid.expand(batch, -1),
             number=number,
             keep_count=min(prefill.counts[number], tokens.shape[1]),
-            **(guides(prefill, left, hidden) if self.plan.needs_text else {}),
+            **(scores.guides(prefill, left, hidden) if self.plan.needs_text else {}),
         )
-
-    def _score(self, number: int, reading: int, prefill: Prefill, tokens: Tensor) -> Tensor:
-        """A score of the `tokens` that are left at cut `number`: `[B, m]`."""
-        score, at = prefill.scores.get(reading), self.plan.readings[reading].cuts
-        if score is None:
-            layer = self.plan.readings[reading].spec.layer
-            raise refusals.unseen(layer, self.attention(layer))
-        if at == number:
-            return score
-        return scores.spread(prefill, prefill.sets[at], score).gather(1, tokens)
+        if number:
+            evidence = evidence.of(partial(take, index=tokens, dim=1), left.views)
+        if self.method.sees_hidden:
+            columns = left.columns.expand(batch, -1)
+            evidence = replace(evidence, hidden=take(hidden, columns, dim=1))
+        return evidence
 
     def _merged(self, number: int, prefill: Prefill, hidden: Tensor, gone_on: Tensor) -> Tensor:
         """What goes on, with the hidden states `[B, k, D]` that a choice makes of all."""
@@ -278,7 +283,5 @@ class Cut:
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
 
 
-def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:
-    """Choices that keep every token at every cut, for caches that were shortened before."""
-    everything = prefill.index.tokens.expand(batch, -1)
-    return (Choice(everything),) * (len(prefill.sets) - 1)
+def _kernel_of(decoder: nn.Module) -> str | None:
+    return getattr(getattr(decoder, "config", None), "_attn_implementation", None)

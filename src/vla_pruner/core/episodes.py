@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from vla_pruner.core.layout import Layout
 from vla_pruner.core.plan import Plan
 from vla_pruner.core.tokens import Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method, StepContext
+from vla_pruner.pruning.history import HistorySpec
 
 MOST_EPISODES = 1024
 """Episodes that are remembered at once; the one that acted longest ago is forgotten first."""
 
 _MOST_MOTION = 256
+_NOTHING = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(eq=False)
@@ -67,25 +69,23 @@ class Step:
 
     def action(self) -> Tensor | None:
         """Action score [B, M] of the passes so far (Eq. 3-4); None if no action row ran."""
-        if self.total is None:
-            return None
-        return self.total / (self.rows * self.action_layers)
+        return None if self.total is None else self.total / (self.rows * self.action_layers)
 
     def kept(self, row: int, cuts: int) -> Tensor | None:
-        """[M] bool, tokens of a row left after `cuts` cuts; None: it never came so far."""
+        """[1, M] bool, tokens of a row left after `cuts` cuts; None: it never came so far."""
         prefill = self.prefill
-        everything = torch.ones_like(prefill.layout.visual[0], dtype=torch.bool)
+        everything = torch.ones_like(prefill.layout.visual[:1], dtype=torch.bool)
         if cuts == 0 or prefill.mode == "full" or self.full[row]:
             return everything
         tokens = prefill.sets[cuts].tokens
-        return None if tokens is None else ~everything.scatter(0, tokens[row], False)
+        return None if tokens is None else ~everything.scatter(1, tokens[row : row + 1], False)
 
 
 @dataclass(eq=False)
 class Episode:
     """What is remembered of one episode."""
 
-    memory: Tensor | None = None
+    memory: Tensor = _NOTHING
     """[slots, M] action scores, newest first."""
     observations: int = 0
     steps: int = 0
@@ -96,6 +96,10 @@ class Episode:
     """The step in progress, whose action score is not complete yet."""
     motion: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_MOTION))
     """What the caller reported."""
+
+    def context(self) -> StepContext:
+        """What a method is told of the next step."""
+        return StepContext(step=self.steps, since_full=self.since_full, motion=tuple(self.motion))
 
 
 class Episodes:
@@ -124,25 +128,23 @@ class Episodes:
             self._episode(name).motion.append(float(value))
 
     def start(self, ids: tuple[Hashable, ...], prefill: Prefill) -> Step:
-        """The last step of these episodes is over, and the next begins with `prefill`.
-
-        Fills in the prefill's forecast, motion and seeds.
-
-        Raises:
-            ValueError: a method that needs motion gets none; or the cameras changed.
+        """The last step of these episodes is over, and the next begins with `prefill`, which is
+        told forecast, motion and seeds. Errors: ValueError, no motion or other cameras.
         """
         with self._lock:
             if self._needs_motion:
                 self._refuse_still(ids)
             visual = prefill.layout.visual
-            full = {name: self._next(name, visual.shape[1]) for name in dict.fromkeys(ids)}
-            episodes = [self._known[name] for name in ids]
-            prefill.forecast = self._forecast(episodes, visual)
+            known = {name: self._next(name, visual) for name in dict.fromkeys(ids)}
+            full = {name: self.method.full_step(one.context()) for name, one in known.items()}
+            episodes = [known[name] for name in ids]
+            if self._spec is not None:
+                prefill.forecast = self._forecast(episodes, self._spec)
             prefill.motion = tuple(tuple(episode.motion) for episode in episodes)
             numbers = tuple(episode.steps for episode in episodes)
             prefill.seeds = _seeds(ids, numbers, visual.device)
-            rows, layers = tuple(full[name] for name in ids), len(self.plan.action_layers)
-            step = Step(ids, numbers, rows, prefill, layers)
+            rows = tuple(bool(full[name]) for name in ids)
+            step = Step(ids, numbers, rows, prefill, len(self.plan.action_layers))
             for episode in episodes:
                 episode.step = step
         return step
@@ -155,7 +157,7 @@ class Episodes:
             if step is not None and step.whole and not step.failed:
                 steps += 1
                 since_full = 0 if step.full[step.ids.index(name)] else since_full + 1
-            context = StepContext(step=steps, since_full=since_full, motion=tuple(episode.motion))
+            context = replace(episode.context(), step=steps, since_full=since_full)
             return bool(self.method.full_step(context))
 
     def inherit(self, other: Episodes) -> None:
@@ -173,31 +175,24 @@ class Episodes:
             self._known.popitem(last=False)
         return episode
 
-    def _next(self, name: Hashable, visual: int) -> bool:
-        """Remember an episode's last step; whether its next one runs on all tokens."""
+    def _next(self, name: Hashable, visual: Tensor) -> Episode:
+        """An episode whose last step is over, and remembered for the tokens `visual` [1|B, M]."""
         episode = self._episode(name)
         self._finish(episode)
-        memory = episode.memory
-        if memory is not None and memory.shape[1] != visual:
-            raise refusals.other_cameras(name, memory.shape[1], visual)
-        context = StepContext(
-            step=episode.steps, since_full=episode.since_full, motion=tuple(episode.motion)
-        )
-        return bool(self.method.full_step(context))
+        had, size, device = episode.memory.shape[1], visual.shape[1], visual.device
+        if episode.observations and had != size:
+            raise refusals.other_cameras(name, had, size)
+        blank = torch.zeros(self._slots, size, dtype=torch.float32, device=device)
+        episode.memory = episode.memory.to(device) if episode.observations else blank
+        return episode
 
-    def _forecast(self, episodes: Sequence[Episode], visual: Tensor) -> Tensor | None:
+    def _forecast(self, episodes: Sequence[Episode], spec: HistorySpec) -> Tensor:
         """[B, M] action score that each row's episode predicts."""
-        if self._spec is None:
-            return None
-        device, shape = visual.device, (self._slots, visual.shape[1])
-        blank = torch.zeros(shape, dtype=torch.float32, device=device)
-        memory = [blank if e.memory is None else e.memory.to(device) for e in episodes]
+        history = torch.stack([episode.memory for episode in episodes])
         counts = [episode.observations for episode in episodes]
         if len(set(counts)) == 1:
-            history = memory[0][None] if len(memory) == 1 else torch.stack(memory)
-            return self._spec.forecast(history, counts[0])
-        count = on_device(counts, device)
-        return self._spec.forecast(torch.stack(memory), count)
+            return spec.forecast(history, counts[0])
+        return spec.forecast(history, on_device(counts, history.device))
 
     def _refuse_still(self, ids: Sequence[Hashable]) -> None:
         for name in ids:
@@ -225,19 +220,10 @@ class Episodes:
         spec, first = self._spec, slice(rows[0], rows[0] + 1)
         assert spec is not None
         observed = action[first] if len(rows) == 1 else action[rows].mean(dim=0, keepdim=True)
-        if episode.memory is None:
-            episode.memory = observed.new_zeros(self._slots, observed.shape[1])
         # A broken frame (NaN, infinity) is remembered as the last good one was.
-        good = observed.isfinite().all()
-        observed = torch.where(good, observed, episode.memory[:1])
-        carried = spec.censored != "zero"
-        seen = step.kept(rows[0], self.plan.action_cuts) if carried else None
-        memory, _ = spec.update(
-            episode.memory[None],
-            episode.observations,
-            observed,
-            kept=None if seen is None else seen[None],
-        )
+        observed = torch.where(observed.isfinite().all(), observed, episode.memory[:1])
+        kept = step.kept(rows[0], self.plan.action_cuts) if spec.censored != "zero" else None
+        memory, _ = spec.update(episode.memory[None], episode.observations, observed, kept)
         episode.memory = memory[0]
         episode.observations += 1
 

@@ -1,4 +1,4 @@
-"""Tokens that nobody sees, instead of tokens that are gone; and the masks that this takes."""
+"""What is there and nobody sees: hidden tokens, dead slots of layer 0; masks for both."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_pruner.core import refusals
-from vla_pruner.core.arguments import ROTARY, Call, cache_in, one_table, renumbered, take_rotary
+from vla_pruner.core.arguments import (
+    ROTARY,
+    Call,
+    cache_in,
+    left_ids,
+    one_table,
+    renumbered,
+    take,
+    take_rotary,
+)
 from vla_pruner.core.scores import hides_future
 from vla_pruner.core.tokens import Prefill, TokenSet
 
@@ -32,20 +41,23 @@ class Hide:
         everything = torch.ones(shape, dtype=torch.bool, device=visual.device)
         left.present = everything.scatter(1, everywhere + prefill.past, stays)
         left.columns, left.offset = visual, prefill.past
+        left.places = prefill.sets[0].places
         return hidden
 
     def in_prefill(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
         assert left.present is not None
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
-        if call.rotary is not None:
+        if call.cut.rotary is not None:
             rank = (left.present.long().cumsum(dim=1) - 1).clamp_min(0)
-            found |= {"position_ids": None, ROTARY: take_rotary(one_table(call), rank)}
+            found[ROTARY] = take_rotary(one_table(call), rank)
+            if (ids := call.kwargs.get("position_ids")) is not None:
+                found["position_ids"] = left_ids(call, ids, rank, tables=True)
         return found
 
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
         assert left.present is not None
         found: dict[str, Any] = {"attention_mask": hiding(_full_mask(call), left.present)}
-        if call.rotary is not None:
+        if call.cut.rotary is not None:
             found |= renumbered(call, (~left.present).sum(dim=1, keepdim=True))
         return found
 
@@ -53,7 +65,7 @@ class Hide:
 def _full_mask(call: Call) -> Tensor:
     mask: Tensor | None = call.kwargs.get("attention_mask")
     if mask is None:
-        return call.implied()
+        return implied_mask(call.cut, call.number, call.hidden, call.kwargs)
     if mask.ndim != 4:
         raise refusals.no_mask_to_hide_in()
     return mask
@@ -102,3 +114,54 @@ def _capacity(cache: Any) -> int:
     if hasattr(cache, "get_max_length"):
         return int(cache.get_max_length())
     return int(cache.get_max_cache_shape())
+
+
+# -- cuts before layer 0, whose cache still has to answer for the whole length -------------------
+
+
+def _has_any(prefill: Prefill) -> bool:
+    return prefill.mode == "drop" and prefill.length_at(1) < prefill.length
+
+
+def before_layer_0(cut: Cut, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """`Cut.at_cut`, but that layer 0 itself sees a cache with dead slots in later passes."""
+    found, prefill = cut.at_cut(1, layer, args, kwargs), cut.prefill
+    if found is None or prefill is None or cut.phase == "prefill" or not _has_any(prefill):
+        return found
+    hidden, named = cut.signatures[layer].bind(args, kwargs)
+    left, mask = prefill.sets[1], named.get("attention_mask")
+    assert left.retained is not None
+    mask = implied_mask(cut, 1, hidden, named) if mask is None else mask
+    named["attention_mask"] = _with_gap(mask, left.retained, prefill.total)
+    positions = ("position_embeddings", "position_ids")
+    return (hidden,), named | {n: left.arguments[n] for n in positions if n in left.arguments}
+
+
+def fill_up(cut: Cut, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """After layer 0 of a prefill, which the decoder asks how many tokens there were."""
+    prefill, cache = cut.prefill, cache_in(kwargs)
+    if prefill is None or cut.phase != "prefill" or cache is None or not _has_any(prefill):
+        return
+    n, keys, values = prefill.length_at(1), cache.layers[0].keys, cache.layers[0].values
+    shape = (keys.shape[0], keys.shape[1], prefill.length - n)
+    slots = torch.arange(prefill.past + n, prefill.total, device=keys.device)
+    # Ones: static caches of transformers 4 count slots that hold anything but zeros.
+    cache.update(
+        keys.new_ones(*shape, keys.shape[-1]),
+        values.new_ones(*shape, values.shape[-1]),
+        0,
+        {"cache_position": slots},
+    )
+
+
+def _with_gap(mask: Tensor, retained: Tensor, total: int) -> Tensor:
+    """Mask of a cache that holds N tokens, then dead slots up to `total`, then the rest."""
+    n = retained.shape[1]
+    dead = retained[:, :1].expand(-1, total - n)
+    later = torch.arange(total, mask.shape[-1], device=mask.device)
+    columns = torch.cat([retained, dead, later.expand(retained.shape[0], -1)], dim=1)
+    mask = take(mask, columns, dim=-1)
+    alive = (torch.arange(total, device=mask.device) < n).expand(retained.shape[0], -1)
+    if mask.ndim == 4:
+        return hiding(mask, alive)
+    return mask * F.pad(alive, (0, mask.shape[-1] - total), value=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from vla_pruner.core.heads import queries_and_keys
+from vla_pruner.core.hooks import queries_and_keys
 
 if TYPE_CHECKING:
     from vla_pruner.core.session import Session
@@ -65,7 +65,7 @@ class Adapter(ABC):
     reads_output: bool = False
     """Whether `reader` attends to the decoder's output instead, as a diffusion head with
     cross-attention does, in as many layers as it has. The adapter then hands it what is left
-    (`Session.left`) and shows its attention (`core.watching.Shown`)."""
+    (`Session.left`) and shows its attention (`core.hooks.Shown`)."""
 
     skips_layers: bool = True
     """Whether layers can be left out, for methods that skip some."""

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from vla_pruner._numbers import on_device
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
-from vla_pruner.core.caches import Caches
-from vla_pruner.core.calls import Calls, by_name
-from vla_pruner.core.cleanup import after, before
-from vla_pruner.core.cut import Cut, all_kept
+from vla_pruner.core.calls import Caches, Calls, by_name
+from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Episodes, Step
+from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.plan import budgets
+from vla_pruner.core.read_tokens import all_kept, in_place
 from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
 
@@ -72,13 +72,23 @@ class _Known:
     """What follows from a layout, the same in every prefill that has it."""
 
     layout: Layout
-    batch: int
-    length: int
+    shape: tuple[int, int]
+    """Rows and tokens of the prefill."""
     index: TokenIndex
     counts: tuple[int, ...]
     """Visual tokens that each cut has to leave."""
     views: tuple[tuple[int, ...], ...]
     """And of which cameras."""
+
+    def prefill(self, past: int) -> Prefill:
+        """A prefill of this layout behind `past` tokens, of which nothing is decided."""
+        layout, index = self.layout, self.index
+        places = layout.visual + past if past else layout.visual
+        whole = TokenSet(layout.views, index.tokens, layout.visual, places, offset=past)
+        sets = (whole, *map(TokenSet, self.views))
+        rows = layout.action_rows
+        acting = 1 if rows is None else len(range(*rows.indices(self.shape[1])))
+        return Prefill(layout, "full", index, sets, self.counts, past, acting)
 
 
 class Passes:
@@ -123,6 +133,7 @@ class Passes:
         now = Pass.of(stack, args, kwargs)
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
             raise refusals.no_values()
+        cut.refuse_changes()
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
         step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
         self._running = step, now
@@ -131,26 +142,32 @@ class Passes:
         self._check(step, now)
         step.whole, self.calls.step = False, step
         cut.prefill = step.prefill
-        cut.prefill.start_pass()
+        if cut.phase == "later":
+            step.prefill.forget_pass()
 
     def _step_of(self, now: Pass) -> Step | None:
         """The step that a pass of the decoder begins or continues; None: it is left alone."""
         step, layout = None, None
         if now.past:
-            step = self.caches.continued(now, self.calls.shared)
-        if now.past == 0 and now.length > 1:
+            step, layout = self._continued(now)
+        elif now.length > 1:
             layout = self.adapter.layout(now.inputs, now.kwargs)
-        elif now.past and (now.length > 1 or step is None or step.prefill.layout.read):
-            layout = self.adapter.continued(now.inputs, now.kwargs, now.past)
-            self._refuse_split(layout, step, now.past)
         if layout is not None:
             self.cut.phase = "prefill"
             step = self._prefill(now, layout, step)
         elif now.past == 0:
             self._leave_alone(now.length)
-        if layout is not None or now.past == 0:
+        if now.cache is not None and (layout is not None or now.past == 0):
             self.caches.mark(now.cache, step)
         return step
+
+    def _continued(self, now: Pass) -> tuple[Step | None, Layout | None]:
+        """The step that the cache of a pass belongs to, and the layout of an image that it adds."""
+        step, layout = self.caches.continued(now, self.calls.shared), None
+        if now.length > 1 or step is None or step.prefill.layout.read:
+            layout = self.adapter.continued(now.inputs, now.kwargs, now.past)
+            self._refuse_split(layout, step, now.past)
+        return step, layout
 
     def _read_by(self, now: Pass) -> Step | None:
         """The step that an action expert reads: its output, or its cache, maybe in a copy."""
@@ -179,34 +196,33 @@ class Passes:
         if in_prefill:
             self._refuse_unhooked(step.prefill)
             if getattr(output, "hidden_states", None):
-                output.hidden_states = tuple(map(step.prefill.in_place, output.hidden_states))
+                every = [in_place(step.prefill, hidden) for hidden in output.hidden_states]
+                output.hidden_states = tuple(every)
         if step.prefill.observed is not None:
-            step.add(step.prefill.observed, self._action_rows(step.prefill, now))
+            rows = step.prefill.acting if in_prefill else self._acting_later(now)
+            step.add(step.prefill.observed, rows)
         if in_prefill and self.own_hooks:
             self.cut.end(step)
-        step.prefill.finish_pass(own=self.own_results and in_prefill)
+        step.prefill.forget_pass()
+        if in_prefill and self.own_results:
+            step.prefill.own_results()
         if len(set(step.ids)) > 1 and stack is self.adapter.decoder:
             cache = getattr(output, "past_key_values", None) if now.cache is None else now.cache
             self.caches.written(cache, step, now.past + now.length, in_prefill=in_prefill)
         step.whole = True
 
-    def _action_rows(self, prefill: Prefill, now: Pass) -> int:
-        """Action queries of a pass."""
-        if self.cut.phase == "prefill":
-            acting = prefill.layout.action_rows
-            return 1 if acting is None else len(range(*acting.indices(prefill.length)))
+    def _acting_later(self, now: Pass) -> int:
+        """Action queries of a pass that is no prefill."""
         rows = self.adapter.reader_rows(now.length) if self.cut.readers else None
         return now.length if rows is None else rows.stop - rows.start
 
     # ------------------------------------------------------------------ prefills
     def _prefill(self, now: Pass, layout: Layout, continued: Step | None) -> Step:
         """A prefill that shows an image: a new step, or one more pass of the step in progress."""
-        self.cut.flags.raise_noted()  # The step before is over, and so is the wait for it.
+        if self.cut.flags.noted:  # The step before is over, and so is the wait for it.
+            self.cut.flags.raise_noted()
         frames, self.frames = self.frames, None
-        known = self._what_follows(layout, now)
-        whole = TokenSet(layout.views, known.index.tokens, layout.visual, offset=now.past)
-        sets = (whole, *map(TokenSet, known.views))
-        prefill = Prefill(layout, "full", known.index, sets, known.counts, now.past)
+        prefill = self._known_of(layout, now).prefill(now.past)
         if continued is not None and continued.prefill.mode != "full":
             prefill.before = continued.prefill
         shared = self.calls.shared
@@ -216,7 +232,8 @@ class Passes:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
             own = self.cut.begin(step, self.mode, frames, now.kwargs) if self.own_hooks else None
             prefill.mode = own or self._mode(step, now.cache)
-            self._fill_in(step)
+            if any(step.full) or len(set(step.ids)) < now.batch:
+                self._tell_rows_apart(step)
             self.latest = step
         if shared is None or not self.calls.grows:  # Else a logits processor may have called.
             self.calls.shared = step if self.calls.together else None
@@ -238,7 +255,7 @@ class Passes:
         step.prefill = prefill
         return step
 
-    def _fill_in(self, step: Step) -> None:
+    def _tell_rows_apart(self, step: Step) -> None:
         """What a step's rows, which may be full steps or beams of one another, mean for a cut."""
         prefill, full, ids = step.prefill, step.full, step.ids
         device = prefill.layout.visual.device
@@ -256,22 +273,20 @@ class Passes:
         if not cuts or (all(full) and earlier is None):
             return "full"
         mode: Mode = "hide" if any(full) and not all(full) else self.mode
-        if earlier is not None and "hide" in (mode, earlier.mode):
-            raise refusals.second_image()
-        if earlier is not None and cuts[0] == 0:
-            raise refusals.second_image_at_0(self.method.name)
+        if earlier is not None:
+            self._refuse_second(mode, earlier)
         if cache is not None and not self.plan.one_mask:
             raise refusals.masks_of_kinds(self.adapter.decoder, cuts[0])
         return mode
 
-    def _what_follows(self, layout: Layout, now: Pass) -> _Known:
+    def _known_of(self, layout: Layout, now: Pass) -> _Known:
         """What follows from a layout, worked out once for each."""
         known, shape = self._known, (now.batch, now.length)
-        if known is None or known.layout is not layout or (known.batch, known.length) != shape:
+        if known is None or known.layout is not layout or known.shape != shape:
             with torch.inference_mode(False):  # They may be saved for a backward pass later.
                 index = TokenIndex.of(layout, *shape)
             counts, views = budgets(self.method, self.adapter, self.plan, layout)
-            known = self._known = _Known(layout, *shape, index, counts, views)
+            known = self._known = _Known(layout, shape, index, counts, views)
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
@@ -290,12 +305,20 @@ class Passes:
             raise refusals.other_batch(len(step.ids), now.batch)
         if now.stack.training and getattr(now.stack, "gradient_checkpointing", False):
             raise refusals.checkpointing()
-        window, in_decoder = self.plan.window, now.stack is self.adapter.decoder
-        if window is not None and in_decoder and step.prefill.mode != "full":
-            in_prefill = self.cut.phase == "prefill"
-            seen = step.prefill.total if in_prefill else now.past + now.length
-            if seen > window:
-                raise refusals.beyond_window(seen, window)
+        if self.plan.window is not None and now.stack is self.adapter.decoder:
+            self._refuse_far(step.prefill, now, self.plan.window)
+
+    def _refuse_far(self, prefill: Prefill, now: Pass, window: int) -> None:
+        seen = prefill.total if self.cut.phase == "prefill" else now.past + now.length
+        if seen > window and prefill.mode != "full":
+            raise refusals.beyond_window(seen, window)
+
+    def _refuse_second(self, mode: Mode, earlier: Prefill) -> None:
+        """A second image in a cache whose first one was pruned."""
+        if "hide" in (mode, earlier.mode):
+            raise refusals.second_image()
+        if self.plan.cuts[0] == 0:
+            raise refusals.second_image_at_0(self.method.name)
 
     def _refuse_split(self, layout: Layout | None, step: Step | None, past: int) -> None:
         if layout is None or step is None or step.prefill.total != past:

@@ -251,7 +251,7 @@ def _smallest_window(adapter: Adapter, behind: list[int], config: Any) -> int | 
     for index in behind:
         attention = adapter.attention(adapter.layers[index])
         window = _window_of(attention, config)
-        kind = None if kinds is None else kinds[index]
+        kind = _recurrent(adapter.layers[index]) if kinds is None else kinds[index]
         if kind is not None and kind not in (*_FULL, *_WINDOWED):
             raise NotImplementedError(
                 f"layer {index} is of kind {kind!r}, in which removed tokens would shift their "
@@ -267,6 +267,16 @@ def _smallest_window(adapter: Adapter, behind: list[int], config: Any) -> int | 
             )
         windows.append(window)
     return min(windows, default=None)
+
+
+def _recurrent(layer: nn.Module) -> str | None:
+    """What a layer is called that carries a state along instead of attending; None: it attends."""
+    try:
+        takes = inspect.signature(layer.forward).parameters
+    except (TypeError, ValueError):
+        return None
+    carries = any(name in takes for name in ("state", "cache_params"))
+    return type(layer).__name__ if carries and "attention_mask" not in takes else None
 
 
 def _window_of(attention: nn.Module, config: Any) -> int | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import take
-from vla_pruner.core.tokens import TokenIndex
+from vla_pruner.core.tokens import Prefill, TokenIndex
 from vla_pruner.methods.base import Choice, Evidence, Method
 
 
@@ -68,10 +69,6 @@ def _of_others(
     cuts: int,
 ) -> Evidence:
     """The evidence of the tokens at `rest` `[B, n]`, with the budget that `taken` tokens leave."""
-
-    def part(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else take(tensor, rest, dim=1)
-
     views: tuple[int, ...] = (rest.shape[1],)
     if len(evidence.views) > 1 and method.budget == "view":
         if cuts > 1:
@@ -82,18 +79,9 @@ def _of_others(
             for size, end in zip(evidence.views, ends, strict=True)
         )
     assert evidence.keep_count is not None
-    return replace(
-        evidence,
-        features=take(evidence.features, rest, dim=1),
-        semantic=part(evidence.semantic),
-        forecast=part(evidence.forecast),
-        views=views,
-        valid=part(evidence.valid),
-        scores={name: take(score, rest, dim=1) for name, score in evidence.scores.items()},
-        hidden=part(evidence.hidden),
-        tokens=part(evidence.tokens),
-        keep_count=min(max(evidence.keep_count - taken, 0), rest.shape[1]),
-    )
+    count = min(max(evidence.keep_count - taken, 0), rest.shape[1])
+    others = evidence.of(lambda tensor: take(tensor, rest, dim=1), views)
+    return replace(others, keep_count=count)
 
 
 def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
@@ -108,3 +96,22 @@ def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
     alone = merge.new_zeros(batch, read.shape[1], size).scatter(2, read[..., None], 1.0)
     both = torch.cat([whole, alone], dim=1)
     return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))
+
+
+def in_place(prefill: Prefill, hidden: Any) -> Any:
+    """Hidden states `[B, n, D]` of any layer with every token in its row, zeros where one left.
+
+    Others stay as they are.
+    """
+    for one in prefill.sets:
+        rows = one.rows
+        if rows is not None and isinstance(hidden, Tensor) and hidden.shape[:2] == rows.shape:
+            full = hidden.new_zeros(hidden.shape[0], prefill.length, hidden.shape[-1])
+            return full.scatter(1, rows[..., None].expand_as(hidden), hidden)
+    return hidden
+
+
+def all_kept(prefill: Prefill, batch: int) -> tuple[Choice, ...]:
+    """Choices that keep every token at every cut, for caches that were shortened before."""
+    everything = prefill.index.tokens.expand(batch, -1)
+    return (Choice(everything),) * (len(prefill.sets) - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -201,6 +202,36 @@ def flex_attention() -> NotImplementedError:
     )
 
 
+def refuse_replaced(began: Sequence[nn.Module], now: Sequence[nn.Module]) -> None:
+    """Refuse layers that others stand for now, unless these hold them."""
+    for number, (mine, other) in enumerate(zip_longest(began, now)):
+        if mine is None or other is None:
+            raise RuntimeError(
+                f"the decoder had {len(began)} layers when the session began and has {len(now)}; "
+                "change the model first, and attach vla-pruner last."
+            )
+        if not any(module is mine for module in other.modules()):
+            raise RuntimeError(
+                f"the hooks of decoder layer {number} did not run and would not: something has "
+                "replaced the layer since the session began. Attach vla-pruner last."
+            )
+
+
+def other_kernel(began: str | None, now: str | None) -> RuntimeError:
+    return RuntimeError(
+        f"the attention was {began!r} when the session began and is {now!r}, so that masks are "
+        "made for another kernel than runs; call `set_attn_implementation` first, and attach "
+        "vla-pruner last."
+    )
+
+
+def ran_twice(index: int, decoder: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"layer {index} of {type(decoder).__name__} ran more than once in one pass, and would cut "
+        "again what is cut; pruning needs a decoder that runs each layer once."
+    )
+
+
 def unhooked(cut: int) -> RuntimeError:
     return RuntimeError(
         f"the hooks of decoder layer {cut} did not run, so that nothing was cut: something has "
@@ -254,6 +285,14 @@ def no_hidden_states(kind: str, first: str) -> NotImplementedError:
     return NotImplementedError(
         f"{kind} is not called with hidden states [B, S, D] first (`{first}`); pruning takes rows "
         "out of them. See docs/adding-a-model.md for what a decoder has to hand its layers."
+    )
+
+
+def other_length(layer: nn.Module, shape: Any, length: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(layer).__name__} is not called with hidden states [B, S, D] first, but with "
+        f"{tuple(shape)} where the decoder got {length} tokens; pruning takes rows out of them. "
+        "See docs/adding-a-model.md for what a decoder has to hand its layers."
     )
 
 

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import take
+from vla_pruner.core.hooks import OBSERVER, Observer, show_to
 from vla_pruner.core.plan import Reading
 from vla_pruner.core.tokens import Prefill, TokenSet
-from vla_pruner.core.watching import OBSERVER, Observer, show_to
+from vla_pruner.kernels.native import Attention
 from vla_pruner.methods.base import ScoreSpec
-from vla_pruner.pruning.received import attention_column_max
-from vla_pruner.pruning.scores import attention_column_mean, attention_rows
+from vla_pruner.pruning.received import column_max, logit_column_mean
+from vla_pruner.pruning.scores import column_mean
 
 if TYPE_CHECKING:
     from vla_pruner.core.cut import Cut
 
-Voting = slice | Tensor | None
-"""Query rows: a slice, `[B, R]`, or None for the last one."""
+Voting = slice | Tensor
+"""Query rows: a slice, or `[B, R]`."""
+
+_LAST = slice(-1, None)
 
 Shows = tuple[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]]
 """The arguments of an `Observer`."""
@@ -31,61 +34,24 @@ Shows = tuple[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]]
 _KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux", "position_embeddings")
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """Queries and keys of one attention as its kernel saw them, Q rows and N keys."""
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    causal: bool
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-
-    @staticmethod
-    def of(cut: Cut, shown: Shows, keys: int | None) -> Seen:
-        """From what an attention function gets; `keys`, where no mask says how many: None, all.
-
-        Raises:
-            NotImplementedError: an argument that changes the attention in an unknown way.
-        """
-        attention, query, key, mask, kwargs = shown
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and name not in _KNOWN_TENSORS:
-                raise refusals.unknown_attention(attention, name, value)
-        causal = hides_future(cut, attention, mask, query.shape[2], kwargs)
-        if mask is None:  # A static cache also shows slots not written yet.
-            key = key if keys is None else key[:, :, :keys]
-        elif mask.ndim == 2:
-            mask = mask[:, None, None, : key.shape[2]].bool()
-        else:  # Where one row is shown for all of them, that one.
-            mask = mask[:, :, : 1 if mask.stride(2) == 0 else None, : key.shape[2]]
-        scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
-        if scale is None:
-            scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
-        sinks = getattr(attention, "sinks", None) if sinks is None else sinks
-        return Seen(query, key, mask, causal, scale, kwargs.get("softcap"), sinks)
-
-    def received(
-        self, columns: Tensor, rows: Voting, weight: Tensor | None = None, heads: str = "mean"
-    ) -> Tensor:
-        """Attention that `columns` `[B|1, m]` (-1: none) get from `rows`: `[B, m]` fp32."""
-        query, key, mask = self.query, self.key, self.mask
-        columns = columns.expand(query.shape[0], -1)
-        if columns.shape[1] == 0:
-            return columns.float()
-        own: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        if rows is None:
-            mask = None if mask is None else mask[:, :, -1:]
-            last_row = query[:, :, -1:]  # It has no future to hide.
-            if heads == "mean":
-                return attention_column_mean(last_row, key, columns, mask=mask, **own)
-            last = attention_rows(last_row, key, mask=mask, **own)[:, :, 0]
-            return last.amax(1).gather(1, columns)
-        mean = attention_column_mean if heads == "mean" else attention_column_max
-        own |= dict(mask=mask, causal=self.causal, rows=rows, row_weight=weight)
-        return mean(query, key, columns, **own)
+def see(cut: Cut, shown: Shows, keys: int | None) -> Attention:
+    """What an attention function gets; `keys`, where no mask says how many: None, all."""
+    attention, query, key, mask, kwargs = shown
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and name not in _KNOWN_TENSORS:
+            raise refusals.unknown_attention(attention, name, value)
+    causal = hides_future(cut, attention, mask, query.shape[2], kwargs)
+    if mask is None:  # A static cache also shows slots not written yet.
+        key = key if keys is None else key[:, :, :keys]
+    elif mask.ndim == 2:
+        mask = mask[:, None, None, : key.shape[2]].bool()
+    else:  # Where one row is shown for all of them, that one.
+        mask = mask[:, :, : 1 if mask.stride(2) == 0 else None, : key.shape[2]]
+    scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+    if scale is None:
+        scale = getattr(attention, "scaling", query.shape[-1] ** -0.5)
+    sinks = getattr(attention, "sinks", None) if sinks is None else sinks
+    return Attention(query, key, scale, mask, causal, kwargs.get("softcap"), sinks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,43 +80,22 @@ class Watched:
             return
         left = prefill.sets[0 if prefill.mode == "full" else self.number]
         queries = shown[1].shape[2]
-        seen = Seen.of(cut, shown, left.offset + queries if in_prefill else None)
+        seen = see(cut, shown, left.offset + queries if in_prefill else None)
+        assert left.places is not None
         for reading in self.readings if in_prefill else ():
             if reading.number not in prefill.scores:
                 rows, weight = votes(reading.spec, prefill, left, seen.query)
-                columns = _keys(left.columns, left)
-                score = seen.received(columns, rows, weight, reading.spec.heads)
-                prefill.scores[reading.number] = score
-        if not acting:
-            return
+                read = column_mean if reading.spec.heads == "mean" else column_max
+                prefill.scores[reading.number] = read(seen, left.places, rows, weight)
+        acts: Voting | None = slice(None)
         if in_prefill:
-            rows = action_rows(prefill, left)
+            acts = action_rows(prefill, left)
         elif self.acting == "reader":
-            rows = cut.adapter.reader_rows(queries)
-            if rows is None:
-                return
-        else:
-            rows = slice(None) if queries > 1 else None
-        received = seen.received(_places(prefill, left), rows)
-        prefill.observed = received if prefill.observed is None else prefill.observed + received
-        prefill.watched += 1
-
-
-def _keys(columns: Tensor | None, left: TokenSet) -> Tensor:
-    """`[1|B, m]` where a set's rows `columns` are among the keys of its layers."""
-    assert columns is not None
-    return columns + left.offset if left.offset else columns
-
-
-def _places(prefill: Prefill, left: TokenSet) -> Tensor:
-    """`[1|B, M]` where each visual token is among the keys of a set's layers; -1 if it was cut."""
-    if left.rows is None:
-        return _keys(prefill.layout.visual, left)
-    if left.places is None:
-        assert left.tokens is not None
-        nowhere = left.tokens.new_full((len(left.tokens), prefill.layout.visual.shape[1]), -1)
-        left.places = nowhere.scatter(1, left.tokens, _keys(left.columns, left))
-    return left.places
+            acts = cut.adapter.reader_rows(queries)
+        if acting and acts is not None:
+            received = column_mean(seen, left.places, acts)
+            prefill.observed = received if prefill.observed is None else prefill.observed + received
+            prefill.watched += 1
 
 
 def hides_future(
@@ -170,7 +115,7 @@ def votes(
     if spec.rows == "action":
         return action_rows(prefill, left), None
     if spec.rows == "last":
-        return place(left, prefill.index.last_row), None
+        return _last(prefill, left), None
     if spec.rows == "all":
         return slice(None), _real(prefill, left)
     return _some_rows(spec, prefill, left, like)
@@ -189,9 +134,8 @@ def _some_rows(
         weight = valid.expand(batch, -1).gather(1, left.tokens.expand(batch, -1)).float()
     else:
         assert index.text_rows is not None and index.text_valid is not None
-        text = place(left, index.text_rows.expand(batch, -1))
-        assert text is not None
-        rows, weight = text, index.text_valid.expand(batch, -1).float()
+        rows = place(left, index.text_rows.expand(batch, -1))
+        weight = index.text_valid.expand(batch, -1).float()
         if spec.rows == "weighted":
             assert prefill.query_weights is not None
             weight = weight * prefill.query_weights.float()
@@ -201,27 +145,24 @@ def _some_rows(
     return rows, whole.scatter_add(1, rows, weight)
 
 
-def spread(prefill: Prefill, left: TokenSet, score: Tensor) -> Tensor:
-    """A score `[B, m]` of a set's tokens at their places among all: `[B, M]`, 0 elsewhere."""
-    assert left.tokens is not None
-    everything = score.new_zeros(score.shape[0], prefill.layout.visual.shape[1])
-    return everything.scatter(1, left.tokens.expand(score.shape[0], -1), score)
-
-
-def place(left: TokenSet, rows: Tensor | None) -> Tensor | None:
+def place(left: TokenSet, rows: Tensor) -> Tensor:
     """Where rows of the prefill `[B, R]` that no cut removes are in a token set."""
-    if rows is None or left.rows is None:
+    if left.rows is None:
         return rows
     rows = rows.expand(left.rows.shape[0], -1).contiguous()
     return torch.searchsorted(left.rows, rows)
 
 
 def action_rows(prefill: Prefill, left: TokenSet) -> Voting:
-    """Rows of the prefill that are action queries; None: the last one."""
+    """Rows of the prefill that are action queries; the last one, where it holds none."""
     rows = prefill.layout.action_rows
-    if rows is None:
-        return place(left, prefill.index.last_row)
-    return _from_the_end(rows, prefill)
+    return _last(prefill, left) if rows is None else _from_the_end(rows, prefill)
+
+
+def _last(prefill: Prefill, left: TokenSet) -> Voting:
+    """The last real row of each sequence."""
+    last = prefill.index.last_row
+    return _LAST if last is None else place(left, last)
 
 
 def _from_the_end(rows: slice, prefill: Prefill) -> slice:
@@ -245,6 +186,61 @@ def _real(prefill: Prefill, left: TokenSet) -> Tensor | None:
     return present.float() if valid is None else valid * present
 
 
+# -- what no attention shows ---------------------------------------------------------------------
+
+
+def project(cut: Cut, index: int, number: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    """Before a layer of a prefill: scores from its queries and keys, after `number` cuts."""
+    prefill = cut.prefill
+    if prefill is None or cut.phase != "prefill":
+        return
+    hidden, _ = cut.signatures[layer].bind(args, kwargs)
+    left = prefill.sets[0 if prefill.mode == "full" else number]
+    for reading in cut.plan.readings:
+        spec = reading.spec
+        if spec.kind != "logits" or spec.layer != index or reading.cuts != number:
+            continue
+        if reading.number not in prefill.scores:
+            prefill.scores[reading.number] = _logits(spec, cut, layer, hidden, left)
+
+
+def _logits(spec: ScoreSpec, cut: Cut, layer: nn.Module, hidden: Tensor, left: TokenSet) -> Tensor:
+    """Score `[B, M]` from the products of queries and keys that `layer` makes of `hidden`."""
+    query, key = cut.adapter.project(layer, hidden)
+    prefill, batch = cut.prefill, hidden.shape[0]
+    assert prefill is not None and left.columns is not None and left.tokens is not None
+    everywhere = hidden.new_zeros(batch, prefill.layout.visual.shape[1], dtype=torch.float32)
+    if left.columns.shape[1] == 0:
+        return everywhere
+    index = left.columns.expand(batch, -1)[:, None, :, None]
+    rows, weight = votes(spec, prefill, left, hidden)
+    attention = cut.adapter.attention(layer)
+    score = logit_column_mean(
+        query,
+        key.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3])),
+        scale=getattr(attention, "scaling", query.shape[-1] ** -0.5),
+        rows=rows,
+        row_weight=weight,
+        heads=spec.heads,
+    )
+    return everywhere.scatter(1, left.tokens.expand(batch, -1), score)
+
+
+def guides(prefill: Prefill, left: TokenSet, hidden: Tensor) -> dict[str, Tensor]:
+    """`Evidence.guides` and `guides_valid`, from `hidden` `[B, n, D]`."""
+    index, batch = prefill.index, hidden.shape[0]
+    assert index.text_rows is not None and index.text_valid is not None
+    text = place(left, index.text_rows.expand(batch, -1))
+    found, valid = [take(hidden, text, dim=1)], [index.text_valid.expand(batch, -1)]
+    if prefill.layout.action_rows is not None:
+        found.append(hidden[:, action_rows(prefill, left)])
+        valid.append(valid[0].new_ones(found[1].shape[:2]))
+    return {"guides": torch.cat(found, dim=1), "guides_valid": torch.cat(valid, dim=1)}
+
+
+# -- hooks on attentions -------------------------------------------------------------------------
+
+
 def watch_layers(cut: Cut, undo: ExitStack) -> None:
     """Watch the attentions in which the plan reads scores, or how action queries look."""
     plan, readers = cut.plan, cut.readers
@@ -262,7 +258,7 @@ def watch_layers(cut: Cut, undo: ExitStack) -> None:
 
 
 def watch(attention: nn.Module, observer: Observer, undo: ExitStack) -> None:
-    """Call `observer` after each attention of one module, until `undo`; see `watching.show_to`."""
+    """Call `observer` after each attention of one module, until `undo`; see `hooks.show_to`."""
     show_to(observer, attention, undo, _probed)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core import refusals
-from vla_pruner.core.cleanup import Attached, replace
 from vla_pruner.core.cut import Cut
+from vla_pruner.core.hooks import Attached, replace
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.passes import Passes
 from vla_pruner.core.report import StageReport, StepReport, report

@@ -89,7 +89,7 @@ class TokenSet:
     columns: Tensor | None = None
     """[B, m] where they are among the rows that these layers get."""
     places: Tensor | None = None
-    """[B, M] where each visual token is among the keys of these layers, -1 if it was cut."""
+    """[B|1, M] where each visual token is among the keys of these layers, -1 if it was cut."""
     rows: Tensor | None = None
     """[B, n] rows of the prefill that these layers get; None: all S of them."""
     retained: Tensor | None = None
@@ -123,6 +123,8 @@ class Prefill:
     counts: tuple[int, ...] = ()
     """Visual tokens to leave at each cut."""
     past: int = 0
+    acting: int = 1
+    """Action queries that it holds; the last row, if it holds none."""
     before: Prefill | None = None
     """An earlier prefill in the same cache, from which tokens were removed."""
     forecast: Tensor | None = None
@@ -144,7 +146,7 @@ class Prefill:
     query_weights: Tensor | None = None
     """[B, T] weights of the rows of text."""
     scores: dict[int, Tensor] = field(default_factory=dict)
-    """[B, m] scores by number of reading."""
+    """[B, M] scores by number of reading, 0 at tokens that had left."""
     observed: Tensor | None = None
     """[B, M] attention of this pass's action queries, summed over the watched layers."""
     watched: int = 0
@@ -173,32 +175,17 @@ class Prefill:
         rows = self.sets[number].rows
         return self.length if rows is None else rows.shape[1]
 
-    def in_place(self, hidden: Any) -> Any:
-        """Hidden states `[B, n, D]` of any layer with every token in its row, zeros where one left.
-
-        Others stay as they are.
-        """
-        for one in self.sets:
-            rows = one.rows
-            if rows is not None and isinstance(hidden, Tensor) and hidden.shape[:2] == rows.shape:
-                full = hidden.new_zeros(hidden.shape[0], self.length, hidden.shape[-1])
-                return full.scatter(1, rows[..., None].expand_as(hidden), hidden)
-        return hidden
-
-    def start_pass(self) -> None:
-        """Forget what an interrupted pass left behind."""
+    def forget_pass(self) -> None:
+        """Let go of what only a pass itself needed, whether it came to its end or not."""
         self.observed, self.watched = None, 0
+        self.features = self.text = self.query_weights = self.before = None
         for one in self.sets:
             one.arguments = {}
 
-    def finish_pass(self, *, own: bool) -> None:
-        """Let go of what only the pass itself needed; `own` copies what stays."""
-        self.start_pass()
-        self.features = self.text = self.query_weights = self.before = None
-        if own:
-            # The next replay of a CUDA graph writes over what the last one gave.
-            for one in self.sets[1:]:
-                for name, result in vars(one).items():
-                    if isinstance(result, Tensor):
-                        setattr(one, name, result.clone())
-            self.scores = {number: score.clone() for number, score in self.scores.items()}
+    def own_results(self) -> None:
+        """Copy what stays: the next replay of a CUDA graph writes over what the last one gave."""
+        for one in self.sets[1:]:
+            for name, result in vars(one).items():
+                if isinstance(result, Tensor):
+                    setattr(one, name, result.clone())
+        self.scores = {number: score.clone() for number, score in self.scores.items()}

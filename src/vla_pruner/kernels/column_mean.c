@@ -27,14 +27,13 @@ enum mask { NO_MASK, BOOLS, FLOATS, BFLOATS };
 struct attention {
     const uint32_t *query, *key;
     const void *mask;
-    const float *sinks, *weight;        /* or NULL */
-    const int64_t *rows;                /* that vote; NULL: first_row, first_row + row_step, ... */
-    const int64_t *columns;             /* keys that are asked about; -1 gets 0 */
+    const float *sinks, *weight;        /* or NULL; [batch][queries] */
+    const int64_t *rows;                /* [batch][voting] */
+    const int64_t *columns;             /* [batch][asked], keys that are asked about; -1 gets 0 */
     uint32_t *memory;
     float *received;                    /* [batch][asked] */
     long batch, heads, kv_heads, queries, keys, width, voting, asked;
     long query_stride[3], key_stride[3], mask_stride[3]; /* batch, head, row; masks lie key by key */
-    long rows_stride, first_row, row_step, weight_stride, columns_stride;
     float scale, softcap, hidden_below; /* softcap 0: none; additive masks hide what is not above */
     int bf16, mask_kind, causal, threads;
 };
@@ -108,7 +107,7 @@ static long panels(long n) { return (n + COLUMNS - 1) / COLUMNS; }
 
 static long row_of(const struct attention *a, long b, long i)
 {
-    return a->rows ? a->rows[b * a->rows_stride + i] : a->first_row + i * a->row_step;
+    return a->rows[b * a->voting + i];
 }
 
 static long keys_seen(const struct attention *a, long row)
@@ -226,7 +225,7 @@ static void add_head(const struct attention *a, long b, long head, long start, l
                      const uint32_t *keys, uint32_t *query, float *logits, float *sum)
 {
     long all = panels(a->keys) * COLUMNS;
-    const float *weight = a->weight ? a->weight + b * a->weight_stride : 0;
+    const float *weight = a->weight ? a->weight + b * a->queries : 0;
     const uint32_t *from = a->query + b * a->query_stride[0] + head * a->query_stride[1];
     size_t size = a->mask_kind == FLOATS ? 4 : a->mask_kind == BFLOATS ? 2 : 1;
     const char *mask = a->mask && !hides_nothing(a, b) ? a->mask : 0;
@@ -294,7 +293,7 @@ int column_mean(const struct attention *a)
         for (long i = 0; i < a->voting; i++)
             if (row_of(a, b, i) < 0 || row_of(a, b, i) >= a->queries) return 0;
         for (long i = 0; i < a->asked; i++) {
-            int64_t column = a->columns[b * a->columns_stride + i];
+            int64_t column = a->columns[b * a->asked + i];
             if (column < -1 || column >= a->keys) return 0;
         }
     }
@@ -335,12 +334,12 @@ int column_mean(const struct attention *a)
         }
         float share = 0;
         for (long i = 0; i < a->voting; i++)
-            share += a->weight ? a->weight[b * a->weight_stride + row_of(a, b, i)] : 1.0f;
+            share += a->weight ? a->weight[b * a->queries + row_of(a, b, i)] : 1.0f;
         share *= a->heads;
         for (long task = 1; task < a->heads * splits; task++)
             for (long j = 0; j < all; j++) sums[j] += sums[task * all + j];
         for (long i = 0; i < a->asked; i++) {
-            int64_t column = a->columns[b * a->columns_stride + i];
+            int64_t column = a->columns[b * a->asked + i];
             a->received[b * a->asked + i] = column < 0 ? 0 : sums[column] / (share > 0 ? share : 1);
         }
     }

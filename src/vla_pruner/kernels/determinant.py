@@ -32,9 +32,9 @@ def determinant_search(
             f"`cosine` must be [n, n], `quality` and `last` [n] and k in 1..n; got "
             f"{tuple(cosine.shape)}, {tuple(quality.shape)}, {tuple(last.shape)} and k={k}."
         )
-    if not native.readable(cosine, quality, last):
+    library = native.reading(cosine, quality, last)
+    if library is None:
         return None
-    library = native.functions()
     given = [tensor.float().contiguous() for tensor in (cosine, quality, last)]
     memory = native.memory(library.determinant_words(n, k))
     picks = torch.empty(k, dtype=torch.int64, device="cpu")

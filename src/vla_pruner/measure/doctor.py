@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_pruner.core.hooks import implementation
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.session import Session
-from vla_pruner.core.watching import implementation
 from vla_pruner.methods import build
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import locate

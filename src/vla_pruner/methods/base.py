@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,7 +70,8 @@ class Evidence:
         seeds: `[B]` int64, one number per row that names its episode and step, for methods that
             draw at random.
         scores: each score that `Method.scores(layer)` asks for, `[B, m]` fp32.
-        hidden: `[B, m, D]`, the visual tokens as they reach this cut.
+        hidden: `[B, m, D]`, the visual tokens as they reach this cut, for methods that look at them
+            (`Method.sees_hidden`).
         tokens: `[B, m]` int64, their indices in 0..M-1, ascending.
         text: `[B, T, D]`, the instruction's embeddings as they enter layer 0, for methods that need
             it (`Method.needs`).
@@ -99,40 +101,34 @@ class Evidence:
 
     def within(self, span: slice) -> Evidence:
         """The same of some neighbouring tokens: those of one view."""
+        size = len(range(*span.indices(self.features.shape[1])))
+        return self.of(lambda tensor: tensor[:, span], (size,))
 
-        def part(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[:, span]
-
-        return replace(
-            self,
-            features=self.features[:, span],
-            semantic=part(self.semantic),
-            forecast=part(self.forecast),
-            views=(len(range(*span.indices(self.features.shape[1]))),),
-            valid=part(self.valid),
-            scores={name: score[:, span] for name, score in self.scores.items()},
-            hidden=part(self.hidden),
-            tokens=part(self.tokens),
-        )
+    def of(self, some: Callable[[Tensor], Tensor], views: tuple[int, ...]) -> Evidence:
+        """The same of `some` tokens, which it takes out of a tensor `[B, m, ...]`."""
+        names = ("forecast", "valid", "hidden", "tokens")
+        whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        parts: dict[str, Any] = {n: None if t is None else some(t) for n, t in whole.items()}
+        scores = {name: some(score) for name, score in self.scores.items()}
+        if (semantic := self.semantic) is not None:
+            same = semantic is self.scores.get("semantic")
+            parts["semantic"] = scores["semantic"] if same else some(semantic)
+        return replace(self, features=some(self.features), views=views, scores=scores, **parts)
 
     def check(self, method: str, *needed: str) -> None:
         """Refuse what does not fit together, or lacks a score that is `needed` (ValueError)."""
-        if self.features.ndim != 3:
-            raise ValueError(f"features must be [B, M, D]; got {tuple(self.features.shape)}.")
         shape = self.features.shape[:2]
-        if sum(self.views) != shape[1]:
+        if self.features.ndim != 3 or sum(self.views) != shape[1]:
             raise ValueError(
-                f"views {self.views} sum to {sum(self.views)}, "
-                f"but the input has {shape[1]} visual tokens."
+                f"features must be [B, M, D], and views {self.views} sum to {sum(self.views)} = M "
+                f"visual tokens; got {tuple(self.features.shape)}."
             )
         for name in ("semantic", "forecast", "valid"):
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is None and name in needed:
+            found = getattr(self, name)
+            if found is None and name in needed:
                 raise ValueError(f"method {method!r} needs the {name} score; got None.")
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(
-                    f"{name} must be [B, M] = {tuple(shape)}; got {tuple(tensor.shape)}."
-                )
+            if found is not None and found.shape != shape:
+                raise ValueError(f"{name} must be [B, M] = {(*shape,)}; got {(*found.shape,)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +188,9 @@ class Method:
     adaptive: ClassVar[bool] = False
     """Whether `select` may leave other numbers of tokens than `schedule` says; the rows of a batch
     share the largest. Such a method cannot be compiled."""
+
+    sees_hidden: ClassVar[bool] = False
+    """Whether `select` looks at `Evidence.hidden`, which is gathered for those that do."""
 
     keep: float | int = 0.25
     budget: Literal["global", "view"] = "global"
@@ -345,29 +344,25 @@ class Method:
 
     def by_view(self, evidence: Evidence, choose: Callable[[Evidence, int], Tensor]) -> Tensor:
         """`choose(evidence, k)` of all tokens, or of each view by itself: `[B, k]`, ascending."""
-        views, count = evidence.views, evidence.keep_count
-        if self.budget == "global":
-            return _some(choose, evidence, self.kept(views) if count is None else count)
-        shares = (
-            self._resolve(views) if count is None else self.split(views, count, evidence.number)
-        )
+        k = self.kept(evidence.views) if evidence.keep_count is None else evidence.keep_count
+        parts = ((evidence, k),) if self.budget == "global" else self._parts(evidence, k)
         chosen, start = [], 0
-        for size, k in zip(views, shares, strict=True):
-            view = evidence.within(slice(start, start + size))
-            chosen.append(start + _some(choose, view, k))
+        for part, k in parts:
+            batch, size = part.features.shape[:2]
+            everything = torch.arange(k, device=part.features.device).expand(batch, k)
+            chosen.append(start + (everything if k in (0, size) else choose(part, k)))
             start += size
-        return torch.cat(chosen, dim=1)
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+    def _parts(self, evidence: Evidence, k: int) -> Iterable[tuple[Evidence, int]]:
+        """Each view, and what it keeps of k."""
+        views, number = evidence.views, 0 if evidence.keep_count is None else evidence.number
+        spans = pairwise((0, *accumulate(views)))
+        parts = [evidence.within(slice(*span)) for span in spans]
+        return zip(parts, self.split(views, k, number), strict=True)
 
     def _resolve(self, views: tuple[int, ...]) -> tuple[int, ...]:
         return Budget(self.keep, self.budget).resolve(views)
-
-
-def _some(choose: Callable[[Evidence, int], Tensor], evidence: Evidence, k: int) -> Tensor:
-    """`choose(evidence, k)`, where there is a choice."""
-    batch, size = evidence.features.shape[:2]
-    if k in (0, size):
-        return torch.arange(k, device=evidence.features.device).expand(batch, k)
-    return choose(evidence, k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +419,12 @@ class OneCut(Method):
 
     def select(self, evidence: Evidence) -> Tensor | Choice:
         """What `choose` says of all tokens, or of each view."""
+        evidence.check(self.name)
+        if evidence.semantic is None or evidence.forecast is None:
+            self._refuse_missing(evidence)
+        return self.by_view(evidence, self.choose)
+
+    def _refuse_missing(self, evidence: Evidence) -> None:
         semantic = ("semantic",) if self.semantic_rows is not None else ()
         forecast = ("forecast",) if self.history is not None else ()
         evidence.check(self.name, *semantic, *forecast)
-        return self.by_view(evidence, self.choose)

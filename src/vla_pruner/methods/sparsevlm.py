@@ -82,6 +82,7 @@ class SparseVLM(Method):
     summary: ClassVar[str] = "image-related words score; three cuts; recycling"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.04417"
     licence: ClassVar[str] = "Apache-2.0 (public code: Apache-2.0)"
+    sees_hidden: ClassVar[bool] = True
 
     count: Literal["average", "behind", "final"] = "average"
     layers: tuple[int, ...] | None = None

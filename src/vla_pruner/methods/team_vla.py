@@ -67,6 +67,7 @@ class TEAMVLA(Method):
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2512.09927"
     licence: ClassVar[str] = "Apache-2.0 (no public code)"
     adaptive: ClassVar[bool] = True
+    sees_hidden: ClassVar[bool] = True
 
     layer: int = 0
     merge_layer: int | None = None

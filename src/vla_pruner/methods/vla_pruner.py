@@ -123,7 +123,7 @@ class VLAPruner(OneCut):
     def full_step(self, context: StepContext) -> bool:
         """Warm-up, or a refresh that is due."""
         due = self.refresh is not None and context.since_full >= self.refresh - 1
-        return context.step < self.warmup or due
+        return context.step < self.window or due
 
     def semantic_layer(self, cut: int) -> int:
         """`score_layer`, or the last layer before the cut."""
@@ -131,15 +131,19 @@ class VLAPruner(OneCut):
 
     def choose(self, evidence: Evidence, k: int) -> Tensor:
         """Algorithm 2, or the ablation that `levels` or `fusion` names: `[B, k]`, ascending."""
+        if self.levels != "both" or self.fusion is not None:
+            return self._ablated(evidence, k)
+        semantic, forecast, valid = evidence.semantic, evidence.forecast, evidence.valid
+        assert semantic is not None and forecast is not None
+        return combine_then_filter(evidence.features, semantic, forecast, k, self.first, valid)
+
+    def _ablated(self, evidence: Evidence, k: int) -> Tensor:
+        """What `levels` or `fusion` names."""
         semantic, forecast, valid = evidence.semantic, evidence.forecast, evidence.valid
         if self.levels != "both":
             score = forecast if self.levels == "action" else semantic
             assert score is not None
             return top_k(score, k, valid=valid)
-        assert semantic is not None and forecast is not None
-        if self.fusion is not None:
-            own, other = shares(semantic, valid), shares(forecast, valid)
-            return top_k(self.fusion * own + (1 - self.fusion) * other, k, valid=valid)
-        return combine_then_filter(
-            evidence.features, semantic, forecast, k, first=self.first, valid=valid
-        )
+        assert semantic is not None and forecast is not None and self.fusion is not None
+        own, other = shares(semantic, valid), shares(forecast, valid)
+        return top_k(self.fusion * own + (1 - self.fusion) * other, k, valid=valid)

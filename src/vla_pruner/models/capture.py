@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vla_pruner import _flags as flags
 from vla_pruner._numbers import on_device
-from vla_pruner.core.cleanup import Attached, replace
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Episode, Step
+from vla_pruner.core.hooks import Attached, replace
 from vla_pruner.core.passes import Passes
 from vla_pruner.core.session import session_of
 from vla_pruner.core.tokens import Prefill

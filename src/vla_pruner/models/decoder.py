@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core.calls import by_name
-from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 
 
@@ -57,7 +57,7 @@ class Decoder(Adapter):
             raise TypeError(f"`action_rows={action_rows}` must hold whole numbers.")
         count = self._positions.shape[1]
         self._views = _views(views, count)
-        self._layers: Sequence[nn.Module] = ()
+        self._name = ""
         self._known: tuple[int, torch.device, Layout] | None = None
         self._model: nn.Module | None = None
         self._call: Mapping[str, Any] = {}
@@ -66,12 +66,11 @@ class Decoder(Adapter):
         """Find the decoder: the module that holds the layers."""
         self._model = model
         if isinstance(self._where, str):
-            path, _, name = self._where.rpartition(".")
+            path, _, self._name = self._where.rpartition(".")
             try:
                 self.decoder = model.get_submodule(path)
-                self._layers = list(getattr(self.decoder, name))
-                if not all(isinstance(layer, nn.Module) for layer in self._layers):
-                    raise TypeError(name)
+                if not all(isinstance(layer, nn.Module) for layer in self.layers):
+                    raise TypeError(self._name)
             except (AttributeError, TypeError):
                 raise ValueError(
                     f"{type(model).__name__} has no layer list at {self._where!r}; it has "
@@ -79,14 +78,16 @@ class Decoder(Adapter):
                 ) from None
             return
         for module in model.modules():
-            if any(child is self._where for child in module.children()):
-                self.decoder, self._layers = module, list(self._where)
-                return
+            for name, child in module.named_children():
+                if child is self._where:
+                    self.decoder, self._name = module, name
+                    return
         raise ValueError(f"the given layers are not part of this {type(model).__name__}.")
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return self._layers
+        found: Sequence[nn.Module] = getattr(self.decoder, self._name)
+        return found
 
     def attach(self, undo: ExitStack) -> None:
         """Read the labels that the model is called with."""
@@ -109,12 +110,17 @@ class Decoder(Adapter):
             ValueError: the prefill ends among the visual positions.
         """
         length, device = inputs.shape[1], inputs.device
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = _padding(kwargs)
         labels, asked = self._call.get("labels"), self._call.get("logits_to_keep", 1)
         plain = mask is None and labels is None and isinstance(asked, int) and asked < 2
         if plain and self._known is not None and self._known[:2] == (length, device):
             return self._known[2]
+        layout = self._made(length, mask, device)
+        if plain and layout is not None:
+            self._known = (length, device, layout)
+        return layout
+
+    def _made(self, length: int, mask: Tensor | None, device: torch.device) -> Layout | None:
         first, last = self._span()
         if length <= first:
             return None
@@ -123,10 +129,7 @@ class Decoder(Adapter):
                 f"`visual` reaches position {last}, but this prefill has {length} tokens."
             )
         with torch.inference_mode(False):  # What is known may be saved for a backward pass later.
-            layout = self._at(length, 0, mask, device)
-        if plain:
-            self._known = (length, device, layout)
-        return layout
+            return self._at(length, 0, mask, device)
 
     def continued(self, inputs: Tensor, kwargs: Mapping[str, Any], past: int) -> Layout | None:
         """The visual tokens, if this pass brings them all.
@@ -143,8 +146,7 @@ class Decoder(Adapter):
                 f"{past + length - 1}; an image that is split over several passes cannot be pruned "
                 "as a whole. Give the prompt at once, or all of the image in one pass."
             )
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = _padding(kwargs)
         with torch.inference_mode(False):
             return self._at(length, past, mask, inputs.device)
 
@@ -198,6 +200,12 @@ class Decoder(Adapter):
             named[-1] = False
             hit = hit | named[visual].any(dim=0)
         return tuple(hit.nonzero()[:, 0].tolist())
+
+
+def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """`[B, S]` mask of real tokens, if the decoder is given one."""
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _positions(visual: slice | Tensor) -> Tensor:

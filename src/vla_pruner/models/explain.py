@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
+from vla_pruner.core.hooks import implementation
 from vla_pruner.core.plan import Plan
 from vla_pruner.core.report import StepReport
 from vla_pruner.core.session import Session
-from vla_pruner.core.watching import implementation
 from vla_pruner.pruning.flops import layered_prefill_flops
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.core.cleanup import after, before
+from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.models.decoder import text_behind
 from vla_pruner.models.towers import of_transformers

@@ -101,16 +101,15 @@ class HistorySpec:
         Returns:
             The new memory (count is not capped at `slots`).
         """
-        cut = None if kept is None or self.censored == "zero" else ~kept.to(history.device)
-        if cut is not None:
+        seen = None if self.censored == "zero" or kept is None else kept.to(history.device)
+        if seen is not None:
             remembered = _where(count, history[:, 0], torch.zeros_like(history[:, 0]))
-            observed = uncensor(observed, ~cut, remembered)
+            observed = uncensor(observed, seen, remembered)
         if self.kind == "window":
             return push(history, observed), count + 1
-        forecast = ema_update(history[:, 0], observed, self.alpha, first=count == 0)
-        if cut is not None:
-            forecast = torch.where(cut, observed, forecast)
-        return forecast[:, None].to(history.dtype), count + 1
+        mixed = ema_update(history[:, 0], observed, self.alpha, first=count == 0)
+        mixed = mixed if seen is None else torch.where(seen, mixed, observed)
+        return mixed[:, None].to(history.dtype), count + 1
 
     def forecast(self, history: Tensor, count: Count) -> Tensor:
         """Action score expected at the next step: `[B, M]` fp32, 0 before any observation."""
@@ -150,6 +149,12 @@ def decaying_window(
         for entry, age in zip(history.unbind(1), ages, strict=False):
             total = total.add(entry, alpha=gamma**age)
         return total
+    return _windows(history, count, gamma, newest_heaviest)
+
+
+def _windows(history: Tensor, count: Tensor, gamma: float, newest_heaviest: bool) -> Tensor:
+    """`decaying_window` of rows that have seen different numbers of steps, `count` `[B]`."""
+    window = history.shape[1]
     place = torch.arange(1, window + 1, device=history.device)
     known = count.to(history.device).clamp(max=window)[:, None]
     power = place.expand(known.shape[0], window) if newest_heaviest else known - place

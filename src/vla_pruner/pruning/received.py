@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vla_pruner.kernels.native import Attention
 from vla_pruner.pruning.scores import Rows, attention_rows
 
 Heads = Literal["mean", "max"]
@@ -43,6 +44,17 @@ def attention_column_max(
     Raises:
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
+    seen = Attention(query, key, scale, mask, causal, softcap, sinks)
+    return column_max(seen, columns, rows, row_weight)
+
+
+@torch.no_grad()
+def column_max(
+    seen: Attention, columns: Tensor, rows: Rows = None, row_weight: Tensor | None = None
+) -> Tensor:
+    """What `attention_column_max` says of an attention: `[B, M]` fp32; 0 for columns of -1."""
+    seen.check()
+    query, key, mask, causal = seen.query, seen.key, seen.mask, seen.causal
     batch, total, keys = query.shape[0], query.shape[2], key.shape[2]
     number = _numbers(rows, total, query.device)
     columns = columns.to(query.device).expand(batch, -1)
@@ -65,14 +77,16 @@ def attention_column_max(
         probabilities = attention_rows(
             _rows_of(query, at, batch),
             key,
-            scale=scale,
+            scale=seen.scale,
             mask=block_mask,
-            softcap=softcap,
-            sinks=sinks,
+            softcap=seen.softcap,
+            sinks=seen.sinks,
         )
-        return probabilities.amax(dim=1).gather(2, columns[:, None].expand(-1, at.shape[1], -1))
+        there = columns.clamp_min(0)[:, None].expand(-1, at.shape[1], -1)
+        return probabilities.amax(dim=1).gather(2, there)
 
-    return _mean_over_rows(received, number, row_weight, batch, columns.shape[1])
+    mean = _mean_over_rows(received, number, row_weight, batch, columns.shape[1])
+    return mean.masked_fill(columns < 0, 0.0)
 
 
 @torch.no_grad()

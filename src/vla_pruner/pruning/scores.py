@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_pruner import _flags as flags
 from vla_pruner.kernels import native
+from vla_pruner.kernels.native import Attention
 
 try:  # It comes with PyTorch for CUDA.
     from vla_pruner.kernels import triton_scores as _triton
@@ -19,6 +19,9 @@ Rows = slice | Tensor | None
 
 # Stands in a logit for "hidden": exp() of it is 0, and a row that holds nothing else is no NaN.
 _HIDDEN = -1e30
+
+# Probabilities that exist at once, for each batch element.
+_CHUNK = 1 << 19
 
 # Query rows of a block: few enough that a causal mask saves nearly half of the work.
 _BLOCK_ROWS = 128
@@ -52,7 +55,7 @@ def attention_rows(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(query, key, mask)
+    Attention(query, key, scale, mask).check()
     rows, keys = query.shape[2], key.shape[2]
     last_visible = torch.arange(keys - rows, keys, device=key.device) if causal else None
     shown = max(0, keys - rows + 1) if causal else keys
@@ -75,7 +78,7 @@ def attention_column_mean(
     row_weight: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    chunk: int = 1 << 19,
+    chunk: int = _CHUNK,
 ) -> Tensor:
     """Attention that each of some keys receives: mean over heads and query rows (Eq. 2 and 4).
 
@@ -102,13 +105,30 @@ def attention_column_mean(
     Raises:
         ValueError: shapes that do not fit together, or `rows` without a row.
     """
-    _check(query, key, mask)
-    options = (mask, row_weight, sinks, scale, causal, softcap, chunk)
-    if torch.compiler.is_compiling() or query.device.type != "cpu" or flags.pretend_device:
-        picked = rows if isinstance(rows, Tensor) else None
-        span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
-        return _column_mean_node(query, key, columns, picked, *span, *options)
-    return _column_mean(query, key, columns, rows, *options)
+    seen = Attention(query, key, scale, mask, causal, softcap, sinks)
+    return column_mean(seen, columns, rows, row_weight, chunk)
+
+
+@torch.no_grad()
+def column_mean(
+    seen: Attention, columns: Tensor, rows: Rows, weight: Tensor | None = None, chunk: int = _CHUNK
+) -> Tensor:
+    """What `attention_column_mean` says of an attention: `[B, M]` fp32."""
+    if torch.compiler.is_compiling() or not seen.query.is_cpu:
+        return _as_node(seen, columns, rows, weight, chunk)
+    number = _row_numbers(rows, seen.query.shape[2], seen.query.device)
+    received = native.column_mean(seen, columns, number, weight)
+    return _by_operators(seen, columns, rows, weight, chunk) if received is None else received
+
+
+def _as_node(
+    seen: Attention, columns: Tensor, rows: Rows, row_weight: Tensor | None, chunk: int
+) -> Tensor:
+    """`column_mean` as one node of a graph that is being compiled."""
+    picked = rows if isinstance(rows, Tensor) else None
+    span = (rows.start, rows.stop) if isinstance(rows, slice) else (None, None)
+    options = (seen.mask, row_weight, seen.sinks, seen.scale, seen.causal, seen.softcap, chunk)
+    return _column_mean_node(seen.query, seen.key, columns, picked, *span, *options)
 
 
 # One operator, so that a compiled graph holds one node for any number of rows and keys.
@@ -126,20 +146,27 @@ def _column_mean_node(
     rows: Tensor | None,
     start: int | None,
     stop: int | None,
-    *options: Any,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    chunk: int,
 ) -> Tensor:
-    """`_column_mean` with rows as a tensor, or from `start` to `stop`."""
+    """`column_mean` with rows as a tensor, or from `start` to `stop`."""
+    seen = Attention(query, key, scale, mask, causal, softcap, sinks)
     voting = slice(start, stop) if rows is None else rows
-    wide = query.shape[3] > (0 if _triton is None else _triton.LARGEST_HEAD)
-    if wide or not query.is_cuda or query.dtype not in _IN_C or key.dtype != query.dtype:
-        return _column_mean(query, key, columns, voting, *options)
-    mask, row_weight, sinks, scale, causal, softcap, _ = options
-    chosen = voting if isinstance(voting, Tensor) else range(query.shape[2])[voting]
+    if query.is_cpu:
+        return column_mean(seen, columns, voting, row_weight, chunk)
+    small = _triton is not None and query.shape[3] <= _triton.LARGEST_HEAD
+    if not (small and query.is_cuda and query.dtype == key.dtype and query.dtype in _IN_TRITON):
+        return _by_operators(seen, columns, voting, row_weight, chunk)
     return _triton.column_mean(
         query,
         key,
         columns,
-        chosen,
+        range(query.shape[2])[voting] if isinstance(voting, slice) else voting,
         mask=mask,
         row_weight=row_weight,
         sinks=sinks,
@@ -154,71 +181,20 @@ def _(query: Tensor, key: Tensor, columns: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], columns.shape[1]), dtype=torch.float32)
 
 
-_IN_C = (torch.float32, torch.bfloat16, torch.float16)
+_IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _column_mean(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    rows: Rows,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-    chunk: int,
+def _by_operators(
+    seen: Attention, columns: Tensor, rows: Rows, row_weight: Tensor | None, chunk: int
 ) -> Tensor:
-    """See `attention_column_mean`: in C on the CPU, or with PyTorch's operators."""
-    chosen: range | Tensor
-    if isinstance(rows, Tensor):
-        chosen, count = rows, rows.shape[-1]
-    else:
-        chosen = range(query.shape[2])[slice(None) if rows is None else rows]
-        count = len(chosen)
-    if query.dtype in _IN_C and key.dtype == query.dtype and count > 0:
-        received = native.column_mean(
-            query,
-            key,
-            columns,
-            chosen,
-            mask=mask,
-            row_weight=row_weight,
-            sinks=sinks,
-            scale=scale,
-            causal=causal,
-            softcap=softcap,
-        )
-        if received is not None:
-            return received
-    return _column_mean_by_operators(
-        query, key, columns, rows, mask, row_weight, sinks, scale, causal, softcap, chunk
-    )
-
-
-def _column_mean_by_operators(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    rows: Rows,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
-    chunk: int,
-) -> Tensor:
-    """`_column_mean` with PyTorch's operators: the reference."""
+    """`column_mean` with PyTorch's operators: the reference."""
+    query, key, mask, causal, sinks = seen.query, seen.key, seen.mask, seen.causal, seen.sinks
     batch, heads, total, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
     key = key.contiguous()  # Models hand over a view of [B, N, H, D], slow to multiply by head.
     number = _row_numbers(rows, total, query.device)
     count = number.shape[-1]
-    if count == 0:
-        raise ValueError(f"`rows` names none of the {total} query rows: no row would vote.")
     weight = None
     if row_weight is not None:
         weight = _pick(row_weight.to(query.device).float(), number, 1).expand(batch, count)
@@ -249,9 +225,9 @@ def _column_mean_by_operators(
                 probabilities = _probabilities(
                     block_query[:, own],
                     key[:, low:high, :visible],
-                    scale,
+                    seen.scale,
                     _of_heads(bias, own),
-                    softcap,
+                    seen.softcap,
                     None if sinks is None else sinks[own],
                 )
                 own_weight = None if weight is None else weight[:, start:stop]
@@ -354,10 +330,11 @@ def _tally(probabilities: Tensor, weight: Tensor | None, sees: Tensor | None) ->
 
 def _row_numbers(rows: Rows, total: int, device: torch.device) -> Tensor:
     """Numbers of the query rows that vote, `[R]` or `[B, R]`."""
-    if isinstance(rows, Tensor):
-        return rows.to(device)
     every = torch.arange(total, device=device)
-    return every if rows is None else every[rows]
+    number = rows.to(device) if isinstance(rows, Tensor) else every[rows or slice(None)]
+    if number.shape[-1] == 0:
+        raise ValueError(f"`rows` names none of the {total} query rows: no row would vote.")
+    return number
 
 
 def _block(rows: Rows, number: Tensor, start: int, stop: int, total: int) -> slice | Tensor:
@@ -392,24 +369,3 @@ def _pick(tensor: Tensor, at: slice | Tensor, dim: int) -> Tensor:
     target[0], target[dim] = batch, at.shape[1]
     tensor = tensor.expand([batch, *tensor.shape[1:]])
     return tensor.gather(dim, at.view(shape).expand(target))
-
-
-def _check(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(
-            "query and key must be [B, H, tokens, D]; "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}."
-        )
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} "
-            "must agree in batch and head size."
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads: not a multiple."
-        )
-    if mask is not None and (mask.ndim != 4 or mask.shape[-1] != key.shape[2]):
-        raise ValueError(
-            f"mask must be [B|1, 1|H, Q|1, N] with N={key.shape[2]} keys; got {tuple(mask.shape)}."
-        )

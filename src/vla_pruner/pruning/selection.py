@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import ctypes
 from typing import Literal
 
 import numpy as np
@@ -38,11 +37,13 @@ def top_k(scores: Tensor, k: int, *, valid: Tensor | None = None) -> Tensor:
     """
     _check_k(k, scores.shape[-1])
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    if scores.ndim <= 2 and _in_c(scores, valid):
-        return _by_row(partial(native.top_k, k=k), scores, valid=valid)
+    library = _in_c(scores, valid)
+    if library is not None:
+        return native.top_k(library, scores, k, valid)
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
-    _refuse_nan(scores, "scores")
+    if flags.may_read(scores):
+        flags.refuse(scores.isnan().any(), native.BROKEN_SCORES)
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(dim=-1).values
 
@@ -96,7 +97,6 @@ def combine_then_filter(
     semantic: Tensor,
     action: Tensor | None,
     k: int,
-    *,
     first: First = "second-nearest",
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -118,45 +118,45 @@ def combine_then_filter(
         ValueError: k out of range, shapes that do not fit, NaN scores, or NaN or infinite features
             among the pooled tokens (see `top_k` and `max_min_filter`).
     """
+    size = features.shape[:-1]
     for name, scores in (("semantic", semantic), ("action", action), ("valid", valid)):
-        if scores is not None and scores.shape != features.shape[:-1]:
+        if scores is not None and scores.shape != size:
             raise ValueError(
-                f"{name} must be {tuple(features.shape[:-1])} to match the features; "
-                f"got {tuple(scores.shape)}."
+                f"{name} must be {tuple(size)} to match the features; got {tuple(scores.shape)}."
             )
-    if action is None or k == features.shape[-2]:
+    if action is None or k == size[-1]:
         return top_k(semantic, k, valid=valid)
+    _check_k(k, size[-1])
     _check_first(first)
-    if torch.compiler.is_compiling() or features.device.type != "cpu" or flags.pretend_device:
-        return _as_one_operator(features, semantic, action, k, first == "nearest", valid)
-    if _in_c(semantic, valid, action, features):
-        choose = partial(native.combine_then_filter, k=k, nearest=first == "nearest")
-        return _by_row(choose, semantic, action=action, features=features, valid=valid)
-    return _combine_by_operators(semantic, action, features, k, first, valid)
+    if torch.compiler.is_compiling() or not features.is_cpu:
+        given = (semantic, action, features, valid)
+        batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
+        kept, broken = _combine_node(*batched, k, first == "nearest")
+        if flags.may_read(broken):
+            flags.refuse(broken[0], native.BROKEN_SCORES)
+            flags.refuse(broken[1], native.BROKEN_FEATURES)
+        return kept if features.ndim == 3 else kept[0]
+    library = _in_c(semantic, valid, action, features)
+    if library is not None:
+        nearest = first == "nearest"
+        return native.combine_then_filter(library, features, semantic, action, valid, k, nearest)
+    return _combine_by_operators(features, semantic, action, k, first, valid)
 
 
 def _combine_by_operators(
-    semantic: Tensor, action: Tensor, features: Tensor, k: int, first: First, valid: Tensor | None
+    features: Tensor,
+    semantic: Tensor,
+    action: Tensor,
+    k: int,
+    first: First,
+    valid: Tensor | None,
 ) -> Tensor:
-    """`combine_then_filter` with PyTorch's operators: the reference."""
+    """`combine_then_filter` as its parts."""
     best = top_k(semantic, k, valid=valid)
     pool = torch.zeros(semantic.shape, dtype=torch.bool, device=semantic.device)
     pool = pool.scatter(-1, best, True).scatter(-1, top_k(action, k, valid=valid), True)
     chosen = max_min_filter(features, k, candidates=pool.to(features.device), first=first)
     return chosen.sort(dim=-1).values
-
-
-def _as_one_operator(
-    features: Tensor, semantic: Tensor, action: Tensor, k: int, nearest: bool, valid: Tensor | None
-) -> Tensor:
-    """`combine_then_filter` as one node of a graph, or a few launches on a GPU."""
-    given = (semantic, action, features, valid)
-    batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
-    kept, broken = _combine_node(*batched, k, nearest)
-    if flags.may_read(broken):
-        flags.refuse(broken[0], _NAN.format(name="scores"))
-        flags.refuse(broken[1], _NOT_FINITE)
-    return kept if features.ndim == 3 else kept[0]
 
 
 # One operator, so that a compiled graph holds one node: C on the CPU, Triton on a GPU.
@@ -169,17 +169,14 @@ def _as_one_operator(
 def _combine_node(
     semantic: Tensor, action: Tensor, features: Tensor, valid: Tensor | None, k: int, nearest: bool
 ) -> tuple[Tensor, Tensor]:
-    """`combine_then_filter`: `[B, k]`, and whether scores or features are broken, bool `[2]`."""
+    """`[B, k]` as `combine_then_filter`; whether scores or features are broken, bool `[2]`."""
     small = features.shape[1] <= (0 if _greedy is None else _greedy.LARGEST)
     if features.is_cuda and _greedy is not None and small:
         with torch.autocast("cuda", enabled=False):
             return _greedy.choose(semantic, action, features, valid, k, nearest)
     first: First = "nearest" if nearest else "second-nearest"
-    if _in_c(semantic, valid, action, features):
-        choose = partial(native.combine_then_filter, k=k, nearest=nearest)
-        kept = _by_row(choose, semantic, action=action, features=features, valid=valid)
-    else:
-        kept = _combine_by_operators(semantic, action, features, k, first, valid)
+    choose = combine_then_filter if features.is_cpu else _combine_by_operators
+    kept = choose(features, semantic, action, k, first, valid)
     return kept, torch.zeros(2, dtype=torch.bool, device=kept.device)
 
 
@@ -251,7 +248,7 @@ def _search_on_cpu(features: Tensor, candidates: Tensor, k: int, nearest: bool) 
     found = native.max_min_search(features, index, k, nearest)
     picks, length = found or _search_in_numpy(features, index, k, nearest)
     if not torch.isfinite(length).all():
-        raise ValueError(_NOT_FINITE)
+        raise ValueError(native.BROKEN_FEATURES)
     return index[picks]
 
 
@@ -283,27 +280,10 @@ def _search_in_numpy(
     return torch.tensor(picks, dtype=torch.int64, device="cpu"), length
 
 
-def _in_c(scores: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are to be looked at in C: on the CPU, and not by a compiler's tracing."""
+def _in_c(scores: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
+    """What looks at these in C: on the CPU, not fp64 scores, and not by a compiler's tracing."""
     wide = any(one is not None and one.dtype == torch.float64 for one in (scores, *others[:2]))
-    return not wide and not torch.compiler.is_compiling() and native.readable(scores, *others)
-
-
-def _by_row(choose: Callable[..., Tensor | int], scores: Tensor, **others: Tensor | None) -> Tensor:
-    """What a function of `native` chooses for each row of `scores` `[n]` or `[B, n]`."""
-    whole = {"scores": scores.float()} | {n: o.detach() for n, o in others.items() if o is not None}
-    lead = scores.shape[:-1]
-    picked = [
-        choose(**{"valid": None} | {n: o[row] if lead else o for n, o in whole.items()})
-        for row in range(lead[0] if lead else 1)
-    ]
-    found = []
-    for one in picked:
-        if isinstance(one, int):
-            broken = one == native.BROKEN_SCORES
-            raise ValueError(_NAN.format(name="scores") if broken else _NOT_FINITE)
-        found.append(one)
-    return torch.stack(found) if lead else found[0]
+    return None if wide or torch.compiler.is_compiling() else native.reading(scores, *others)
 
 
 def _second_smallest(distance: Tensor) -> Tensor:
@@ -340,21 +320,11 @@ def _check_k(k: int, size: int) -> None:
         raise ValueError(f"`k={k}` must lie in 1..{size}, the number of tokens.")
 
 
-def _refuse_nan(scores: Tensor, name: str) -> None:
-    if flags.may_read(scores):
-        flags.refuse(scores.isnan().any(), _NAN.format(name=name))
-
-
 def _check_candidates(features: Tensor, mask: Tensor, k: int) -> None:
     """What the search on the CPU checks as it goes, for a search that never reads back."""
     squared = features.float().square().sum(dim=-1)
-    flags.refuse(~(torch.isfinite(squared) | ~mask).all(), _NOT_FINITE)
+    flags.refuse(~(torch.isfinite(squared) | ~mask).all(), native.BROKEN_FEATURES)
     flags.refuse((mask.sum(dim=1) < k).any(), f"`k={k}` asks for more than there are candidates.")
 
 
-_NAN = "{name} contain NaN; a row of attention was fully masked or the model overflowed."
 _TOO_FEW = "`k={k}` asks for more than the {count} candidates."
-_NOT_FINITE = (
-    "features of a candidate token are NaN or infinite (or overflow when squared); "
-    "the model's visual embeddings are broken before any token is cut."
-)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,10 @@ def engine_from(
         ladder = Ladder.read(arguments.ladder, deadline, weights=weights)
     if arguments.replicas < 0:
         raise ValueError(f"--replicas {arguments.replicas}: expected 0 or more")
+    for name in ("deadline_ms", "wait_ms", "watchdog_s", "idle_s", "ray_gpus"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of 0 or more")
     if arguments.ray is not None:
         importlib.import_module("ray")
     on_ray = partial(OnRay, address=arguments.ray, gpus=arguments.ray_gpus)

@@ -132,12 +132,11 @@ class RememberingCut(Cut):
         if prefill is None or self.phase != "prefill" or prefill.note.late is not None:
             return
         left = prefill.sets[0 if prefill.mode == "full" else self.plan.number[index]]
-        assert left.columns is not None
+        assert left.places is not None
         shown = (attention, query, key, mask, kwargs)
-        seen = scores.Seen.of(self, shown, left.offset + query.shape[2])
+        seen = scores.see(self, shown, left.offset + query.shape[2])
         rows, weight = scores.votes(ScoreSpec(layer=index, rows="text"), prefill, left, query)
-        received = seen.received(left.columns + left.offset, rows, weight)
-        prefill.note.late = scores.spread(prefill, left, received)
+        prefill.note.late = scores.column_mean(seen, left.places, rows, weight)
 
     def _evidence(self, number: int, prefill: Prefill, tokens: Tensor, hidden: Tensor) -> Evidence:
         """With what the method expects from its memory among the scores."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.core.cleanup import after
+from vla_pruner.core.hooks import after
 from vla_pruner.pruning.scores import attention_column_mean
 
 _MOST_CALLS = 64

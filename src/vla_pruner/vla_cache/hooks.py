@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from vla_pruner.baselines.entropy import attention_entropy
 from vla_pruner.core import scores
 from vla_pruner.core.arguments import refuse_unknown, take, take_rotary
-from vla_pruner.core.cleanup import after, before
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.hiding import implied_mask
+from vla_pruner.core.hooks import after, before, implementation
 from vla_pruner.core.layout import Adapter
 from vla_pruner.core.tokens import Mode, Prefill, TokenSet
-from vla_pruner.core.watching import implementation
 from vla_pruner.methods.base import ScoreSpec
 from vla_pruner.vla_cache.memory import Memories, Recalled, Record
 
@@ -185,7 +184,7 @@ class ReuseHooks(Cut):
             )
         left = prefill.sets[self.plan.number[index]]
         shown = (attention, query, key, mask, kwargs)
-        seen = scores.Seen.of(self, shown, prefill.length)
+        seen = scores.see(self, shown, prefill.length)
         if seen.sinks is not None:
             raise NotImplementedError(
                 f"{type(attention).__name__} has attention sinks, of which method "
@@ -204,7 +203,7 @@ class ReuseHooks(Cut):
             spec = ScoreSpec(layer=index, rows="text")
             rows, weight = scores.votes(spec, prefill, left, query)
             visual = prefill.layout.visual.expand(query.shape[0], -1)
-            record.relevance = seen.received(visual, rows, weight)
+            record.relevance = scores.column_mean(seen, visual, rows, weight)
 
 
 class _Store:

@@ -9,10 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from vla_pruner.core.arguments import take
-from vla_pruner.core.cleanup import replace
+from vla_pruner.core.hooks import Shown, replace
 from vla_pruner.core.layout import Layout
 from vla_pruner.core.session import Session
-from vla_pruner.core.watching import Shown
 from vla_pruner.models.adapters.patching import reset_with
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
 from vla_pruner.models.hf_vlm import ImageTokenVLM

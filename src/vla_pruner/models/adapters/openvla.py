@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.core.cleanup import replace
+from vla_pruner.core.hooks import replace
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.session import Session
 from vla_pruner.models.adapters.patching import one_step

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vla_pruner.core.cleanup import Hook, replace
+from vla_pruner.core.hooks import Hook, replace
 from vla_pruner.core.session import Session
 
 

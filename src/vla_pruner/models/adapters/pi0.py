@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla_pruner.core.cleanup import replace
+from vla_pruner.core.hooks import replace
 from vla_pruner.core.layout import Layout
 from vla_pruner.core.session import Session
 from vla_pruner.models.adapters.patching import one_step, run_hooks_on_forward

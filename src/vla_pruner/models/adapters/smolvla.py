@@ -9,8 +9,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from vla_pruner.core.cleanup import replace
-from vla_pruner.core.watching import Shown
+from vla_pruner.core.hooks import Shown, replace
 from vla_pruner.models.adapters.prefix import PrefixAdapter
 
 _taken: WeakSet[nn.Module] = WeakSet()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vla_pruner._numbers import on_device
-from vla_pruner.core.cleanup import replace
+from vla_pruner.core.hooks import replace
 
 from .modeling import OpenVLA, greedy, sequence_arguments, widen_mask
 from .oft import OpenVLAOFT

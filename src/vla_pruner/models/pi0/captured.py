@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vla_pruner.core.cleanup import replace
+from vla_pruner.core.hooks import replace
 
 from .gemma import SharedKV
 from .modeling import Pi0, Prefix, additive

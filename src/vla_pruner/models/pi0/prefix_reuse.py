@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vla_pruner.core import cleanup
+from vla_pruner.core import hooks
 
 from .modeling import Pi0, Prefix
 from .processing import Inputs
@@ -119,6 +119,6 @@ def prefix_reuse(policy: Pi0, *, calls: int = 2, threshold: float = 2.0) -> Iter
 
     with ExitStack() as undo:
         undo.callback(gate.reset)
-        cleanup.replace(policy, "read_prefix", reading, undo)
-        cleanup.replace(policy, "prepare", preparing, undo)
+        hooks.replace(policy, "read_prefix", reading, undo)
+        hooks.replace(policy, "prepare", preparing, undo)
         yield gate
