@@ -34,12 +34,7 @@ from vla_pruner.methods.base import Method
 def _outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
     """A hook that no graph may hold; where a whole step is one graph, it does without."""
     outside = torch.compiler.disable(function)
-
-    def hook(passes: Passes, *args: Any) -> None:
-        if not passes.captured:
-            outside(passes, *args)
-
-    return hook
+    return lambda passes, *args: None if passes.captured else outside(passes, *args)
 
 
 _batched = torch._C._functorch.is_batchedtensor  # Inside `torch.vmap`.
