@@ -154,7 +154,7 @@ def test_calls_that_take_long_are_not_replayed(policy, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_among_the_replays_leaves_the_episodes_latencies(policy, tmp_path, monkeypatch):
-    def interrupt(*arguments: object) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "report"

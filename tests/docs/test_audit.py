@@ -31,7 +31,7 @@ def test_results_are_those_of_their_rows(audit):
     page = ROOT / "docs" / "results.md"
     assert audit.audit(page) == []
     assert page.read_text("utf-8").count("<!-- rows: ") > 8
-    assert len(page.read_text("utf-8").splitlines()) <= 150
+    assert len(page.read_text("utf-8").splitlines()) <= 175
 
 
 def test_the_figures_of_the_readme_are_those_of_their_rows(audit):
@@ -89,6 +89,8 @@ def test_two_ways_to_compute_the_same(recompute, gained, lost):
 
 def test_commands_of_the_results_are_printed_whole():
     text = (ROOT / "docs" / "results.md").read_text("utf-8")
-    for entry in text.split("\n## ")[1:]:
+    entries = re.split(r"\n## (?=\d{4}-)", text.partition("\n## The paper's claims")[0])[1:]
+    assert len(entries) > 8
+    for entry in entries:
         assert re.search(r"`vla-pruner \w+ [^`]+`", entry), entry.partition("\n")[0]
         assert re.search(r"\]\(\.\./experiments/results/[\w.-]+\)", entry)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def run(code: list[str], folder: Path) -> str:
 def test_an_example(name: str, tmp_path: Path) -> None:
     arguments = []
     if name == "live_evaluation.py":
-        pytest.importorskip("robosuite", reason="the extra `sim` is not installed")
+        if find_spec("robosuite") is None:  # Importing it here would choose how MuJoCo draws.
+            pytest.skip("the extra `sim` is not installed")
         arguments = ["1"]
     said = run([str(EXAMPLES / name), *arguments], tmp_path)
     assert re.search(SAYS[name], said), said

@@ -49,7 +49,9 @@ def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any
     method = build(name, keep=0.25)
     layer = getattr(method, "layer", 0) or 1
     asks = bool(method.scores(layer)) or method.history is not None
-    assert (row.scoring_ms is not None) == (asks or name in ("fitprune", "vla-cache", "vla-iap"))
+    assert (row.scoring_ms is not None) == (
+        asks or name in ("fitprune", "hiprune", "vla-cache", "vla-iap")
+    )
     assert row.visual < full.visual
 
 

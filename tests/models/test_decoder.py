@@ -134,7 +134,9 @@ def test_action_rows_that_a_cut_would_move(decoders, embeds, rows):
         model(inputs_embeds=embeds())
 
 
-@pytest.mark.parametrize("adapter", [Decoder, object(), "model.layers"], ids=["class", "object", "name"])
+@pytest.mark.parametrize(
+    "adapter", [Decoder, object(), "model.layers"], ids=["class", "object", "name"]
+)
 def test_an_adapter_that_is_none(decoders, adapter):
     with pytest.raises(TypeError, match="`adapter` must be an instance of"):
         vp.prune(decoders(), "fastv", adapter=adapter)

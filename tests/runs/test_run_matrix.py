@@ -73,7 +73,9 @@ def test_the_matrix_of_the_docs_is_understood():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_the_matrices_of_the_experiments_are_understood(path):
-    assert "none" in {cell.condition.name for cell in read_config(path)}
+    names = {cell.condition.name for cell in read_config(path)}
+    # Those of 2026 join the episodes of `none` that methods.yaml runs.
+    assert ("none" in names) == (path.stem != "methods-2026")
 
 
 def matrix(**changes) -> dict:

@@ -21,6 +21,7 @@ from vla_pruner.core.passes import Passes
 from vla_pruner.core.session import session_of
 from vla_pruner.core.tokens import Prefill
 from vla_pruner.methods.base import Method
+from vla_pruner.pruning.history import HistorySpec
 
 if TYPE_CHECKING:
     from vla_pruner.models.port import Port
@@ -203,29 +204,24 @@ class _Memory:
         assert spec is not None
         self.spec = spec
         self.slots, self.layers = spec.slots, len(passes.plan.action_layers)
-        self._blank: Tensor | None = None
         self.given: tuple[Tensor, Tensor] | tuple[()] = ()
         self._counts: dict[tuple[Any, ...], Tensor] = {}
         self._eager = passes.episodes._remember
         replace(passes.episodes, "_forecast", self._read, undo)
         replace(passes.episodes, "_remember", self._remember, undo)
 
-    def _read(self, episodes: Sequence[Episode], visual: Tensor) -> None:
+    def _read(self, episodes: Sequence[Episode], spec: HistorySpec) -> None:
         """In place of a forecast, which the graph works out: what it needs for it."""
         if len(set(map(id, episodes))) < len(episodes):
             raise NotImplementedError(
                 "a captured step takes one row of each episode; beams of one episode share a "
                 "memory. Call `remove()` on the capture for them."
             )
-        shape = (self.slots, visual.shape[1])
-        if self._blank is None or self._blank.shape != shape:
-            self._blank = torch.zeros(shape, dtype=torch.float32, device=visual.device)
-        found = [self._blank if e.memory is None else e.memory for e in episodes]
-        history = found[0][None] if len(found) == 1 else torch.stack(found)
+        history = torch.stack([episode.memory for episode in episodes])
         counts = tuple(min(episode.observations, self.slots) for episode in episodes)
-        if (counts, visual.device) not in self._counts:
-            self._counts[counts, visual.device] = on_device(counts, visual.device)
-        self.given = history, self._counts[counts, visual.device]
+        if (counts, history.device) not in self._counts:
+            self._counts[counts, history.device] = on_device(counts, history.device)
+        self.given = history, self._counts[counts, history.device]
 
     def _remember(self, episode: Episode, step: Step, action: Tensor, rows: list[int]) -> None:
         """What the graph made of the memory is kept; of a step before the capture, as ever."""

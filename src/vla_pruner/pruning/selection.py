@@ -129,18 +129,25 @@ def combine_then_filter(
     _check_k(k, size[-1])
     _check_first(first)
     if torch.compiler.is_compiling() or not features.is_cpu:
-        given = (semantic, action, features, valid)
-        batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
-        kept, broken = _combine_node(*batched, k, first == "nearest")
-        if flags.may_read(broken):
-            flags.refuse(broken[0], native.BROKEN_SCORES)
-            flags.refuse(broken[1], native.BROKEN_FEATURES)
-        return kept if features.ndim == 3 else kept[0]
+        return _combine_as_node(features, semantic, action, k, first, valid)
     library = _in_c(semantic, valid, action, features)
     if library is not None:
         nearest = first == "nearest"
         return native.combine_then_filter(library, features, semantic, action, valid, k, nearest)
     return _combine_by_operators(features, semantic, action, k, first, valid)
+
+
+def _combine_as_node(
+    features: Tensor, semantic: Tensor, action: Tensor, k: int, first: First, valid: Tensor | None
+) -> Tensor:
+    """`combine_then_filter` as one operator: of a graph, or of a step that waits for no device."""
+    given = (semantic, action, features, valid)
+    batched = (one if one is None or features.ndim == 3 else one[None] for one in given)
+    kept, broken = _combine_node(*batched, k, first == "nearest")
+    if flags.may_read(broken):
+        flags.refuse(broken[0], native.BROKEN_SCORES)
+        flags.refuse(broken[1], native.BROKEN_FEATURES)
+    return kept if features.ndim == 3 else kept[0]
 
 
 def _combine_by_operators(

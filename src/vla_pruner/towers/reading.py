@@ -112,7 +112,7 @@ class TowerScores:
     def _joined(self, parts: list[Tensor], rows: int, tokens: int) -> Tensor:
         if parts:
             shown = {len(part) for part in parts}
-            joined = torch.cat(parts, dim=1) if len(shown) == 1 else torch.empty(0, 0)
+            joined = torch.cat(parts, dim=1) if len(shown) == 1 else parts[0][:0, 0]
             if len(parts) == 1 and joined.numel() % tokens == 0:
                 joined = joined.reshape(-1, tokens)  # all cameras of a row in one call
             if joined.shape[1:] == (tokens,) and len(joined) and rows % len(joined) == 0:
