@@ -41,7 +41,7 @@ def test_pruned_steps_equal_eager_ones_while_prompts_change(oft):
 @pytest.mark.parametrize("method", [None, "none", "fastv", "vla-pruner"])
 def test_methods_and_a_batch_of_episodes(oft, method):
     calls = [seen(oft, number, batch=2) for number in range(4)]
-    options = PRUNED if method == "vla-pruner" else {"keep": 0.25, "layer": 1} if method == "fastv" else {}
+    options = {"vla-pruner": PRUNED, "fastv": {"keep": 0.25, "layer": 1}}.get(method, {})
     eager, captured, graphs = both_ways(oft, calls, method, "eager", **options)
     same(eager, captured)
     assert graphs == (2 if method == "vla-pruner" else 1)
