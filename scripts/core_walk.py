@@ -26,7 +26,7 @@ import vla_pruner as vp
 from vla_pruner.kernels import native
 
 ROOT = Path(vp.__file__).parent
-MOST = {True: (82, 925), False: (96, 1227)}
+MOST = {True: (80, 884), False: (94, 1192)}
 """Moves and lines, whether or not scores and search are compiled on this machine."""
 
 

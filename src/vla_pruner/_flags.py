@@ -53,11 +53,6 @@ def may_read(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def waits(tensor: Tensor) -> bool:
-    """Whether looking at a value makes the host wait for the device."""
-    return tensor.device.type != "cpu"
-
-
 def refuse(broken: Tensor, message: str) -> None:
     """Refuse what is broken: at once, or once the flags of the step in progress are read.
 
@@ -71,7 +66,7 @@ def refuse(broken: Tensor, message: str) -> None:
     if not may_read(broken):
         return
     flags = _open.get()
-    if flags is not None and waits(broken):
+    if flags is not None and not broken.is_cpu:
         flags.note(broken, message)
     elif bool(broken):
         raise ValueError(message)

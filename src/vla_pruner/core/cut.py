@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vla_pruner import _flags
 from vla_pruner._flags import Flags
 from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
@@ -217,7 +216,7 @@ class Cut:
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
         features, method, number = evidence.features, self.method, evidence.number
-        if torch.compiler.is_compiling() or not _flags.waits(features):
+        if torch.compiler.is_compiling() or features.is_cpu:
             chosen = method.select(evidence)
         else:
             with self.flags.collect():  # What is broken is noted: looking at it would mean waiting.

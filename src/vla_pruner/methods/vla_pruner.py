@@ -12,7 +12,7 @@ from vla_pruner.methods.base import Evidence, OneCut, SemanticRows, StepContext
 from vla_pruner.pruning.coverage import shares
 from vla_pruner.pruning.history import Censored, HistorySpec
 from vla_pruner.pruning.options import require_choice, require_int
-from vla_pruner.pruning.selection import combine_then_filter, top_k
+from vla_pruner.pruning.selection import combine, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class VLAPruner(OneCut):
             return self._ablated(evidence, k)
         semantic, forecast, valid = evidence.semantic, evidence.forecast, evidence.valid
         assert semantic is not None and forecast is not None
-        return combine_then_filter(evidence.features, semantic, forecast, k, self.first, valid)
+        return combine(evidence.features, semantic, forecast, k, self.first, valid)
 
     def _ablated(self, evidence: Evidence, k: int) -> Tensor:
         """What `levels` or `fusion` names."""

@@ -128,6 +128,14 @@ def combine_then_filter(
         return top_k(semantic, k, valid=valid)
     _check_k(k, size[-1])
     _check_first(first)
+    return combine(features, semantic, action, k, first, valid)
+
+
+@torch.no_grad()
+def combine(
+    features: Tensor, semantic: Tensor, action: Tensor, k: int, first: First, valid: Tensor | None
+) -> Tensor:
+    """`combine_then_filter` of shapes that fit, with 1 <= k < n."""
     if torch.compiler.is_compiling() or not features.is_cpu:
         return _combine_as_node(features, semantic, action, k, first, valid)
     library = _in_c(semantic, valid, action, features)
@@ -182,7 +190,7 @@ def _combine_node(
         with torch.autocast("cuda", enabled=False):
             return _greedy.choose(semantic, action, features, valid, k, nearest)
     first: First = "nearest" if nearest else "second-nearest"
-    choose = combine_then_filter if features.is_cpu else _combine_by_operators
+    choose = combine if features.is_cpu else _combine_by_operators
     kept = choose(features, semantic, action, k, first, valid)
     return kept, torch.zeros(2, dtype=torch.bool, device=kept.device)
 
