@@ -405,6 +405,25 @@ def test_a_replica_that_dies_costs_its_own_episodes_alone() -> None:
     run(talk)
 
 
+def test_a_worker_that_dies_while_the_server_ends_is_not_replaced() -> None:
+    async def talk() -> None:
+        engine = Engine(Scripted, replicas=1, watchdog_s=60, batch=1)
+        await engine.start()
+        one, other = engine.open("one"), engine.open("other")
+        dying = asyncio.create_task(engine.act(one, seen(1, "die")))
+        behind = asyncio.create_task(engine.act(other, seen(7)))
+        await asyncio.sleep(0)
+        await engine.drain(60)
+        with pytest.raises(Hung, match="died"):
+            await dying
+        with pytest.raises(Busy, match="closing"):
+            await behind
+        assert engine.metrics.get("worker_restarts_total") == 0
+        assert engine.ended(60)
+
+    run(talk)
+
+
 def test_what_waits_at_a_replica_that_is_gone_is_asked_elsewhere() -> None:
     async def talk() -> None:
         engine = Engine(Scripted, replicas=2, watchdog_s=60, batch=1)

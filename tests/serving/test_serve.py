@@ -84,6 +84,9 @@ def test_a_model_that_gives_no_actions_is_refused(make: Callable) -> None:
         (["--method", "vla-pruner"], "write 'none', or a method with what it keeps"),
         (["--policy", "mini-ofd"], "no policy that ships here"),
         (["--benchmark", "metaworld"], "no benchmark is called 'metaworld'"),
+        # Found before the policy, which is not there either.
+        (["--policy", "mini-ofd", "--token-file", "none"], "none holds no token"),
+        (["--policy", "mini-ofd", "--tls-cert", "a", "--tls-key", "b"], "no certificate and key"),
     ],
 )
 def test_bad_arguments_end_in_a_sentence(

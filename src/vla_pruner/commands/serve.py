@@ -175,8 +175,13 @@ def opened(
         ValueError: arguments that do not fit each other or the policy.
         ImportError: what a door needs is not installed.
     """
+    from vla_pruner.doors.door import Listen
     from vla_pruner.doors.keys import Robot
+    from vla_pruner.serving.listen import read_token
 
+    if args.token_file is not None:  # what is not there is found before anything is loaded
+        read_token(args.token_file)
+    Listen(cert=args.tls_cert, key=args.tls_key).tls()
     kept = "" if args.keep is None else "@" + ":".join([args.keep, *args.option])
     if args.option and args.keep is None:
         raise ValueError("--option: say with --keep how many tokens stay, too")
@@ -243,7 +248,6 @@ def _door(
         idle_s=engine.limits.idle_s,
         clients=engine.limits.connections,
     )
-    listen.tls()  # files that are none are found before anything is loaded
     if name == "openpi":
         from vla_pruner.doors.keys import keys_of
         from vla_pruner.doors.openpi import OpenpiDoor

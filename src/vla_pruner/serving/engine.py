@@ -392,11 +392,16 @@ class Engine:
 
     async def _replace(self, lane: Lane) -> None:
         """A new worker; episodes of the old one warm up again, with another where there is one."""
-        self.metrics.add("worker_restarts_total")
-        logger.error("a worker hung or died; it is replaced, its episodes warm up again")
         lane.alive = False
         if others := [other for other in self._lanes if other.alive]:
             lane.leave_to(others)
+        if self._draining:  # Nobody will ask a new one.
+            for row in lane.waiting:
+                self._fail(row, Busy("the server is closing"))
+            lane.waiting.clear()
+            return
+        self.metrics.add("worker_restarts_total")
+        logger.error("a worker hung or died; it is replaced, its episodes warm up again")
         for episode in lane.episodes.values():
             episode.warm_up = lane.warm_up
         while True:
