@@ -36,6 +36,8 @@ from vla_pruner.doors.wire import from_json, pack, to_json, unpack
 from vla_pruner.serving.engine import Refused
 
 COUNT = int(os.environ.get("FUZZ", "300"))
+LISTEN = Listen(idle_s=1e6)
+"""However slow the machine, a canary's silence ends no episode."""
 
 
 def damaged(good: list[bytes], random: np.random.Generator) -> bytes:
@@ -126,7 +128,7 @@ def test_openpi(served: Any, direct: Callable, path: str) -> None:
             return answers
 
     def make(engine: Any) -> OpenpiDoor:
-        return OpenpiDoor(engine, Listen(), ROBOT, KEYS["libero"])
+        return OpenpiDoor(engine, LISTEN, ROBOT, KEYS["libero"])
 
     answers = ask(served, make, talk, limit_s=None)
     assert near(answers, [with_gripper(chunk, "rlds", "robosuite") for chunk in direct(STEPS)])
@@ -161,7 +163,7 @@ def test_act(served: Any, direct: Callable) -> None:
             writer.close()
         return answers
 
-    found = ask(served, lambda engine: ActDoor(engine, Listen(), ROBOT), talk, limit_s=None)
+    found = ask(served, lambda engine: ActDoor(engine, LISTEN, ROBOT), talk, limit_s=None)
     assert near(found, direct(STEPS)) and watch.flat()
 
 
@@ -186,7 +188,7 @@ def test_gr00t(served: Any, direct: Callable) -> None:
         socket.close(linger=0)
         return answers
 
-    found = ask(served, test_gr00t_door.door(), talk, limit_s=None)
+    found = ask(served, test_gr00t_door.door(idle_s=LISTEN.idle_s), talk, limit_s=None)
     assert near(found, direct(STEPS)) and watch.flat()
 
 
@@ -224,5 +226,5 @@ def test_lerobot(served: Any, direct: Callable, monkeypatch: pytest.MonkeyPatch)
                         await robot.channel.stream_unary(path)(iter([bad]))
         return answers
 
-    found = ask(served, robots.door(), talk, limit_s=None)
+    found = ask(served, robots.door(idle_s=LISTEN.idle_s), talk, limit_s=None)
     assert near(found, [chunk[:3] for chunk in direct(STEPS)]) and watch.flat()

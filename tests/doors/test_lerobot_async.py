@@ -322,8 +322,8 @@ def message(number: int, data: bytes) -> bytes:
     return lerobot_async._field(number << 3 | 2, data)
 
 
-def door(**options: Any) -> Callable:
-    return lambda engine: LerobotDoor(engine, Listen(), ROBOT, **options)
+def door(idle_s: float = 300.0, **options: Any) -> Callable:
+    return lambda engine: LerobotDoor(engine, Listen(idle_s=idle_s), ROBOT, **options)
 
 
 def test_answers_are_those_of_the_policy_itself(
