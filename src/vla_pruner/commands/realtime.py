@@ -25,7 +25,7 @@ from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.measure.environment import stamp
 from vla_pruner.models.loading import locate
-from vla_pruner.reports.files import write_text
+from vla_pruner.reports.files import to_csv, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +169,7 @@ def _write(
     args: argparse.Namespace, trials: list[Any], names: list[str], pace: Any, console: Console
 ) -> None:
     from vla_pruner.realtime.table import table
+    from vla_pruner.scenes.suites import PICK_PLACE
 
     about = stamp("cpu") | {
         "policy": args.policy,
@@ -180,6 +181,9 @@ def _write(
     }
     values = {"about": about, "trials": [trial.as_dict() for trial in trials]}
     write_text(args.out / "realtime.json", json.dumps(values, default=str))
+    suite = {"suite": f"{PICK_PLACE}+clock{pace.actions_hz:g}"}
+    rows = [suite | trial.as_row() for trial in trials]
+    write_text(args.out / "episodes.csv", to_csv(rows))
     shown = table(trials, names)
     said = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
     page = f"# {args.policy} in real time\n\n{shown}\n{said}.\n"
