@@ -14,11 +14,13 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.commands.shared.options import (
+    above_0,
     add_control,
     add_device,
     add_out,
     add_policy,
     add_scenes,
+    at_least,
     words_of,
 )
 from vla_pruner.episodes.condition import Condition
@@ -52,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="actions of the policy in a second; 5 is the scene's own time, 25 five times as fast",
     )
     parser.add_argument(
-        "--max-age-s", type=float, default=2.0, help="older actions are not carried out"
+        "--max-age-s", type=above_0, default=2.0, help="older actions are not carried out"
     )
     parser.add_argument(
-        "--deadline-ms", type=float, help="asked of the server with every observation"
+        "--deadline-ms", type=at_least(1, float), help="asked of the server with every observation"
     )
     parser.add_argument("--film", action="store_true", help="keep a moving picture of each scene")
     parser.add_argument(
@@ -84,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from vla_pruner.realtime.arm import Pace
 
-    if not args.max_age_s > 0 or not (args.deadline_ms is None or args.deadline_ms >= 1):
-        raise ValueError("--max-age-s is above 0, and --deadline-ms is 1 or more")
     conditions = [Condition.parse(word) for word in words_of("--conditions", args.conditions)]
     if args.url is not None and len(conditions) > 1:
         raise ValueError("--url is one server: name what it serves with one of --conditions")

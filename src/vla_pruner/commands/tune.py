@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from vla_pruner.commands.shared.options import (
+    above_0,
     add_control,
     add_device,
     add_keeps,
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keeps(parser, ["0.5", "0.25", "0.125"])
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=above_0,
         default=TOLERANCE,
         help="mean deviation of the actions that is accepted, in units of their spread",
     )

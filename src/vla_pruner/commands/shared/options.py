@@ -166,6 +166,17 @@ def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str]
     return read
 
 
+def above_0(said: str) -> float:
+    """The `type` of an argument: a finite number that is more than 0."""
+    try:
+        value = float(said)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word(said)} is no number above 0")
+    return value
+
+
 def words_of(option: str, given: str | Sequence[str]) -> list[str]:
     """The words of a list, apart by spaces or commas, each once.
 
