@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 
 from vla_pruner._short import short, word
-from vla_pruner.episodes.condition import Condition
+from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.models.loading import shipped
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES
@@ -202,6 +202,23 @@ def keep_of(word: str) -> float | int:
         ) from None
     assert keep is not None
     return keep
+
+
+def condition_of(method: str, keep: str | None, options: Sequence[str] = ()) -> Condition:
+    """What `--method`, `--keep` and `--option` say together.
+
+    Raises:
+        ValueError: one is there and another missing, or names nothing.
+    """
+    if method == ALL_TOKENS and (keep is not None or options):
+        raise ValueError("--keep and --option: say with --method what prunes, too")
+    if method != ALL_TOKENS and keep is None:
+        Condition.parse(f"{method}@1.0")  # Raises: no such method.
+        raise ValueError(
+            f"--method {word(method)}: say with --keep how many visual tokens stay, such as 0.25"
+        )
+    kept = "" if keep is None else "@" + ":".join([keep, *options])
+    return Condition.parse(method + kept)
 
 
 def device_of(name: str) -> torch.device:
