@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 
-from vla_pruner.cli import COMMANDS, main
+from vla_pruner.cli import COMMANDS, build_parser, main
 
 SHARED = ("--policy", "--device", "--unnorm-key", "--suite", "--methods", "--resume", "--seed")
 
@@ -42,6 +42,20 @@ def test_what_several_commands_take_is_defined_once() -> None:
 def test_every_argument_is_explained(word: str) -> None:
     for action in actions(word):
         assert action.help, action.dest
+
+
+@pytest.mark.parametrize("word", list(COMMANDS))
+def test_a_help_shows_defaults_as_they_are_typed(word: str) -> None:
+    (commands,) = build_parser(word)._subparsers._group_actions
+    said = " ".join(commands.choices[word].format_help().split())
+    defaults = re.findall(r"\(default: ([^()]*)\)", said)
+    assert not {"None", "False", "[]", ""} & set(defaults), said
+    assert not any(found.startswith("[") for found in defaults), said
+    for action in actions(word):
+        if action.required or action.default in (None, False, "", [], "==SUPPRESS=="):
+            continue
+        typed = action.default if isinstance(action.default, list) else [action.default]
+        assert any(str(typed[0]) in found for found in defaults), action.dest
 
 
 @pytest.mark.parametrize(
