@@ -2,10 +2,10 @@
 
     python scripts/strangers.py FOLDER [PAGE ...]
 
-The committed state is cloned into FOLDER. For each page an empty virtual environment is made (pages whose
-installation is the same, word for word, share one), its shell blocks are run in order, its YAML that begins
-with a file's name is written to that file, and its Python is run. A server goes on in the background until the
-page ends. What is not run, and why, is printed; so is what was shortened.
+The committed state is cloned into FOLDER. For each page an empty virtual environment is made (pages
+whose installation is the same, word for word, share one), its shell blocks are run in order, YAML
+that begins with a file's name is written to that file, and its Python is run. A server goes on in
+the background until the page ends. What is not run is printed.
 """
 
 from __future__ import annotations
@@ -129,9 +129,13 @@ class Stranger:
         raise RuntimeError(f"{command}\ndoes not listen:\n{log.read_text('utf-8', 'replace')}")
 
     def follow(self) -> None:
-        shell = [line for kind, text in self.blocks if kind in ("sh", "bash") for line in commands(text)]
+        shell = [
+            line for kind, text in self.blocks if kind in ("sh", "bash") for line in commands(text)
+        ]
         wanted = []
         for line in shell:
+            if line.startswith("python3 -m venv"):
+                continue  # the empty one is there
             if any(word in line for word in self.how.without):
                 print(f"  [not run] {line}")
             else:

@@ -1,7 +1,7 @@
 """docs/policies/openpi.md, line by line, with openpi's own `Policy`. `make test-openpi` runs it.
 
-Two things are not here and are made: a checkpoint, of openpi's smallest stacks, in the folder that its
-conversion writes, and PaliGemma's vocabulary, which it would fetch from a bucket.
+Two things are not here and are made: a checkpoint, of openpi's smallest stacks, in the folder that
+its conversion writes, and PaliGemma's vocabulary, which it would fetch from a bucket.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "policies" / "openpi.md"
 def vocabulary(folder: Path) -> Path:
     """A small SentencePiece model: every byte, and little else."""
     written = io.BytesIO()
-    words = "do something pick up the black bowl and place it on the plate put in basket".split()
+    words = ["do", "something", "pick", "up", "the", "black", "bowl", "on", "plate", "basket"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words * 20),
         model_writer=written,

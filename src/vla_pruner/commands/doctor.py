@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and report; 1 if something is wrong."""
+    if not 0 < args.keep <= 1:
+        raise ValueError(f"--keep {args.keep:g}: expected a fraction in (0, 1]")
     if args.receipt is not None:
         load_receipt(args.receipt)  # Raises: it cannot be read.
     device, console = device_of(args.device), Console()

@@ -156,5 +156,5 @@ def test_a_policy_in_jax_says_what_to_convert(policy):
     with pytest.raises(TypeError, match=r"runs in JAX.*convert_jax_model_to_pytorch"):
         vp.prune(made)
     for wrong in ("mini-oft", None, 3, object()):
-        with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
             vp.prune(wrong)

@@ -32,7 +32,7 @@ def held(model: object) -> nn.Module:
 
 
 def follow(model: object, session: Session, undo: ExitStack) -> None:
-    """Let a policy that noted its module's method ask the module, and its `reset` begin episodes."""
+    """Make a policy ask the module, not what it noted of it, and its `reset` begin episodes."""
     if isinstance(model, nn.Module):
         return
     policy: Any = model
@@ -45,4 +45,5 @@ def follow(model: object, session: Session, undo: ExitStack) -> None:
 
 
 def _is_openpi(model: object) -> bool:
-    return hasattr(model, "infer") and {"_model", "_sample_actions"} <= set(getattr(model, "__dict__", ()))
+    own = getattr(model, "__dict__", {})
+    return hasattr(model, "infer") and "_model" in own and "_sample_actions" in own
