@@ -149,7 +149,7 @@ $(RAY_ENV)/.installed: Makefile $(DEV)
 
 $(DOCS_ENV)/.installed: Makefile
 	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
-	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8" ruff
 	@touch $@
 
 $(TRACKERS_ENV)/.installed: Makefile

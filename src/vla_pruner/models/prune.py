@@ -42,8 +42,6 @@ def prune(
         keep: share of the visual tokens that stay, in (0, 1]; None: the method's default.
         tokens: their number, instead of `keep`.
         layer: K, the number of layers that still see every token; None: the method's default.
-
-    You may tinker with:
         adapter: where layers and visual tokens are, for a model that no family knows.
         replace: whether a session that the model already has is removed first.
         mode: "mask" makes the same choice but hides tokens instead of removing them (slow).
