@@ -33,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Outward links become paths, file names titles; a command of the results begins a paragraph."""
+    """Outward links become paths, file names titles; commands of the results begin paragraphs."""
 
     def replace(match: re.Match[str]) -> str:
         text, target = match.groups()
