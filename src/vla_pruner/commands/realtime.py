@@ -23,6 +23,7 @@ from vla_pruner.commands.shared.options import (
     at_least,
     words_of,
 )
+from vla_pruner.commands.shared.output_folder import check_folder
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.measure.environment import stamp
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         if error.name != "vla_pruner_client":
             raise
         raise ImportError(
-            "the arm asks with our client, which is a package of its own: pip install "
-            "vla-pruner-client (in the repository: pip install ./clients/python)"
+            "the arm asks with our client, which is a package of its own, in the repository: "
+            "pip install ./clients/python"
         ) from None
     from vla_pruner.realtime.arm import Pace
 
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.url is not None and len(conditions) > 1:
         raise ValueError("--url is one server: name what it serves with one of --conditions")
     pace = Pace(args.hz, args.actions_hz)
+    check_folder(args.out)
     console = Console()
     found = _trials(args, conditions, pace, console)
     _write(args, found, [condition.name for condition in conditions], pace, console)

@@ -98,7 +98,7 @@ def add_capture(parser: Parser) -> None:
         default="",
         metavar="BACKEND",
         help="compile whole steps (on a GPU, into CUDA graphs); the first calls of each kind take "
-        "up to minutes. BACKEND is one of torch.compile (default: inductor)",
+        "up to minutes. BACKEND is one of torch.compile, inductor where none is named",
     )
 
 
@@ -107,7 +107,8 @@ def add_control(parser: Parser) -> None:
     parser.add_argument(
         "--execute",
         type=at_least(1),
-        help="actions of a chunk to carry out before the policy is asked",
+        help="actions of a chunk to carry out before the policy is asked; default: what its "
+        "config.json says, else 2",
     )
     parser.add_argument(
         "--gripper",
