@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recompute import (
-    CLOCK,
     BENCH,
+    CLOCK,
     FULL,
     LATENCIES,
     MOTIONS,

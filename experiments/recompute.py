@@ -257,7 +257,9 @@ CLOCK = ("stood still", "age of an action, ms", "answer, ms", "late answers")
 def clock(cells: Sequence[Cell], column: str) -> str:
     """Of ticks after the first action; medians of the episodes' medians; `12 of 430`."""
     rows = [row for cell in cells for row in cell.values()]
-    total = {n: sum(int(r[n]) for r in rows) for n in ("ticks", "before", "held", "late", "answers")}
+    total = {
+        n: sum(int(r[n]) for r in rows) for n in ("ticks", "before", "held", "late", "answers")
+    }
     if column == "stood still":
         return f"{100 * total['held'] / (total['ticks'] - total['before']):.1f} %"
     if column == "late answers":
