@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxstring = 3, 4, 80
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 6
 _REPR.maxother = _REPR.maxlong = 60
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def short(value: object, limit: int = 160) -> str:
@@ -25,6 +27,11 @@ def cut(text: str, limit: int) -> str:
         return text
     half = (limit - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """The text with what is no plain character written out: line ends, escapes, half characters."""
+    return _ODD.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def word(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -242,10 +243,90 @@ def test_limits_that_make_no_sense() -> None:
         Limits(ROOM, joint_speed=4)
     with pytest.raises(ValueError, match="within"):
         Limits(ROOM, joints=((-9.0, 9.0), *SDK_JOINT_LIMITS[1:]))
-    with pytest.raises(ValueError, match="workspace"):
-        Limits(((1.0, 0.0), *ROOM[1:]))
+    wrong: tuple[Any, ...] = (
+        ((1.0, 0.0), *ROOM[1:]),
+        ROOM[:1],
+        (*ROOM, ROOM[0]),
+        ((-math.inf, math.inf), *ROOM[1:]),
+        ((math.nan, 1.0), *ROOM[1:]),
+    )
+    for room in wrong:
+        with pytest.raises(ValueError, match="workspace"):
+            Limits(room)
+    for hz in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="hz > 0"):
+            XArm6(Controller(), cameras, Limits(ROOM), hz=hz)
     with pytest.raises(ValueError, match="joints or delta"):
         XArm6(Controller(), cameras, Limits(ROOM), actions="pose")  # type: ignore[arg-type]
+
+
+def test_an_arm_that_stands_outside_is_not_started() -> None:
+    api = Controller()
+    api.angles = HOME + np.array([2.0, 0, 0, 0, 0, 0])
+    arm = XArm6(api, cameras, Limits(ROOM))
+    with pytest.raises(ArmError, match=r"the tool is at \[700.0, .*outside of the workspace"):
+        arm.start()
+    assert api.state == 4 and api.sent == []
+
+
+def test_a_turn_of_the_inverse_kinematics_is_not_a_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pose a whole turn away moves no joint by a turn; another elbow moves none."""
+    api, arm = made(actions="delta")
+    found = HOME + np.array([0.01, 0, 0, 2 * math.pi, 0, -2 * math.pi])
+    answers: dict[str, Any] = {"angles": found.tolist()}
+    monkeypatch.setattr(api, "get_inverse_kinematics", lambda *_, **__: (0, answers["angles"]))
+    arm.send([0.002, 0, 0, 0, 0, 0, 1.0])
+    assert np.allclose(api.sent[-1], HOME + np.array([0.01, 0, 0, 0, 0, 0])) and arm.refused == 0
+    for other in (HOME + np.array([0, 0.9, -0.9, 0, 0, 0]), np.full(6, np.nan)):
+        answers["angles"] = other.tolist()
+        arm.send([0.002, 0, 0, 0, 0, 0, 1.0])
+        assert np.allclose(api.sent[-1], HOME + np.array([0.01, 0, 0, 0, 0, 0]))
+    assert arm.refused == 2
+
+
+def test_angles_that_are_no_numbers_stop_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    api, arm = made()
+    bad: list[list[float]] = [[math.nan] * 7, [0.0] * 3]
+    for angles in bad:
+        monkeypatch.setattr(api, "get_servo_angle", lambda angles=angles, **_: (0, angles))
+        api.state = 0
+        with pytest.raises(ArmError, match="instead of numbers"):
+            arm.observe("x")
+        assert api.state == 4
+
+
+def test_a_recorder_closes_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lerobot itself is in `make test-lerobot`; here only what is asked of it, and when."""
+    asked: list[str] = []
+
+    class Dataset:
+        @classmethod
+        def create(cls, **_: Any) -> Dataset:
+            asked.append("create")
+            return cls()
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: asked.append(name)
+
+    for name in ("lerobot", "lerobot.datasets", "lerobot.datasets.lerobot_dataset"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["lerobot.datasets.lerobot_dataset"].LeRobotDataset = Dataset  # type: ignore[attr-defined]
+    from vla_pruner_client.recording import Recorder
+
+    api = Controller()
+    arm = XArm6(api, cameras, Limits(ROOM))
+    with pytest.raises(ArmError), Recorder(tmp_path / "new", fps=30) as recorder:
+
+        def ticked(*both: Any) -> None:
+            recorder.add(*both)
+            api.error = 31 if len(api.sent) == 4 else api.error
+
+        drive(arm, Scripted(np.array([*HOME, 1.0])), "wave", seconds=2, ticked=ticked)
+    assert asked == ["create", *["add_frame"] * 4, "save_episode", "finalize"]
+    recorder.close()
+    assert asked[-1] == "finalize" and asked.count("finalize") == 1
+    with pytest.raises(FileExistsError, match="is there already"):
+        Recorder(tmp_path, fps=30)
 
 
 class Scripted(Client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import pickletools
@@ -155,6 +156,18 @@ OPCODES = {
     "objects": pickle.dumps(np.array([{}, None], dtype=object)),
     "records": pickle.dumps(np.zeros(2, dtype=[("a", "<f4")])),
     "a bytearray": pickle.dumps(bytearray(b"x"), protocol=5),
+    "a key that takes 2 ** 60 steps to hash": b"\x80\x04})\x94"
+    + b"".join(b"h%c\x86\x94" % number for number in range(60))
+    + b"K\x01s.",
+    "an instance as a key": b"\x80\x02}cnumpy\nndarray\n)\x81K\x01s.",
+    "things left on the stack": b"\x80\x02K\x01K\x02.",
+    "a mark that nothing takes": b"\x80\x02](.",
+    "more than lies behind the mark": b"\x80\x02K\x01(\x85.",
+    "a tuple that grows": b"\x80\x02)K\x01a.",
+    "a state for a class": b"\x80\x02cnumpy\nndarray\n}b.",
+    "a call of an instance": b"\x80\x02cnumpy\nndarray\n)\x81)R.",
+    "a call with names": b"\x80\x04cnumpy\nndarray\n)}\x92.",
+    "a protocol to come": b"\x80\xc8K\x01.",
 }
 
 
@@ -198,6 +211,42 @@ def test_a_tensor_hides_nothing(helpers: None) -> None:
     with pytest.raises(Refused, match="storage is"):
         unpickle(outer)
     assert not os.path.exists(TOUCHED)
+
+
+def tensor(told: bytes, size: Any = (1,), stride: Any = (1,), end: bytes = b"") -> bytes:
+    """A pickled tensor whose storage holds the pickle `told` and ends as said."""
+    stored = 3 * pickle.dumps(1) + told + pickle.dumps(1) + end
+    name = b"\x80\x03ctorch._utils\n_rebuild_tensor_v2\n(ctorch.storage\n_load_from_bytes\n"
+    inner = [pickle.dumps(value, 3)[2:-1] for value in ((stored,), 0, size, stride)]
+    return name + inner[0] + b"R" + b"".join(inner[1:]) + b"tR."
+
+
+FLOATS = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nK\x00tQ."
+ONE = (1).to_bytes(8, "little") + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"told": b"\x80\x02)Q."},
+        {"told": b"\x80\x02K\x01."},
+        {"end": ONE[:3]},
+        {"end": b"\xff" * 8},
+        {"size": (1 << 2030,) * 3000, "stride": (1,) * 3000},
+        {"size": "11", "stride": (1, 1)},
+        {"size": (-1, -1), "stride": (1, 1)},
+        {"size": (1.0,)},
+        {"size": None},
+        {"size": (2,)},
+        {"stride": (1, 1)},
+    ],
+)
+def test_a_tensor_that_is_damaged_is_refused(damage: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"told": FLOATS, "end": ONE}
+    assert np.array_equal(unpickle(tensor(**good)), np.zeros(1, np.float32))
+    with pytest.raises(Refused) as refused:
+        unpickle(tensor(**{**good, **damage}))
+    assert len(str(refused.value)) < 300
 
 
 def test_shared_parts_cannot_multiply() -> None:
@@ -396,3 +445,84 @@ def test_wrong_calls_are_errors_for_their_client(helpers: None, served: Any) -> 
     for got, part in zip(said, wanted, strict=True):
         assert part in got
     assert not os.path.exists(TOUCHED)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"timestamp": float("nan")}, "the timestamp is nan"),
+        ({"timestamp": float("inf")}, "the timestamp is inf"),
+        ({"timestamp": 3}, "the timestamp is 3"),
+        ({"timestep": 1 << 63}, "the timestep is"),
+        ({"timestep": True}, "the timestep is True"),
+        ({"must_go": np.zeros(3)}, "must_go is"),
+        ({"must_go": "yes"}, "must_go is 'yes'"),
+        ({"observation": {}}, "the observation has no j0.pos"),
+        ({"observation": None}, "is a dict"),
+    ],
+)
+def test_an_observation_that_means_nothing_is_refused(
+    helpers: None, served: Any, change: dict[str, Any], said: str
+) -> None:
+    async def talk(address: str) -> str:
+        async with Robot(address) as robot:
+            await robot.begin(setup())
+            bad = observation(1, 0)
+            vars(bad).update(change)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await robot.show(bad)
+            await robot.show(observation(1, 0))
+            assert len(await robot.actions()) == 3
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            return refused.value.details() or ""
+
+    assert said in ask(served, door(), talk)
+
+
+def test_setups_that_mean_nothing_are_refused(helpers: None, served: Any) -> None:
+    odd = setup(rename_map=np.zeros(2))
+    named = setup()
+    image = named.lerobot_features.pop("observation.images.front")
+    named.lerobot_features["observation.images.a\nb\ud800"] = image
+
+    async def talk(address: str) -> list[str]:
+        told = []
+        async with Robot(address) as robot:
+            for config in (odd, setup(rename_map={"a": "b"}), setup(actions_per_chunk=0)):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await robot.begin(config)
+                assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+                told.append(refused.value.details() or "")
+            await robot.begin(named)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await robot.show(observation(1, 0))
+            return [*told, refused.value.details() or ""]
+
+    *told, last = ask(served, door(), talk)
+    assert ["rename_map" in each or "actions_per_chunk" in each for each in told] == [True] * 3
+    assert "a\\nb\\ud800" in last and "\n" not in last
+
+
+def test_an_observation_that_never_ends_is_given_up(
+    helpers: None, served: Any, direct: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lerobot_async, "STREAM_S", 0.3)
+
+    async def talk(address: str) -> Any:
+        async def never() -> AsyncIterator[bytes]:
+            yield b"\x08\x01" + message(2, b"x")
+            await asyncio.sleep(3600)
+
+        async with Robot(address) as robot, Robot(address) as canary:
+            await robot.begin(setup())
+            path = f"/{SERVICE}/SendObservations"
+            calls = [robot.channel.stream_unary(path)(never()) for _ in range(5)]
+            await canary.begin(setup())
+            await canary.show(observation(1, 0))
+            actions = await canary.actions()
+            told = await asyncio.gather(*calls, return_exceptions=True)
+            return actions, [each.details() for each in told]
+
+    actions, told = ask(served, door(), talk)
+    assert near([np.stack([a.action.numpy() for a in actions])], [direct([1])[0][:3]])
+    assert told == ["an observation did not come within 0.3 s"] * 5

@@ -114,3 +114,15 @@ def test_a_key_that_is_of_another_certificate(files: tuple[Path, Path], tmp_path
     )
     with pytest.raises(ValueError, match=r"no certificate and key"):
         Listen(cert=cert, key=other).tls()
+
+
+def test_nobody_is_asked_for_a_pass_phrase(files: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = files
+    locked = tmp_path / "locked.pem"
+    command = f"openssl pkey -in {key} -aes128 -passout pass:secret -out {locked}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    with pytest.raises(ValueError, match="the key is encrypted: take the pass phrase off"):
+        Listen(cert=cert, key=locked).tls()
+    for missing in (tmp_path / "none.pem", tmp_path):
+        with pytest.raises(ValueError, match="no certificate and key"):
+            Listen(cert=missing, key=key).tls()

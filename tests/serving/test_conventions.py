@@ -125,6 +125,11 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (lambda sent: sent.pop("states"), "no 'states'; run the benchmark with send_state=True"),
         (lambda sent: sent.update(states=np.zeros(7)), r"shape \(7,\); expected \(8,\)"),
         (lambda sent: sent.update(states=np.full(8, np.nan)), "not finite"),
+        (lambda sent: sent.update(states={}), "must be a list of numbers"),
+        (lambda sent: sent.update(states=["1.5"] * 8), "must be a list of numbers"),
+        (lambda sent: sent.update(states=[[1.0], 2.0]), "must be a list of numbers"),
+        (lambda sent: sent.update(states=[10**400] * 8), "must be a list of numbers"),
+        (lambda sent: sent.update(states=np.zeros(8, bool)), "must be a list of numbers"),
         (lambda sent: sent.update(task_description=" "), "must be a sentence"),
         (
             lambda sent: sent["images"].update(wrist=np.zeros((48, 48, 3))),

@@ -333,7 +333,8 @@ def test_an_engine_starts_again_in_another_loop() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch": 0}, {"replicas": 0}, {"execute": 0}, {"deadline_s": 0.0}, {"wait_s": -1.0}],
+    [{"batch": 0}, {"replicas": 0}, {"execute": 0}, {"deadline_s": 0.0}, {"wait_s": -1.0}]
+    + [{name: float("nan")} for name in ("deadline_s", "wait_s", "watchdog_s")],
 )
 def test_numbers_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at least|above 0"):

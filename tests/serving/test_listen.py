@@ -517,3 +517,23 @@ def test_every_way_of_starting_it_is_as_closed(way: str, tmp_path: Path) -> None
     finally:
         process.kill()
         process.wait()
+
+
+def test_endless_empty_pieces_end_their_connection() -> None:
+    async def talk(address: str) -> Any:
+        async with connect(address) as socket, connect(address) as canary:
+            await canary.send(raw("episode_start", {}))
+            before = await ask(canary, raw("observation", observation(5)))
+
+            async def pieces() -> Any:
+                for _ in range(2000):
+                    yield b""
+
+            with pytest.raises(websockets.ConnectionClosed):
+                await socket.send(pieces())
+                await socket.recv()
+            return socket.close_code, before, await ask(canary, raw("observation", observation(7)))
+
+    code, before, after = served(Small(), talk)
+    assert code == 1009
+    assert [each["payload"]["actions"][0] for each in (before, after)] == [5, 12]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner._short import short
-from vla_pruner.doors.door import Listen, deadline_of, page, told
+from vla_pruner.doors.door import Listen, deadline_of, flag_of, page, told
 from vla_pruner.doors.http import Request, Response, serve_http
 from vla_pruner.doors.keys import Robot, find, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
@@ -75,7 +75,7 @@ class ActDoor:
             return _said(405, f"{path} takes POST")
         if "origin" in headers:
             return _said(403, "web pages are not served")
-        if not headers.get("content-type", "").startswith("application/json"):
+        if not headers.get("content-type", "").lower().startswith("application/json"):
             return _said(415, "send JSON, with content-type: application/json")
         body = await request.read()
         message = from_json(body, self.listen.bounds) if body or path == "/act" else {}
@@ -86,16 +86,14 @@ class ActDoor:
             message = from_json(message["encoded"], self.listen.bounds)
         if not isinstance(message, Mapping):
             raise Refused(f"the body is a map of names; got {type(message).__name__}")
-        visit = await self.visits.of(_client(message, request.client))
+        client = _client(message, request.client)
         if path == "/reset":
-            await visit.reset()
+            await self.visits.reset(client)
             return Response(200, to_json({"status": "ok"}), JSON)
-        anew = message.get("reset", False)
-        if not isinstance(anew, bool):
-            raise Refused(f"reset is {short(anew)}; expected true or false")
-        reply = await visit.act(
-            self._observation(message), reset=anew, deadline_s=deadline_of(message)
-        )
+        seen, anew = self._observation(message), flag_of(message, "reset")
+        deadline = deadline_of(message)
+        visit = await self.visits.of(client)  # last, so that bad requests take nobody's place
+        reply = await visit.act(seen, reset=anew, deadline_s=deadline)
         made = to_json(self._actions(reply, "full_image" in message))
         return Response(200, to_json(made.decode()) if encoded else made, JSON | _headers(reply))
 

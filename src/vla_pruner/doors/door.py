@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from vla_pruner._short import short
 from vla_pruner.doors.wire import BOUNDS, Bounds
 from vla_pruner.serving.engine import Refused, Reply
 from vla_pruner.serving.listen import admitted
@@ -50,8 +53,8 @@ class Listen:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            context.load_cert_chain(self.cert, self.key)
-        except (OSError, ssl.SSLError) as error:
+            context.load_cert_chain(self.cert, self.key, password=_nobody_is_asked)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
             raise ValueError(f"{self.cert}, {self.key}: no certificate and key ({error})") from None
         return context
 
@@ -65,6 +68,11 @@ class Listen:
     def admits_header(self, header: str | None) -> bool:
         """The same for an `Authorization` header, see `serving.listen.admitted`."""
         return admitted(self.token, header)
+
+
+def _nobody_is_asked() -> str:
+    """OpenSSL would ask at the terminal. Errors: ValueError."""
+    raise ValueError("the key is encrypted: take the pass phrase off, `openssl pkey -in KEY`")
 
 
 class Door(Protocol):
@@ -112,9 +120,22 @@ def deadline_of(message: Mapping[Any, Any]) -> float | None:
     Raises:
         Refused: not a number of 1 to 600000.
     """
-    given = message.get("deadline_ms")
+    given = _plain(message.get("deadline_ms"))
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, int | float) or not 1 <= given <= 600_000:
         raise Refused("deadline_ms must be a number of milliseconds, 1 to 600000")
     return given / 1000
+
+
+def flag_of(message: Mapping[Any, Any], name: str) -> bool:
+    """An entry that is true or false, false where there is none. Errors: Refused."""
+    given = _plain(message.get(name, False))
+    if not isinstance(given, bool):
+        raise Refused(f"{name} is {short(given)}; expected true or false")
+    return given
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -91,7 +91,7 @@ class Gr00tDoor:
     visits: Visits = field(init=False)
 
     def __post_init__(self) -> None:
-        self.robot.check(len(self.modalities.video), "the door gr00t")
+        self.robot.check(len(self.modalities.video), "the door gr00t", self.modalities.state)
         width = sum(width for _, width in self.modalities.action)
         if self.robot.action_dim not in (None, width):
             raise ValueError(
@@ -177,11 +177,12 @@ class Gr00tDoor:
                 f"endpoint is {short(endpoint)}; there are ping, get_action, reset and "
                 "get_modality_config"
             )
-        visit = await self.visits.of(who)
         if endpoint == "reset":
-            await visit.reset()
+            await self.visits.reset(who)
             return pack({})
-        reply = await visit.act(self.observation(data.get("observation")))
+        seen = self.observation(data.get("observation"))
+        visit = await self.visits.of(who)  # last, so that bad requests take nobody's place
+        reply = await visit.act(seen)
         actions = self.robot.actions(reply.actions, self.modalities.gripper)
         return pack([self.parts(actions), told(reply)], as_npy=True)
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 HEAD_S, BODY_S = 10.0, 30.0
 """Seconds in which the first line and headers, and the body, have to have come."""
 HEAD_BYTES = 64 << 10
+PIECES, PIECE = 1024, 256
+"""Chunks of a body beyond these may not be smaller than so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,12 @@ async def serve_http(answer: Answer, listen: Listen, ready: Callable[[int], None
         assert task is not None
         talking.add(task)
         try:
+            connection = _Connection(reader, writer, answer, listen)
             if len(talking) <= listen.clients:
-                await _Connection(reader, writer, answer, listen).talk()
+                await connection.talk()
+            else:
+                said = b'{"error": "too many connections"}'
+                await connection.send(Response(503, said), last=True)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # the client went away, or is too slow
         finally:
@@ -105,7 +111,7 @@ class _Connection:
         except h11.RemoteProtocolError as error:
             if self.state.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 said = b'{"error": "this is no HTTP/1.1"}'
-                await self._send(Response(getattr(error, "error_status_hint", 400), said), True)
+                await self.send(Response(getattr(error, "error_status_hint", 400), said), True)
 
     async def _exchange(self) -> bool:
         """One request and its response; whether another may follow."""
@@ -120,7 +126,7 @@ class _Connection:
         method = head.method.decode("ascii")
         request = Request(method, path, headers, self.client, self._body)
         response = await self.answer(request)
-        return await self._send(response, self.state.their_state is not h11.DONE)
+        return await self.send(response, self.state.their_state is not h11.DONE)
 
     async def _event(self) -> object:
         while True:
@@ -135,25 +141,28 @@ class _Connection:
     async def _body(self) -> bytes:
         """The body of the request. Errors: Refused (too large), TimeoutError."""
         self.listen.bounds.check(self.claimed)
-        parts, size = [], 0
+        body, pieces = bytearray(), 0
         try:
             async with asyncio.timeout(BODY_S):
                 while isinstance(part := await self._event(), h11.Data):
-                    parts.append(bytes(part.data))
-                    size += len(parts[-1])
-                    self.listen.bounds.check(size)
+                    body += part.data
+                    self.listen.bounds.check(len(body))
+                    pieces += 1
+                    if pieces > PIECES + len(body) // PIECE:
+                        raise Refused(f"the body comes in pieces of less than {PIECE} bytes")
         except h11.RemoteProtocolError as error:
             raise Refused(
                 f"the body did not come as it was announced: {short(str(error))}"
             ) from error
-        return b"".join(parts)
+        return bytes(body)
 
     def _write(self, event: h11.Event) -> None:
         data = self.state.send(event)
         if data:
             self.writer.write(data)
 
-    async def _send(self, response: Response, last: bool) -> bool:
+    async def send(self, response: Response, last: bool) -> bool:
+        """A response; whether another request may follow."""
         headers = {"content-length": str(len(response.body)), **response.headers}
         if last:
             headers["connection"] = "close"

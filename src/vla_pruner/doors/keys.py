@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla_pruner._short import cut, short
+from vla_pruner._short import cut, printable, short
 from vla_pruner._yaml import read_yaml
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.serving.engine import Refused
@@ -105,12 +105,17 @@ class Robot:
     action_dim: int | None = None
     gripper: Gripper = "rlds"
 
-    def check(self, shown: int, who: str) -> None:
-        """Refuse to serve clients that show too few cameras. Errors: ValueError."""
+    def check(self, shown: int, who: str, state: Sequence[str] | None = None) -> None:
+        """Refuse to serve clients that show too few cameras, or no state. Errors: ValueError."""
         if not 1 <= self.cameras <= shown:
             raise ValueError(
                 f"this policy takes {self.cameras} images and {who} has {shown}; name more cameras "
                 "in a YAML file of keys"
+            )
+
+        if self.state_dim is not None and state is not None and not state:
+            raise ValueError(
+                f"this policy reads {self.state_dim} numbers of state, and {who} names none of it"
             )
 
     def observation(self, message: Mapping[Any, Any], keys: Keys) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def find(message: Mapping[Any, Any], name: str) -> Any:
     found: Any = message
     for step in name.split("."):
         if not isinstance(found, Mapping) or step not in found:
-            shown = cut(", ".join(sorted(map(str, message))), 200) or "nothing"
+            shown = printable(cut(", ".join(sorted(map(str, message))), 200)) or "nothing"
             raise Refused(f"the observation has no {name!r}; it has {shown}")
         found = found[step]
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import grpc.aio
 import numpy as np
 
 from vla_pruner._short import short
-from vla_pruner.doors.door import Listen
+from vla_pruner.doors.door import Listen, flag_of
 from vla_pruner.doors.keys import Robot, numbers, picture
 from vla_pruner.doors.unpickle import (
     RemotePolicyConfig,
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 SERVICE = "transport.AsyncInference"
 STATE, IMAGES = "observation.state", "observation.images."
 LARGEST = 4 << 20
+STREAM_S = 30.0
+"""How long the parts of an observation may take to come."""
 WAIT_S = 2.0
 """How long `GetActions` waits for an observation before it answers that there is none."""
 BEGIN, MIDDLE, END = 1, 2, 3
@@ -102,6 +105,8 @@ class LerobotDoor:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_concurrent_streams", 16),
                 ("grpc.max_connection_idle_ms", int(1000 * self.listen.idle_s)),
+                ("grpc.keepalive_time_ms", 20_000),  # robots whose cable was pulled
+                ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
         unary = grpc.unary_unary_rpc_method_handler
@@ -166,7 +171,8 @@ class LerobotDoor:
         features = told.get("lerobot_features")
         if not isinstance(features, Mapping):
             raise Refused("lerobot_features must say what the robot has")
-        if told.get("rename_map"):
+        renamed = told.get("rename_map")
+        if renamed is not None and (type(renamed) is not dict or renamed):
             raise Refused("rename_map is not known here; name the cameras with --cameras")
         client.names = _names(features)
         client.cameras = self._order(features)
@@ -184,35 +190,30 @@ class LerobotDoor:
             peer,
             short(told.get("policy_type"), 40),
             short(told.get("pretrained_name_or_path"), 80),
-            ", ".join(client.cameras),
-            short(", ".join(client.names), 200),
+            short(client.cameras, 200),
+            short(client.names, 200),
         )
 
     async def _observation(self, parts: AsyncIterator[bytes], peer: str) -> bytes:
         client = await self._client(peer, told=True)
-        message: list[bytes] = []
-        size = 0
-        async for part in parts:
-            found = _proto(part)
-            if found.get(1) not in (BEGIN, MIDDLE, END):
-                raise Refused(f"transfer_state is {short(found.get(1))}; expected 1, 2 or 3")
-            if found[1] == BEGIN:
-                message, size = [], 0
-            message.append(_payload(found, 2))
-            size += len(message[-1])
-            self.listen.bounds.check(size)
-            if found[1] == END:
-                break
-        read = unpickle(b"".join(message), self.listen.bounds)
+        try:
+            async with asyncio.timeout(STREAM_S):
+                message = await self._whole(parts)
+        except TimeoutError:
+            raise Refused(f"an observation did not come within {STREAM_S:g} s") from None
+        read = unpickle(message, self.listen.bounds)
         if not isinstance(read, TimedObservation):
             raise Refused("SendObservations takes a TimedObservation")
         told = fields(read)
         step, when = told.get("timestep"), told.get("timestamp")
-        if type(step) is not int or abs(step) > 1 << 62 or not isinstance(when, float):
-            raise Refused("a TimedObservation has a timestep (whole) and a timestamp (seconds)")
+        if type(step) is not int or abs(step) > 1 << 62:
+            raise Refused(f"the timestep is {short(step)}; expected a whole number")
+        if not isinstance(when, float) or not math.isfinite(when):
+            raise Refused(f"the timestamp is {short(when)}; expected seconds")
+        must_go = flag_of(told, "must_go")
         seen = self._seen(told.get("observation"), client)
         state = seen["state"]
-        if not told.get("must_go") and client.last is not None:
+        if not must_go and client.last is not None:
             moved = float(np.linalg.norm(state - client.last))
             if step in client.predicted or moved < NEAR:
                 return b""
@@ -220,6 +221,21 @@ class LerobotDoor:
             client.newest.get_nowait()
         client.newest.put_nowait({"step": step, "time": when, **seen})
         return b""
+
+    async def _whole(self, parts: AsyncIterator[bytes]) -> bytes:
+        """The data of a stream of parts. Errors: Refused."""
+        message = bytearray()
+        async for part in parts:
+            found = _proto(part)
+            if found.get(1) not in (BEGIN, MIDDLE, END):
+                raise Refused(f"transfer_state is {short(found.get(1))}; expected 1, 2 or 3")
+            if found[1] == BEGIN:
+                message.clear()
+            message += _payload(found, 2)
+            self.listen.bounds.check(len(message))
+            if found[1] == END:
+                break
+        return bytes(message)
 
     async def _actions(self, _: bytes, peer: str) -> bytes:
         client = await self._client(peer, told=True)

@@ -22,11 +22,13 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from vla_pruner._short import cut, short
-from vla_pruner.doors.door import Listen, deadline_of, page, told
+from vla_pruner.doors.door import Listen, deadline_of, flag_of, page, told
 from vla_pruner.doors.keys import Keys, Robot
 from vla_pruner.doors.visit import RULE, Visit, sentence
 from vla_pruner.doors.wire import pack, unpack
 from vla_pruner.serving.engine import Busy, Engine, Refused, Reply
+from vla_pruner.serving.limits import CONNECTIONS
+from vla_pruner.serving.listen import received, shown_by
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class OpenpiDoor:
     name: str = "openpi"
 
     def __post_init__(self) -> None:
-        self.robot.check(len(self.keys.cameras), "--keys")
+        self.robot.check(len(self.keys.cameras), "--keys", self.keys.state)
         self._here = 0
 
     def greeting(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class OpenpiDoor:
             close_timeout=5,
             ssl=tls,
             server_header=None,
+            logger=CONNECTIONS,
         ) as server:
             port = next(iter(server.sockets)).getsockname()[1]
             ready(f"{'ws' if tls is None else 'wss'}://{self.listen.host}:{port}")
@@ -106,7 +109,7 @@ class OpenpiDoor:
         shown = page(self.engine, path)
         if shown is not None and path != "/metrics":
             return connection.respond(HTTPStatus(shown[0]), shown[1])
-        if not self.listen.admits_header(request.headers.get("Authorization")):
+        if not self.listen.admits_header(shown_by(request)):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "no token, or another one\n")
         if shown is not None:
             return connection.respond(HTTPStatus(shown[0]), shown[1])
@@ -126,7 +129,7 @@ class OpenpiDoor:
             previous: float | None = None
             while True:
                 async with asyncio.timeout(self.listen.idle_s):
-                    message = await socket.recv()
+                    message = await received(socket)
                 started = time.monotonic()
                 try:
                     answer = await self._answer(message, visit, omni, previous)
@@ -165,9 +168,7 @@ class OpenpiDoor:
             return pack({"status": "reset successful"}) if omni else "reset successful"
         if endpoint != "infer":
             raise Refused(f"endpoint is {short(endpoint)}; there are infer and reset")
-        anew = found.get("reset", False)
-        if not isinstance(anew, bool):
-            raise Refused(f"reset is {short(anew)}; expected true or false")
+        anew = flag_of(found, "reset")
         started = time.monotonic()
         reply = await visit.act(
             self.robot.observation(found, self.keys),

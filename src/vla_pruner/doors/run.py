@@ -82,13 +82,16 @@ async def open_doors(
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     with contextlib.suppress(RuntimeError, ValueError):  # not the main thread: no signals
         loop.add_signal_handler(signal.SIGTERM, over.set)
-    await engine.start()
     ending = loop.create_task(over.wait())
-    tasks = [loop.create_task(_serve(door, say)) for door in doors]
+    tasks = [loop.create_task(engine.start())]
     try:
-        done, _ = await asyncio.wait([ending, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {ending}:
-            task.result()
+        await asyncio.wait([ending, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        if not over.is_set():
+            await tasks.pop()
+            tasks = [loop.create_task(_serve(door, say)) for door in doors]
+            done, _ = await asyncio.wait([ending, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {ending}:
+                task.result()
     finally:
         with contextlib.suppress(asyncio.CancelledError):
             await engine.drain(DRAIN_S if over.is_set() else 0.0)

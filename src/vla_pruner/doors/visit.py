@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any
 
-from vla_pruner._short import short
+from vla_pruner._short import printable, short
 from vla_pruner.serving.engine import Busy, Engine, Hung, Refused, Reply
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,11 @@ class Visits:
         self._visits.move_to_end(client)
         return found
 
+    async def reset(self, client: Any) -> None:
+        """The client's next observation begins an episode. Raises Refused: as `Visit.reset`."""
+        if (found := self._visits.get(client)) is not None:
+            await found.reset()
+
     async def _forget(self) -> None:
         before = time.monotonic() - self.idle_s
         while self._visits:
@@ -138,7 +143,7 @@ class Visits:
 def sentence(error: BaseException, door: str, client: str) -> str:
     """What a client is told of an error: its own fault in full, ours as a number that is logged."""
     if isinstance(error, Refused | Busy | Hung):
-        return str(error)
+        return printable(str(error))
     number = secrets.token_hex(4)
     if may_log():
         logger.error("%s: error %s for %s", door, number, short(client), exc_info=error)

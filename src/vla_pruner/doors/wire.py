@@ -24,7 +24,8 @@ from vla_pruner.serving.engine import Refused
 
 DIMS = 6
 LONGEST = 1 << 24
-"""Dimensions of an array, and the largest of them."""
+LARGEST = 1 << 40
+"""Dimensions of an array, the largest of them, and entries."""
 DTYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248])")
 WORDS = {name: np.dtype(name).str for name in ("bool", "uint8", "int32", "int64", "float32")}
 WORDS |= {name: np.dtype(name).str for name in ("int8", "int16", "uint16", "float16", "float64")}
@@ -69,8 +70,8 @@ def array(dtype: Any, shape: Any, data: Any, order: str = "C") -> np.ndarray:
     Raises:
         Refused: a dtype that holds no plain numbers, an odd shape, or too few or many bytes.
     """
-    if isinstance(dtype, bytes):
-        dtype = dtype.decode("ascii", "replace")
+    if isinstance(dtype, bytes | memoryview):
+        dtype = bytes(dtype[:32]).decode("ascii", "replace")
     dtype = WORDS.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
         raise Refused(
@@ -81,6 +82,8 @@ def array(dtype: Any, shape: Any, data: Any, order: str = "C") -> np.ndarray:
         raise Refused(f"an array has the shape {short(shape)}; expected a list of up to {DIMS}")
     if any(type(side) is not int or not 0 <= side <= LONGEST for side in shape):
         raise Refused(f"an array has the shape {short(shape)}; a side is 0 to {LONGEST}")
+    if math.prod(side or 1 for side in shape) > LARGEST:  # also of an array that holds nothing
+        raise Refused(f"an array has the shape {short(shape)}, which is larger than any memory")
     if not isinstance(data, bytes | memoryview):
         raise Refused(f"the data of an array are {type(data).__name__}; expected bytes")
     if len(data) != math.prod(shape) * kind.itemsize:
@@ -122,8 +125,12 @@ def scalar(dtype: Any, value: Any) -> np.generic:
 
 
 def _plain(dtype: Any) -> bool:
-    text = dtype.decode("ascii", "replace") if isinstance(dtype, bytes) else dtype
+    text = bytes(dtype[:32]).decode("ascii", "replace") if _is_bytes(dtype) else dtype
     return isinstance(text, str) and (text in WORDS or DTYPE.fullmatch(text) is not None)
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, bytes | memoryview)
 
 
 def _special(found: dict[Any, Any]) -> Any:

@@ -218,7 +218,14 @@ class Translator:
                 f"this policy reads a robot state and the message has no {short(name)}"
                 + self._advice(self.convention.state_params)
             )
-        state = np.asarray(message[name], dtype=np.float64)
+        found = message[name]
+        try:
+            made = np.asarray(found if isinstance(found, list | np.ndarray) else None)
+        except ValueError:  # Lists of different lengths.
+            made = np.asarray(None)
+        if made.dtype.kind not in "iuf":
+            raise ValueError(f"{short(name)} must be a list of numbers; got {short(found)}")
+        state = made.astype(np.float64)
         if state.shape != (self.state_dim,):
             raise ValueError(f"{short(name)} has shape {state.shape}; expected ({self.state_dim},)")
         if not np.isfinite(state).all():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ import numpy as np
 from vla_pruner._short import cut
 from vla_pruner.reports.rerun_log import RerunLog, Shown
 from vla_pruner.serving.ladder import Ladder
-from vla_pruner.serving.limits import Limits, Refused
+from vla_pruner.serving.limits import Limits, Refused, limit_logs
 from vla_pruner.serving.metrics import Metrics
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
 from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Reply, Row, linger, next_pass
@@ -75,8 +76,10 @@ class Engine:
         """
         if batch < 1 or replicas < 1 or (execute is not None and execute < 1):
             raise ValueError("batch, replicas and execute are at least 1")
-        if wait_s < 0 or watchdog_s <= 0 or (deadline_s is not None and deadline_s <= 0):
-            raise ValueError("wait_s is at least 0; watchdog_s and deadline_s are above 0")
+        if not (0 <= wait_s < math.inf and _is_time(watchdog_s)):
+            raise ValueError("wait_s is at least 0, watchdog_s above 0; both are finite")
+        if deadline_s is not None and not _is_time(deadline_s):
+            raise ValueError(f"deadline_s={deadline_s}: expected seconds above 0")
         here = isinstance(served, ServedPolicy)
         if here and replicas > 1:
             raise ValueError(
@@ -86,6 +89,7 @@ class Engine:
         self.limits = limits or Limits()
         self.deadline_s, self.ladder, self.log = deadline_s, ladder, log
         self.metrics = Metrics()
+        limit_logs(self.metrics)
         self._batch, self._wait_s, self._execute = batch, wait_s, execute
         workers: list[Worker] = [
             Here(served) if isinstance(served, ServedPolicy) else apart(served, watchdog_s)
@@ -145,6 +149,10 @@ class Engine:
         self._draining = True
         self.metrics.put("ready", 0)
         until = time.monotonic() + timeout_s
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()  # Nobody waits for a warm-up any more.
+            for lane in self._lanes:
+                lane.worker.abandon()
         while any(lane.waiting or lane.running for lane in self._lanes):
             if time.monotonic() > until:
                 for lane in self._lanes:
@@ -232,6 +240,8 @@ class Engine:
             found = self._episodes.get(episode)
             if found is None:
                 raise Refused("the episode is over, or was never begun; start it first")
+            if deadline_s is not None and not _is_time(deadline_s):
+                raise Refused(f"the deadline is {deadline_s} s; expected seconds above 0")
             if found.waited_for:
                 raise Refused("an episode takes one observation at a time; wait for the answer")
             self.limits.check(observation)
@@ -416,6 +426,10 @@ def _shown(episode: Episode, seen: Mapping[str, Any], reply: Reply, took: float)
     where = f"{episode.number} {episode.label}".strip()
     images = list(seen.get("images", ()))
     return Shown(where, episode.asked, images, picture, reply.actions, numbers, time.time())
+
+
+def _is_time(seconds: float) -> bool:
+    return 0 < seconds < math.inf
 
 
 def _looked_at(future: asyncio.Future[Step]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_pruner._short import cut, short
+from vla_pruner._short import cut, printable, short
 from vla_pruner.serving.metrics import Metrics
 
 _FORMATS = ("PNG", "JPEG")
@@ -46,10 +46,22 @@ class RateLimit(logging.Filter):
         self._when.append(now)
         more = f" ({self._dropped} lines before it were left out)" if self._dropped else ""
         self._dropped = 0
-        record.msg, record.args = cut(record.getMessage(), _LONGEST_LINE) + more, ()
+        record.msg = printable(cut(record.getMessage(), _LONGEST_LINE)) + more
+        record.args = ()
         if record.name.endswith(".connections"):  # Handshakes that fail are no news of ours.
             record.exc_info = record.exc_text = None
         return True
+
+
+CONNECTIONS = logging.getLogger(f"{__package__}.listen.connections")
+"""Where what happens to single connections is written."""
+
+
+def limit_logs(metrics: Metrics) -> None:
+    """Let clients write only a few lines to each log that they can write to."""
+    names = ("engine", "listen", "listen.connections", "server", "worker")
+    for logger in (logging.getLogger(f"{__package__}.{name}") for name in names):
+        logger.filters[:] = [RateLimit(metrics)]
 
 
 class Refused(ValueError):

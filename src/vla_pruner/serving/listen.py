@@ -26,7 +26,7 @@ from websockets.exceptions import ConnectionClosed
 
 from vla_pruner._short import cut, short
 from vla_pruner.serving.engine import Busy, Engine, Failed, Hung, Refused
-from vla_pruner.serving.limits import Limits, RateLimit
+from vla_pruner.serving.limits import CONNECTIONS, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ END_S = 10.0
 """Seconds after that in which a pass may still end, before the process does without it."""
 SEND_S = 30.0
 """Seconds in which a client has to take an answer off the wire."""
-GOING_AWAY, SILENT = 1001, 1008
+GOING_AWAY, SILENT, TOO_BIG = 1001, 1008, 1009
+PIECES = 1024
+"""Frames that a message may come in: empty ones have no bytes that could be counted."""
 
 
 class Talk(Protocol):
@@ -82,11 +84,6 @@ async def listening(
     """
     engine, limits = server.engine, server.engine.limits
     decoders = ThreadPoolExecutor(2, "decode")
-    quiet = logging.getLogger(f"{__name__}.connections")
-    for name in ("connections", "engine", "listen", "server", "worker"):
-        limited = quiet if name == "connections" else logging.getLogger(f"{__package__}.{name}")
-        limited.filters[:] = [RateLimit(engine.metrics)]
-
     here: set[ServerConnection] = set()
 
     async def meet(socket: ServerConnection) -> None:
@@ -98,7 +95,7 @@ async def listening(
         try:
             while True:
                 async with asyncio.timeout(patience):
-                    message = await socket.recv()
+                    message = await received(socket)
                 sent = await _exchange(talk, message, engine, decoders)
                 del message
                 if sent is not None:
@@ -106,7 +103,7 @@ async def listening(
                         await socket.send(sent)
                 patience = limits.idle_s
         except TimeoutError:
-            quiet.info("a client was silent for %g s", patience)
+            CONNECTIONS.info("a client was silent for %g s", patience)
             await socket.close(SILENT, f"silent for {patience:g} s")
         except ConnectionClosed:
             pass
@@ -124,7 +121,7 @@ async def listening(
         if path == "/ready":
             code = HTTPStatus.OK if engine.ready else HTTPStatus.SERVICE_UNAVAILABLE
             return _page(socket, code, f'{{"ready": {str(engine.ready).lower()}}}\n')
-        if not admitted(server.token, request.headers.get("Authorization")):
+        if not admitted(server.token, shown_by(request)):
             return _page(socket, HTTPStatus.UNAUTHORIZED, "no token, or another one\n")
         if path == "/metrics":
             return _page(socket, HTTPStatus.OK, engine.metrics.text())
@@ -149,7 +146,7 @@ async def listening(
         ping_timeout=120,  # A simulator that loads a scene blocks its client's event loop.
         close_timeout=5,
         server_header=None,
-        logger=quiet,
+        logger=CONNECTIONS,
         ssl=tls,
     ) as sockets:
         loop, ending = asyncio.get_running_loop(), None
@@ -195,6 +192,24 @@ async def serve_async(
         if ready is not None:
             ready(sockets.sockets[0].getsockname()[1])
         await over.wait()
+
+
+async def received(socket: ServerConnection) -> str | bytes:
+    """The next message. Errors: ConnectionClosed, also where it came in too many pieces."""
+    pieces: list[Any] = []
+    async for piece in socket.recv_streaming():
+        pieces.append(piece)
+        if len(pieces) > PIECES:
+            await socket.close(TOO_BIG, f"a message in more than {PIECES} frames")
+            raise socket.protocol.close_exc
+    whole: str | bytes = type(pieces[0])().join(pieces)
+    return whole
+
+
+def shown_by(request: Any) -> str | None:
+    """The `Authorization` of a handshake; of several, none counts."""
+    shown = request.headers.get_all("Authorization")
+    return shown[0] if len(shown) == 1 else None
 
 
 async def _exchange(

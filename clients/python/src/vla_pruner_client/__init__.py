@@ -1,8 +1,7 @@
 """A robot's side of openpi's protocol: questions with a deadline, chunks that end in a safe stop.
 
 `Client` asks, one question at a time, and connects again when the connection is lost. `Executor`
-asks in a thread of its own and has an action for every tick of a control loop: of the newest chunk
-while it holds, and of a stop when there is none.
+asks in a thread and has an action for every tick: of the newest chunk while it holds, or a stop's.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Client(contextlib.AbstractContextManager["Client"]):
         url: `ws://HOST:PORT`, or `wss://` for TLS.
         token: sent as `Authorization: Api-Key TOKEN`.
         timeout_s: how long a question may take in all, connecting again included.
-        deadline_s: the server is asked to answer within this, if need be with the rest of the last
-            chunk; None: as long as it takes.
+        deadline_s: the server is asked to answer within this, if need be late; None: it is not.
         ssl: an `ssl.SSLContext` for a certificate of one's own.
     """
 
@@ -73,22 +71,26 @@ class Client(contextlib.AbstractContextManager["Client"]):
     ) -> None:
         self.url, self.timeout_s, self.deadline_s = url, timeout_s, deadline_s
         self.metadata: dict[str, Any] = {}
-        self.connections = 0
-        self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
-        self._ssl = ssl
+        self.connections, self._anew = 0, False
+        self._said: str | bytes | None = None
+        self._width: int | None = None
+        shown = {} if token is None else {"Authorization": f"Api-Key {token}"}
+        self._fixed = {"compression": None, "ping_interval": None, "close_timeout": 0.2}
+        self._fixed |= {"additional_headers": shown, "ssl": ssl}
         self._socket: ClientConnection | None = None
         self._open = contextlib.ExitStack()
-        self._anew = False
 
     def infer(self, observation: Mapping[str, Any], *, deadline_s: float | None = None) -> Answer:
         """The server's actions for an observation.
 
         Raises:
             Lost: no answer within `timeout_s`, or within the deadline and a little.
-            ServerError: the server refused, or failed.
+            ServerError: the server refused, failed, makes no sense, or is another than before.
         """
         deadline = self.deadline_s if deadline_s is None else deadline_s
-        left = min(self.timeout_s, self.timeout_s if deadline is None else deadline + GRACE_S)
+        left = self.timeout_s if deadline is None else min(deadline + GRACE_S, self.timeout_s)
+        if not 0 < left < float("inf"):
+            raise ValueError(f"timeout {self.timeout_s} s, deadline {deadline} s: seconds above 0")
         until, pause = time.monotonic() + left, 0.02
         while True:
             try:
@@ -96,7 +98,7 @@ class Client(contextlib.AbstractContextManager["Client"]):
             except (OSError, EOFError, websockets.exceptions.WebSocketException) as error:
                 self.close()
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if status in (401, 403, 404):
+                if status is not None and 400 <= status < 500:
                     raise ServerError(f"{self.url} answers {status}: see the token") from error
                 if time.monotonic() + pause >= until:
                     raise Lost(f"no answer of {self.url} in {left:.3g} s: {error}") from error
@@ -107,25 +109,24 @@ class Client(contextlib.AbstractContextManager["Client"]):
         """The next observation begins an episode."""
         self._anew = True
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Hang up; the next question connects again."""
         self._socket = None
         with contextlib.suppress(Exception):  # the connection is not used again
             self._open.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
     def _connected(self, until: float) -> ClientConnection:
         if self._socket is None:
             left = max(until - time.monotonic(), 0.001)
-            fixed = {"compression": None, "ping_interval": None, "close_timeout": 0.2}
-            headers = {"additional_headers": self._headers, "ssl": self._ssl}
-            opening = connect(self.url, open_timeout=left, **fixed, **headers)
+            opening = connect(self.url, open_timeout=left, **self._fixed)
             self._socket = self._open.enter_context(opening)
-            self.metadata = _unpack(self._socket.recv(max(until - time.monotonic(), 0.001)))
+            said = self._socket.recv(max(until - time.monotonic(), 0.001))
+            if said != self._said and self._said is not None:
+                said = "another server than before answers; if it is right, make a new client"
+            self.metadata, self._said, self._anew = self._read(said, dict), said, False
             self.connections += 1
-            self._anew = False
         return self._socket
 
     def _ask(self, observation: Mapping[str, Any], deadline: float | None, until: float) -> Answer:
@@ -134,20 +135,36 @@ class Client(contextlib.AbstractContextManager["Client"]):
             message["reset"] = True
         if deadline is not None and self.metadata.get("server") == "vla-pruner":
             message["deadline_ms"] = max(1000 * deadline, 1.0)
-        socket.send(msgpack.packb(message, default=_pack))
+        packed = msgpack.packb(message, default=_pack)
+        with contextlib.suppress(TimeoutError):  # it would pass for the answer to this question
+            self._read(f"it said what nobody asked: {socket.recv(0)!r}", dict)
+        socket.send(packed)
         self._anew = False
-        reply = socket.recv(max(until - time.monotonic(), 0.001))
-        if isinstance(reply, str):
+        answer: Answer = self._read(socket.recv(max(until - time.monotonic(), 0.001)), self._answer)
+        return answer
+
+    def _answer(self, found: dict[str, Any]) -> Answer:
+        actions = np.asarray(found.pop("actions"), dtype=np.float32)
+        about = found | found.pop("vla_pruner", {})
+        valid, late = about.get("valid", len(actions)), about.get("late", False)
+        rows, width = actions.shape
+        if width != (self._width or width) or not np.isfinite(actions).all():
+            raise ServerError(f"actions of {width} numbers, once {self._width}; or not finite")
+        if type(valid) is not int or not 0 <= valid <= rows or type(late) is not bool:
+            raise ServerError(f"{rows} steps, {valid=!r:.50} and {late=!r:.50}")
+        self._width = width
+        return Answer(actions, late, valid, about)
+
+    def _read(self, message: str | bytes, make: Callable[[dict[str, Any]], Any]) -> Any:
+        """What is made of a map that the server sent. Errors: ServerError, after hanging up."""
+        try:
+            if isinstance(message, str):
+                raise ServerError(message)
+            return make(msgpack.unpackb(message, object_hook=_array))
+        except Exception as error:  # whatever foreign bytes bring about
             self.close()
-            raise ServerError(reply)
-        found = _unpack(reply)
-        actions = np.asarray(found["actions"], dtype=np.float32)
-        if actions.ndim != 2 or not np.isfinite(actions).all():
-            raise ServerError(f"the server sent actions of shape {actions.shape} that are no chunk")
-        about = {key: value for key, value in found.items() if key != "actions"}
-        about |= about.pop("vla_pruner", {})
-        valid = int(about.get("valid", len(actions)))
-        return Answer(actions, bool(about.get("late", False)), min(valid, len(actions)), about)
+            said = error if isinstance(error, ServerError) else repr(error)
+            raise ServerError(f"{self.url}: {said!s:.300}") from error
 
 
 @dataclass(frozen=True)
@@ -173,8 +190,7 @@ class Executor:
     Args:
         client: who is asked.
         observe: gives what the robot sees now; called in this executor's thread.
-        stop: "hold" repeats the last action (position control); "zero" sends zeros (velocity or
-            delta control) but for the entries in `kept`.
+        stop: "hold" repeats the last action (positions); "zero" sends zeros (velocities, deltas).
         kept: entries of an action that a zero stop leaves as they were: the gripper.
         ask_at: a new chunk is asked for when so many steps are left.
         max_age_s: actions whose observation is older are not carried out.
@@ -190,19 +206,16 @@ class Executor:
         ask_at: int = 0,
         max_age_s: float = 2.0,
     ) -> None:
-        if stop not in ("hold", "zero"):
-            raise ValueError(f"stop={stop!r}: hold for position control, zero for velocities")
+        if stop not in ("hold", "zero") or ask_at < 0 or not max_age_s > 0:
+            raise ValueError(f"stop={stop!r} (hold, zero), {ask_at=} (>= 0), {max_age_s=} (> 0)")
         self.client, self.observe, self.stop, self.kept = client, observe, stop, kept
         self.ask_at, self.max_age_s = ask_at, max_age_s
         self._lock = threading.Condition()
         self._chunk: np.ndarray | None = None
-        self._seen = 0.0
-        self._at = 0
-        self._moved = 0
         self._last: np.ndarray | None = None
-        self._since = time.monotonic()
-        self._why = "no chunk has come yet"
-        self._ending = False
+        self._at = self._moved = 0
+        self._seen, self._since = 0.0, time.monotonic()
+        self._why, self._ending = "no chunk has come yet", False
         self._thread = threading.Thread(target=self._ask, daemon=True, name="vla-pruner-client")
 
     def __enter__(self) -> Executor:
@@ -219,21 +232,19 @@ class Executor:
     def step(self) -> Command:
         """The action of this tick; never waits for the server."""
         with self._lock:
+            self._lock.notify_all()  # it may be time to ask
             now = time.monotonic()
             chunk, age = self._chunk, now - self._seen
             if chunk is not None and age > self.max_age_s:
                 self._why = f"the actions are {age:.3g} s old"
                 chunk = self._chunk = None
             if chunk is None or self._at >= len(chunk):
-                self._lock.notify_all()
                 return Command(self._stopped(), True, now - self._since, self._why)
-            action = chunk[self._at]
+            action = chunk[self._at].copy()
             self._at += 1
             self._moved += 1
             self._last, self._since = action, now
-            if len(chunk) - self._at <= self.ask_at:
-                self._lock.notify_all()
-            return Command(action.copy(), False, age)
+            return Command(action, False, age)
 
     def _stopped(self) -> np.ndarray | None:
         action = None if self._last is None else self._last.copy()
@@ -255,16 +266,15 @@ class Executor:
                 seen, moved = time.monotonic(), self._moved
             try:
                 answer = self.client.infer(self.observe())
+                _ = answer.actions[:, list(self.kept)]  # an IndexError now rather than in a stop
+                if answer.late or not answer.valid:
+                    raise Lost("the server's answer was late")
             except Exception as error:  # of the server, the network or the camera: the arm stops
                 with self._lock:
                     self._why = str(error) or type(error).__name__
-                    self._lock.wait(0.05)
+                    self._lock.wait(0.02)
                 continue
             with self._lock:
-                if answer.late or not answer.valid:
-                    self._why = "the server's answer was late"
-                    self._lock.wait(0.01)
-                    continue
                 # Steps that were carried out since belong to the chunk before.
                 self._chunk, self._seen = answer.actions[: answer.valid], seen
                 self._at = self._moved - moved
@@ -277,12 +287,6 @@ def _pack(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"an observation holds a {type(value).__name__}; send numbers, text and arrays")
-
-
-def _unpack(message: str | bytes) -> Any:
-    if isinstance(message, str):
-        raise ServerError(message)
-    return msgpack.unpackb(message, object_hook=_array)
 
 
 def _array(found: dict[Any, Any]) -> Any:

@@ -12,7 +12,7 @@ from vla_pruner_client import Command
 
 
 class Recorder:
-    """Episodes of one robot. `add` fits `drive(ticked=...)`.
+    """Episodes of one robot. `add` fits `drive(ticked=...)`; a `with` block closes, come what may.
 
     The features are those of the first observation: its images, and its state.
 
@@ -24,6 +24,7 @@ class Recorder:
 
     Raises:
         ImportError: lerobot is not installed (`pip install lerobot`, Python 3.12).
+        FileExistsError: the folder is there.
     """
 
     def __init__(
@@ -35,6 +36,14 @@ class Recorder:
         self.folder, self.fps, self.videos, self.robot = Path(folder), fps, videos, robot
         self.frames = 0
         self._set: Any = None
+        if self.folder.exists():  # lerobot would say so at the first frame: the arm moves by then
+            raise FileExistsError(f"{self.folder} is there already; name a new folder")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(self, seen: Mapping[str, Any] | None, command: Command) -> None:
         """One tick: what was seen last, and the action. Without both, nothing is written."""
@@ -67,9 +76,14 @@ class Recorder:
 
     def close(self) -> None:
         """End the episode, and finish the files: without this the data set cannot be read."""
-        self.end_episode()
-        if self._set is not None:
-            self._set.finalize()
+        made, self._set = self._set, None
+        if made is not None:
+            try:
+                if self.frames:
+                    made.save_episode()
+            finally:
+                self.frames = 0
+                made.finalize()
 
     def _feature(self, value: np.ndarray) -> dict[str, Any]:
         if value.ndim == 3:

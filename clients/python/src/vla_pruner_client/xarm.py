@@ -34,6 +34,8 @@ SDK_JOINT_LIMITS = (
 """Rad; the narrower of what the SDK (1.18.4) allows the two common kinds of xArm6."""
 SDK_JOINT_SPEED = math.pi
 """Rad/s; the SDK cuts joint speeds to this."""
+LARGEST_TURN = math.pi / 4
+"""Rad; an answer of the inverse kinematics that turns a joint further for one action is no way."""
 GRIPPER_OPEN = 850.0
 """Pulses of an open gripper; 0 is closed."""
 
@@ -95,8 +97,9 @@ class Limits:
         for (low, high), (lowest, highest) in zip(self.joints, SDK_JOINT_LIMITS, strict=True):
             if not lowest <= low + self.margin < high - self.margin <= highest:
                 raise ValueError(f"joints ({low:g}, {high:g}): within ({lowest:g}, {highest:g})")
-        if any(not low < high for low, high in self.workspace):
-            raise ValueError("workspace: lowest before highest, mm, of x, y and z")
+        box = np.asarray(self.workspace, np.float64)
+        if box.shape != (3, 2) or not np.isfinite(box).all() or (box[:, 0] >= box[:, 1]).any():
+            raise ValueError("workspace: lowest before highest, in mm, of x, y and z")
 
     def clipped(self, wanted: np.ndarray, last: np.ndarray, seconds: float) -> np.ndarray:
         """Joint angles [6] on the way to those wanted, as far as `seconds` allow."""
@@ -134,7 +137,11 @@ class XArm6:
         actions: Literal["joints", "delta"] = "joints",
         gripper: Literal["rlds", "robosuite"] = "rlds",
     ) -> None:
-        if hz <= 0 or actions not in ("joints", "delta") or gripper not in ("rlds", "robosuite"):
+        if (
+            not 0 < hz < math.inf
+            or actions not in ("joints", "delta")
+            or gripper not in ("rlds", "robosuite")
+        ):
             raise ValueError("hz > 0, actions joints or delta, gripper rlds or robosuite")
         self.api, self.cameras, self.limits = api, cameras, limits
         self.hz, self.actions, self.gripper = hz, actions, gripper
@@ -170,12 +177,20 @@ class XArm6:
             ("set_gripper_mode", [0]),
         ):
             self._done(name, getattr(self.api, name)(*arguments))
-        self._at = self.joints()
+        at = self.joints()
+        tool = self._tool(at)[:3]
+        if not self.limits.holds(tool):
+            self.end()
+            raise ArmError(
+                f"the tool is at {tool.round().tolist()} mm, outside of the workspace "
+                f"{self.limits.workspace}: no way from there is allowed; move it in by hand"
+            )
+        self._at = at
 
     def joints(self) -> np.ndarray:
         """Measured joint angles [6], rad. Errors: ArmError."""
         angles = self._read("get_servo_angle", self.api.get_servo_angle(is_radian=True))
-        return np.asarray(angles[:JOINTS], np.float64)
+        return self._numbers("get_servo_angle", angles)
 
     def observe(self, instruction: str) -> dict[str, Any]:
         """Images, joints [6], gripper [1] (1 open), both as a state [7], instruction."""
@@ -225,7 +240,11 @@ class XArm6:
             pose.tolist(), input_is_radian=True, return_is_radian=True
         )
         if code == 0 and len(angles) >= JOINTS:
-            return np.asarray(angles[:JOINTS], np.float64)
+            # The same pose a whole turn away is no reason to turn; another elbow is one to stand.
+            turn = np.asarray(angles[:JOINTS], np.float64) - self._at
+            turn -= 2 * math.pi * np.round(turn / (2 * math.pi))
+            if np.abs(turn).max() <= LARGEST_TURN:
+                return self._at + turn
         self.refused += 1
         return None
 
@@ -234,7 +253,8 @@ class XArm6:
         found = self.api.get_forward_kinematics(
             joints.tolist(), input_is_radian=True, return_is_radian=True
         )
-        return np.asarray(self._read("get_forward_kinematics", found), np.float64)
+        pose = self._read("get_forward_kinematics", found)
+        return self._numbers("get_forward_kinematics", pose)
 
     def _grasp(self, value: float) -> None:
         opened = (1 - value) / 2 if self.gripper == "robosuite" else value
@@ -243,6 +263,14 @@ class XArm6:
             moved = self.api.set_gripper_position(pulses, wait=False)
             self._done("set_gripper_position", moved)
             self._grip = pulses
+
+    def _numbers(self, name: str, found: Any) -> np.ndarray:
+        """Six finite numbers of an answer, or the arm stops."""
+        made = np.asarray(found[:JOINTS], np.float64)
+        if made.shape != (JOINTS,) or not np.isfinite(made).all():
+            self.end()
+            raise ArmError(f"{name} gave {found} instead of numbers: the arm was told to stop")
+        return made
 
     def _read(self, name: str, answer: Any) -> Any:
         self._done(name, answer[0])
