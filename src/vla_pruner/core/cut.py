@@ -157,7 +157,7 @@ class Cut:
             args = (hidden,)
         if alike(kwargs, left.given):
             return args, {**kwargs, **left.arguments}
-        return args, self._arguments(number, prefill, layer, args[0], kwargs)
+        return args, self._arguments(Call(self, number, layer, args[0], kwargs), prefill)
 
     def at_cut(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -169,17 +169,14 @@ class Cut:
         hidden, kwargs = self.signatures[layer].bind(args, kwargs)
         if self.phase == "prefill":
             hidden = self._cut(number, prefill, hidden)
-        return (hidden,), self._arguments(number, prefill, layer, hidden, kwargs)
+        return (hidden,), self._arguments(Call(self, number, layer, hidden, kwargs), prefill)
 
-    def _arguments(
-        self, number: int, prefill: Prefill, layer: nn.Module, hidden: Tensor, given: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What a layer gets after `number` cuts, and all that are given the same things."""
-        strategy, left = STRATEGIES[prefill.mode], prefill.sets[number]
+    def _arguments(self, call: Call, prefill: Prefill) -> dict[str, Any]:
+        """What a layer gets behind a cut, and all later ones that are given the same things."""
+        strategy, left = STRATEGIES[prefill.mode], prefill.sets[call.number]
         make = strategy.in_prefill if self.phase == "prefill" else strategy.later
-        call = Call(self, number, layer, hidden, given)
-        left.given, left.arguments = given, make(call, prefill, left)
-        return {**given, **left.arguments}
+        left.given, left.arguments = call.kwargs, make(call, prefill, left)
+        return {**call.kwargs, **left.arguments}
 
     def _restore_length(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the last layer of a prefill: every token back in its row, zeros where one left."""
@@ -218,8 +215,7 @@ class Cut:
         if prefill.index.read is None:
             choice = ask(evidence)
         else:
-            always, cuts = prefill.layout.read, len(self.plan.cuts)
-            choice = choose_beside(ask, evidence, prefill.index, always, self.method, cuts)
+            choice = choose_beside(ask, evidence, prefill, self.method, len(self.plan.cuts))
         return choice if prefill.leader is None else choice.of_rows(prefill.leader)
 
     def _ask(self, evidence: Evidence) -> Choice:
@@ -288,5 +284,8 @@ class Cut:
 
 
 def alike(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether two layers are given the same things."""
-    return len(some) == len(others) and all(others.get(n) is one for n, one in some.items())
+    """Whether two layers are given the same things; tuples of tables are compared one by one."""
+    pairs = [(one, others.get(name)) for name, one in some.items()]
+    tables = [z for a, b in pairs if type(a) is type(b) is tuple for z in zip(a, b, strict=False)]
+    plain = [(a, b) for a, b in pairs if not type(a) is type(b) is tuple]
+    return len(some) == len(others) and all(a is b for a, b in plain + tables)

@@ -96,7 +96,9 @@ def implied_mask(
     """
     queries = hidden.shape[1] if queries is None else queries
     cache = cache_in(kwargs)
-    index = cut.layers.index(layer) if layer in cut.layers else cut.plan.first[number]
+    index = cut.plan.first[number]
+    if layer in cut.layers and (own := cut.layers.index(layer)) not in cut.plan.skipped:
+        index = own
     if index is None:  # No layer will look at it.
         return torch.ones(1, 1, queries, queries, dtype=torch.bool, device=hidden.device)
     keys = queries
