@@ -43,8 +43,9 @@ TRACKERS_ENV := $(VENV)-trackers
 OPENPI ?=
 OPENPI_PYTHON ?= python3.11
 OPENPI_NEEDS ?= torch==2.13.0 jax==0.5.3 flax==0.10.2 jaxtyping==0.2.36 beartype==0.19.0 einops \
-  augmax sentencepiece typing_extensions "numpy<2"
-OPENPI_REGISTRY := rlinf-openpi==0.1.1 openpi-client==0.1.2
+  augmax sentencepiece typing_extensions "numpy<2" chex tyro tqdm-loggable ml_collections numpydantic \
+  openpi-client==0.1.2
+OPENPI_REGISTRY := rlinf-openpi==0.1.1
 OPENPI_ENV := $(VENV)-openpi$(if $(OPENPI),-checkout)
 # Prints the folder of transformers.
 TRANSFORMERS := -c 'import os, transformers; print(os.path.dirname(transformers.__file__))'
@@ -148,7 +149,7 @@ $(RAY_ENV)/.installed: Makefile $(DEV)
 
 $(DOCS_ENV)/.installed: Makefile
 	$(or $(PYTHON),python3) -m venv $(DOCS_ENV)
-	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check -q mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8" ruff
 	@touch $@
 
 $(TRACKERS_ENV)/.installed: Makefile

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from recompute import (
     BENCH,
+    CLOCK,
     FULL,
     LATENCIES,
     MOTIONS,
@@ -26,6 +27,7 @@ from recompute import (
     Pairs,
     Source,
     bench,
+    clock,
     extra,
     flops,
     holm,
@@ -39,7 +41,7 @@ from recompute import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "realtime.md")
 MARK = re.compile(r"<!-- rows: (\S+)((?: \w+=\S+)*) -->")
 
 
@@ -70,6 +72,8 @@ def column(source: Source, header: str, names: Sequence[str]) -> list[str | None
         return ["-" if p is None else points(p, next(corrected)) for p in found]
     if metric in MOTIONS:
         return [motion(source, name, MOTIONS[metric], suites) for name in names]
+    if metric in CLOCK:
+        return [clock([source.cell(name, s) for s in suites], metric) for name in names]
     if metric in LATENCIES:
         return [latency(source.file, name, LATENCIES[metric]) for name in names]
     if metric in BENCH:

@@ -250,6 +250,24 @@ def speed_up(before: np.ndarray, after: np.ndarray) -> str:
     return f"{mean_ms(before) / mean_ms(after):.2f}x ({low:.2f} to {high:.2f})"
 
 
+CLOCK = ("stood still", "age of an action, ms", "answer, ms", "late answers")
+"""Columns about an arm that does not wait."""
+
+
+def clock(cells: Sequence[Cell], column: str) -> str:
+    """Of ticks after the first action; medians of the episodes' medians; `12 of 430`."""
+    rows = [row for cell in cells for row in cell.values()]
+    total = {
+        n: sum(int(r[n]) for r in rows) for n in ("ticks", "before", "held", "late", "answers")
+    }
+    if column == "stood still":
+        return f"{100 * total['held'] / (total['ticks'] - total['before']):.1f} %"
+    if column == "late answers":
+        return f"{total['late']} of {total['answers']}"
+    name = "age_ms" if column.startswith("age") else "answer_ms"
+    return f"{np.median([float(row[name]) for row in rows if row[name]]):.0f}"
+
+
 def bench(file: str, variant: str, column: str) -> str:
     """What `vla-pruner bench` printed, and the ratio of the medians that it printed."""
     rows = {row["variant"]: row for row in read(file)}

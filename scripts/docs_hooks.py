@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,13 +16,12 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 _COMMAND = re.compile(r"^([^|`\s*#-].*)\n(`vla-pruner )", flags=re.MULTILINE)
+_RESULTS = "results.md"
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill in the methods' pages, so that a new method needs no entry."""
-    from pathlib import Path
-
     pages = sorted(Path(config.docs_dir, "methods").glob("*.md"))
     methods: list[Any] = ["methods/README.md"]
     methods += [{page.stem: f"methods/{page.name}"} for page in pages if page.stem != "README"]
@@ -33,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to files outside the site become their paths; a command begins a paragraph."""
+    """Outward links become paths, file names titles; commands of the results begin paragraphs."""
 
     def replace(match: re.Match[str]) -> str:
         text, target = match.groups()
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             posixpath.join(posixpath.dirname(page.file.src_uri), path.rstrip("/"))
         )
         if not inside.startswith("..") and not inside.endswith(".py"):
-            return match[0]
+            return f"[{_title(inside, config)}]({target})" if text.endswith(".md") else match[0]
         path = inside.removeprefix("../") if inside.startswith("..") else f"docs/{inside}"
         return (
             f"`{path}`"
@@ -52,4 +52,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             else f"{text} (`{path}`)"
         )
 
-    return _COMMAND.sub(r"\1\n\n\2", _LINK.sub(replace, markdown))
+    linked = _LINK.sub(replace, markdown)
+    return _COMMAND.sub(r"\1\n\n\2", linked) if page.file.src_uri == _RESULTS else linked
+
+
+def _title(page: str, config: MkDocsConfig) -> str:
+    """The first heading of a page of the site."""
+    first = Path(config.docs_dir, page).read_text("utf-8").splitlines()[0]
+    return first.removeprefix("# ")

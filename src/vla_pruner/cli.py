@@ -187,6 +187,18 @@ COMMANDS = {
 # -- parsing and errors --------------------------------------------------------------------------
 
 
+class _Help(argparse.HelpFormatter):
+    """Names a default where there is one that the help does not say, as it would be typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        nothing = default is None or default is False or default in ("", [], argparse.SUPPRESS)
+        if nothing or action.required or "default" in said:
+            return said
+        typed = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{said} (default: {typed.replace(chr(37), chr(37) * 2)})"
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser of `vla-pruner`; only the command called `chosen` gets its own arguments."""
     common = argparse.ArgumentParser(add_help=False)
@@ -211,7 +223,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
             help=command.summary,
             description=command.description,
             parents=[common],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         if name == chosen:
             add_arguments, run = command.load()

@@ -97,6 +97,9 @@ def test_tables_cover_every_call_and_stay_in_range(analysis: Path) -> None:
     assert [row["consecutive"] == "" for row in steps[:4]] == [True, False, False, False]
     assert all(0 <= float(row["prefill_action"]) <= 1 for row in steps)
     assert all(1 <= float(row["pool_ratio"]) <= 2 for row in steps if row["pool_ratio"])
+    first = Trace.load(analysis / "traces" / f"{steps[0]['seed']}.npz")
+    assert float(steps[0]["prefill_visual"]) == pytest.approx(float(first.semantic[0].sum()))
+    assert all(0 < float(row["action_visual"]) < 1 for row in steps)
     predictors = {row["predictor"]: row for row in rows(analysis, "forecasts")}
     assert {"last step", "window w=3 gamma=0.8", "vla-pruner", "vla-pruner (carry)"} <= set(
         predictors

@@ -108,6 +108,32 @@ def test_several_rows_before_labels_take_their_places_of_the_budget(make):
         same(got.loss[None], model(input_ids=ids, labels=labels).loss[None])
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+def test_what_trainers_hand_a_model(model, inputs, make, method, shifted):
+    """Shifted labels stand at the row that is read; the number of items is for the loss alone."""
+    ids = torch.arange(10, 40)[None]
+    places = [8, 14, 27] if shifted else [9, 15, 28]
+    decoder, where = make(), vp.models.Decoder("model.layers", visual=slice(1, 21))
+    for whole, call, adapter in ((decoder, {"input_ids": ids}, where), (model, inputs, None)):
+        length = call["input_ids"].shape[1]
+        labels = torch.full((1, length), -100)
+        labels[:, [place for place in places if place < length]] = 5
+        asked = {"labels": labels, "num_items_in_batch": torch.tensor(3)}
+        asked |= {"shift_labels": labels} if shifted else {}
+        options = {"window": 1} if method == "vla-pruner" else {}
+        with prune(whole, method, adapter=adapter, **options) as session:
+            for _ in range(2):
+                got = whole(**call, **asked)
+            report = session.last
+        stack = decoder.model if adapter else model.model.language_model
+        is_visual = call["input_ids"] == IMAGE
+        if adapter:
+            is_visual = (torch.arange(length) > 0) & (torch.arange(length) < 21)[None]
+        with hidden_behind(stack, CUT, dropped(report, is_visual)):
+            same(got.loss[None], whole(**call, **asked).loss[None])
+
+
 @pytest.mark.parametrize("method", ["fastv", "vla-adp"])
 def test_read_tokens_of_several_views_under_a_budget_per_view(model, inputs, method):
     ids = torch.tensor([[1, *[IMAGE] * M, 5, *[IMAGE] * M]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_calls import CUT, SAMPLED, logits, prune
 from test_hf_vlm import IMAGE, KEEP, M, inputs_for, llava, paligemma
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 import vla_pruner as vp
 from checks import randomise
@@ -328,6 +328,39 @@ def test_graphs_that_would_keep_the_tokens_of_one_image_are_refused(make, embeds
             torch.export.export(plain, (embeds(),), strict=False)
         with pytest.raises(NotImplementedError, match="give the rows as a batch"):
             torch.vmap(plain)(embeds(batch=3)[:, None])
+
+
+def test_models_without_values_are_refused():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, hidden_size=32, vocab_size=97))
+    where = vp.models.Decoder(visual=slice(1, 21))
+    with (
+        vp.prune(model, "fastv", tokens=6, layer=1, adapter=where),
+        pytest.raises(NotImplementedError, match="on the meta device nobody can look at values"),
+    ):
+        model(input_ids=torch.ones(1, 30, dtype=torch.long, device="meta"))
+    with pytest.raises(ValueError, match="on the meta device and have no values"):
+        vp.prune(model, "vtw", adapter=where)
+
+
+# ---------------------------------------------------------------------- past the hooks
+@pytest.mark.parametrize("method", ["fastv", "vla-cache"])
+def test_a_forward_that_is_called_by_itself(make, embeds, method):
+    """No hook would run, or only some of them; afterwards everything is as it was."""
+    model, where = make(), vp.models.Decoder("model.layers", visual=slice(1, 21))
+    asked = dict(inputs_embeds=embeds(), labels=torch.zeros(1, 30, dtype=torch.long))
+    options = dict(layers=(1, 2)) if method == "vla-cache" else dict(layer=2)
+    with vp.prune(model, method, tokens=6, adapter=where, **options) as session:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="of this LlamaForCausalLM was called by itself"):
+                model.forward(**asked)
+            with pytest.raises(RuntimeError, match="of this LlamaModel was called by itself"):
+                model.model.forward(inputs_embeds=embeds())
+        with session.step(), pytest.raises(RuntimeError, match="LlamaForCausalLM was called by"):
+            model.forward(**asked)
+        session.frame(torch.zeros(1, 3, 8, 40))
+        model(inputs_embeds=embeds())
+        assert session.last.steps == (0,)
 
 
 @pytest.mark.parametrize("method", ["fastv", "vla-pruner"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
+from test_contract import at, gemma3, talk
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -93,6 +94,15 @@ def test_everything_at_once_in_one_graph(make, embeds, at):
         near(one, other)
     assert not counters["graph_break"]
     assert made == [2] + [4] * (STEPS - 1), "prefill and decode, on all tokens and pruned"
+
+
+def test_kinds_of_layers_with_tables_of_their_own():
+    torch._dynamo.reset()
+    model = gemma3(["sliding_attention", "full_attention"] * 2, window=64).eval()
+    with vp.prune(model, "fastv", tokens=6, layer=1, adapter=at()) as session:
+        plain = talk(model)
+        session.compile(backend="eager")
+        near(talk(model), plain)
 
 
 def test_a_budget_that_depends_on_what_is_seen_is_refused(make):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 import vla_pruner as vp
 from checks import randomise
 from hidden_columns import hidden_behind, same
+from hidden_in_softmax import hidden_in_softmax
 
 VISUAL, M = slice(1, 25), 24
 SIZES = dict(
@@ -38,6 +39,24 @@ def gpt_neox():
     return T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**SIZES))
 
 
+def gpt_neox_japanese():
+    config = T.GPTNeoXJapaneseConfig(**{k: v for k, v in SIZES.items() if "inter" not in k})
+    return T.GPTNeoXJapaneseForCausalLM(config)
+
+
+def openai_gpt():
+    sizes = dict(vocab_size=97, n_embd=32, n_layer=4, n_head=4)
+    return T.OpenAIGPTLMHeadModel(T.OpenAIGPTConfig(**sizes))
+
+
+def mpt():
+    return T.MptForCausalLM(T.MptConfig(vocab_size=97, d_model=32, n_layers=4, n_heads=4))
+
+
+def bloom():
+    return T.BloomForCausalLM(T.BloomConfig(vocab_size=97, hidden_size=32, n_layer=4, n_head=4))
+
+
 def gpt_neo():
     kinds = [[["global", "local"], 2]]
     sizes = dict(vocab_size=97, hidden_size=32, num_layers=4, num_heads=4, window_size=8)
@@ -52,12 +71,12 @@ def falcon():
     return T.FalconForCausalLM(config)
 
 
-def gemma3(kinds):
+def gemma3(kinds, window=8):
     config = T.Gemma3TextConfig(
         **{**SIZES, "num_hidden_layers": len(kinds)},
         num_key_value_heads=2,
         head_dim=8,
-        sliding_window=8,
+        sliding_window=window,
         layer_types=kinds,
     )
     return T.Gemma3ForCausalLM(config)
@@ -130,6 +149,37 @@ def test_masks_by_position_and_caches_by_another_name(make, layers, kind, cut):
         got = talk(model, cache_of(kind, model))
         assert torch.equal(session.last.kept_mask, hidden) and hidden.sum() == 6
     same(got, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner", "holov"])
+@pytest.mark.parametrize(
+    ("make", "layers"), [(gpt2, "transformer.h"), (gpt_neox, "gpt_neox.layers")]
+)
+def test_attentions_that_are_not_called_self_attn(make, layers, method, attention):
+    model = randomise(make())
+    model.set_attn_implementation(attention)
+    options = {"window": 1} if method == "vla-pruner" else {}
+    options |= dict(positions="keep", crops=3) if method == "holov" else {}
+    with vp.prune(model, method, tokens=6, layer=2, adapter=at(layers), **options) as session:
+        for _ in range(2):
+            got = talk(model)
+        semantic, kept = session.last.semantic, session.last.kept_mask
+    with hidden_in_softmax(model.get_submodule(layers), 2, [1 + (~kept[0]).nonzero()[:, 0]]):
+        same(got, talk(model))
+    if method == "fastv":
+        model.set_attn_implementation("eager")
+        seen = model(inputs_embeds=embeds(), output_attentions=True).attentions[1].mean(1)
+        same(semantic, seen[:, -1, VISUAL])
+
+
+def test_layers_that_return_lists():
+    model = randomise(openai_gpt())
+    adapter = at("transformer.h")
+    with vp.prune(model, "random", tokens=6, layer=2, adapter=adapter) as session:
+        got, kept = model(inputs_embeds=embeds()).logits[:, -1], session.last.kept_mask
+    with hidden_in_softmax(model.transformer.h, 2, [1 + (~kept[0]).nonzero()[:, 0]]):
+        same(got, model(inputs_embeds=embeds()).logits[:, -1])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -206,6 +256,34 @@ def test_layers_of_two_kinds_where_both_begin_before_the_cut():
         same(got, talk(model, DynamicCache(config=model.config)))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+@pytest.mark.parametrize("method", ["fastv", "vla-cache"])
+def test_kinds_of_layers_have_rotary_tables_of_their_own(kind, mode, method):
+    """Gemma 3 turns keys by another base where a window slides, here one that no row reaches."""
+    model = randomise(gemma3(["sliding_attention", "full_attention"] * 3, window=64))
+    if method == "vla-cache":
+        found, options = [], dict(keep=0.4, layers=(2,), threshold=-1.0)
+        for other in ("drop", "mask"):  # No reference in which keys are those of the last step.
+            with vp.prune(model, method, adapter=at(), mode=other, **options) as session:
+                for _ in range(2):
+                    session.frame(torch.zeros(1, 3, 4, 96))
+                    found.append(talk(model, cache_of(kind, model)))
+                assert session.last.reused.max() > 0
+        same(found[1], found[3])
+        same(found[1], found[0])  # Nothing changed between the steps.
+        return
+    with vp.prune(model, method, tokens=6, layer=2, adapter=at(), mode=mode) as session:
+        got = talk(model, cache_of(kind, model))
+        gone = [1 + (~session.last.kept_mask[0]).nonzero()[:, 0]]
+    for reference in (
+        hidden_behind(model.model, 2, gone),
+        hidden_in_softmax(model.model.layers, 2, gone),
+    ):
+        with reference:
+            same(got, talk(model, DynamicCache(config=model.config)))
+
+
 # ---------------------------------------------------------------------- refused
 def test_the_first_layer_of_a_kind_behind_the_cut():
     """Its mask would be sized by a layer that holds fewer tokens."""
@@ -242,6 +320,43 @@ def test_layers_whose_rows_are_the_batch():
         pytest.raises(NotImplementedError, match=r"XLNetLayer .* with \(36, 2, 32\) where"),
     ):
         model(input_ids=torch.arange(72).view(2, 36))
+
+
+@pytest.mark.parametrize("make", [mpt, bloom])
+@pytest.mark.parametrize("cut", [0, 2])
+def test_biases_by_distance_however_long_they_are(make, cut):
+    """As long as the model can see (MPT), or as the cache (BLOOM), not as the prompt."""
+    model = randomise(make())
+    layers = "transformer.blocks" if make is mpt else "transformer.h"
+    caches = [StaticCache(config=model.config, max_cache_len=44), DynamicCache()]
+    with vp.prune(model, "random", tokens=6, layer=cut, adapter=at(layers)):
+        for cache in caches:
+            with pytest.raises(NotImplementedError, match=r"get `(position_bias|alibi)` \("):
+                talk(model, cache)
+
+
+@pytest.mark.parametrize(("make", "layers"), [(mpt, "blocks"), (openai_gpt, "h")])
+def test_masks_whose_true_may_mean_anything(make, layers):
+    """MPT hides where a mask is True, and GPT adds what it is given."""
+    model = randomise(make())
+    adapter = at(f"transformer.{layers}")
+    with (
+        vp.prune(model, "random", tokens=6, layer=2, adapter=adapter, mode="mask"),
+        pytest.raises(NotImplementedError, match="hiding tokens"),
+    ):
+        model(inputs_embeds=embeds())
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "message"),
+    [
+        (gpt_neox_japanese, "gpt_neox_japanese.layers", "GPTNeoXJapaneseAttention has no `config"),
+        (bloom, "transformer.h", "BloomAttention has no `config._attn_implementation`"),
+    ],
+)
+def test_attentions_that_are_not_chosen_by_name(make, layers, message):
+    with pytest.raises(TypeError, match=message + r".*without scores \(divprune, random\)"):
+        vp.prune(make(), "fastv", tokens=6, layer=2, adapter=at(layers))
 
 
 def test_layers_that_are_no_attention():

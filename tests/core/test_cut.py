@@ -525,7 +525,7 @@ def test_layers_without_named_attention_are_refused():
 
     model = nn.Sequential()
     model.add_module("model", Stack())
-    with pytest.raises(TypeError, match="cannot be watched"):
+    with pytest.raises(TypeError, match="scores cannot be read there"):
         prune(model)
     with prune(model, "random") as session:
         output = model.model(inputs_embeds=torch.ones(1, 30, 4))

@@ -26,7 +26,7 @@ MOST_ADDED = 60
 def fake() -> Iterator[FakeTensorMode]:
     """Everything inside is fake, and a look at values would be a wait."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "waits", lambda tensor: True)
+        patch.setattr(flags, "HOST", ())
         patch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
         # What was noted is read between steps, when one may wait.
         patch.setattr(flags.Flags, "raise_noted", lambda self: self.noted.clear())

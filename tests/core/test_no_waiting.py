@@ -36,7 +36,7 @@ def step(policy: Any) -> None:
 @pytest.fixture(params=["in C", "by operators"])
 def as_on_a_device(request: Any, monkeypatch: Any) -> Iterator[None]:
     """Nothing is looked at before it has to be, as where tensors are on a GPU."""
-    monkeypatch.setattr(flags, "waits", lambda tensor: True)
+    monkeypatch.setattr(flags, "HOST", ())
     if request.param == "by operators":
         monkeypatch.setattr(native, "reading", lambda *tensors: None)
         monkeypatch.setattr(selection, "_search_on_cpu", _one_row)
@@ -82,7 +82,7 @@ def test_what_waits_is_seen() -> None:
 
 @pytest.mark.parametrize("asked", ["last", "the next step"])
 def test_broken_scores_are_refused_when_one_may_wait(asked: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(flags, "waits", lambda tensor: True)
+    monkeypatch.setattr(flags, "HOST", ())
     monkeypatch.setattr(native, "reading", lambda *tensors: None)
     policy = tiny_policy()
     whole = scores._by_operators

@@ -53,12 +53,21 @@ def test_every_page_is_about_something_and_its_links_lead_somewhere():
             assert "://" in link or (PAGES / link).exists(), f"{file.name} links to {link}"
 
 
+@pytest.fixture(scope="module")
+def policies():
+    """What `model` and `pi0` stand for on these pages."""
+    return {"model": vp.models.load("mini-oft"), "pi0": vp.models.load("mini-pi0")}
+
+
 @pytest.mark.parametrize("name", list(vp.list_methods()))
-def test_examples_on_a_page_are_calls_that_exist(name):
-    """Each `vp.prune` line names the method and options that it has."""
+def test_examples_on_a_page_can_be_attached(name, policies):
+    """Each `vp.prune` call, on a policy that ships; one with a recipe names options that exist."""
     known = {field.name for field in fields(vp.list_methods()[name])}
-    calls = re.findall(r"vp\.prune\(model, \"([\w-]+)\"(.*?)\)", page(name))
+    calls = re.findall(r"vp\.prune\(\s*(?:model|pi0), \"[\w-]+\".*?\)", page(name), re.DOTALL)
     assert calls
-    for method, options in calls:
-        assert method == name
-        assert set(re.findall(r"(\w+)=", options)) <= known
+    for call in calls:
+        assert set(re.findall(r"(\w+)=", call)) <= known | {"adapter"}
+        if name != "prefix-reuse":
+            assert f'"{name}"' in call
+        if "recipe=" not in call and "adapter=" not in call:
+            eval(call, {"vp": vp, **policies}).remove()

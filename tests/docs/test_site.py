@@ -1,4 +1,4 @@
-"""Pages for newcomers: their Python runs, and the site's list of pages is whole."""
+"""Python that a page prints runs (`py` marks what needs more), and the list of pages is whole."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,13 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "index.md", *sorted((DOCS / "policies").glob("*.md"))]
+ELSEWHERE = {
+    "adding-a-method.md": "test_pages.py",
+    "adding-a-model.md": "test_pages.py",
+    "serving.md": "a script of uv's, with the packages that it names",
+    **{f"serve/{name}.md": "test_real_clients.py" for name in ("act", "client", "gr00t", "openpi")},
+}
+COMPILES = ("capture.md",)
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -16,8 +22,20 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def pages() -> list[Path]:
+    found = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
+    with_python = {name: page for name, page in found.items() if python_blocks(page)}
+    assert with_python.keys() >= ELSEWHERE.keys()
+    return [page for name, page in with_python.items() if name not in ELSEWHERE]
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in COMPILES else ())
+        for page in pages()
+    ],
+    ids=lambda page: page.stem,
 )
 def test_the_python_of_a_page_runs_as_it_is(page: Path) -> None:
     names: dict[str, object] = {}

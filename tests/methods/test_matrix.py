@@ -346,9 +346,6 @@ def test_the_default_dtype_changes_nothing(families, name, on, dtype):
 
 
 def test_what_a_family_does_not_have_is_refused(families):
-    family = families["pi0"]
-    with pytest.raises(ValueError, match="compares the images of two steps"):
-        vp.prune(family.model, family.method("vla-cache"))
     family = families["oft"]
     with pytest.raises(ValueError, match="holds the prefix of a flow policy"):
         vp.prune(family.model, family.method("prefix-reuse"))

@@ -27,8 +27,8 @@ STACK = {"width": 64, "mlp": 128, "depth": 4, "heads": 8, "kv_heads": 1, "head_d
 VISION = {"width": 48, "depth": 2, "heads": 4, "mlp": 4304, "patch": 56}
 
 
-def openpi(patch: pytest.MonkeyPatch, kind: str) -> nn.Module:
-    """openpi's smallest stacks around a smaller vision tower, for which it has no setting."""
+def small_stacks(patch: pytest.MonkeyPatch) -> None:
+    """A vision tower that is smaller than openpi has a setting for."""
     mapping = gemma_pytorch.CONFIG_MAPPING
 
     def paligemma() -> object:
@@ -43,6 +43,33 @@ def openpi(patch: pytest.MonkeyPatch, kind: str) -> nn.Module:
             return paligemma if name == "paligemma" else mapping[name]
 
     patch.setattr(gemma_pytorch, "CONFIG_MAPPING", Small())
+    # The projector's width is not asked of the configuration.
+    made = gemma_pytorch.PaliGemmaWithExpertModel.__init__
+
+    def projecting(self: nn.Module, *args: object, **kwargs: object) -> None:
+        made(self, *args, **kwargs)
+        projector = self.paligemma.model.multi_modal_projector
+        projector.linear = nn.Linear(VISION["width"], STACK["width"])
+
+    patch.setattr(gemma_pytorch.PaliGemmaWithExpertModel, "__init__", projecting)
+
+
+def small_weights(config: object) -> nn.Module:
+    """A model of that configuration with random weights, small enough for a test."""
+    model = pi0_pytorch.PI0Pytorch(config)
+    torch.set_float32_matmul_precision("highest")  # making it lowers that
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.15, generator=generator)
+    # With large flows, rounding in one step grows a hundredfold over four.
+    model.action_out_proj.weight.mul_(0.2)
+    return model.eval()
+
+
+def openpi(patch: pytest.MonkeyPatch, kind: str) -> nn.Module:
+    """openpi's smallest stacks around a smaller vision tower."""
+    small_stacks(patch)
     config = SimpleNamespace(
         pi05=kind == "pi05",
         paligemma_variant="dummy",
@@ -52,19 +79,10 @@ def openpi(patch: pytest.MonkeyPatch, kind: str) -> nn.Module:
         dtype="float32",
         pytorch_compile_mode=None,
     )
-    model = pi0_pytorch.PI0Pytorch(config)
-    torch.set_float32_matmul_precision("highest")  # making it lowers that
+    model = small_weights(config)
     if os.environ.get("TORCHDYNAMO_DISABLE") != "1":
         vars(model).pop("sample_actions", None)  # compiled, where the version does that to itself
-    projector = model.paligemma_with_expert.paligemma.model.multi_modal_projector
-    projector.linear = nn.Linear(VISION["width"], STACK["width"])
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.15, generator=generator)
-    # With large flows, rounding in one step grows a hundredfold over four.
-    model.action_out_proj.weight.mul_(0.2)
-    return model.eval()
+    return model
 
 
 def observation(seed: int) -> SimpleNamespace:

@@ -159,6 +159,8 @@ def test_the_table_says_what_happened() -> None:
     assert pruned["answers: late, lost, of"] == "4, 0, 12"
     assert pruned["answer, ms: median, warm-up"] == "300, 600"
     assert pruned["age of actions, ms: median, p95"] == "100, 120"
+    row = trials[0].as_row()
+    assert (row["late"], row["answers"], row["age_ms"], row["answer_ms"]) == (2, 3, "100", "600")
     assert pruned["hand path, m"] == "1.5 (1.00x)" and full["first action after, s"] == "0.40"
 
 
@@ -216,8 +218,10 @@ def test_the_server_is_killed_in_mid_chunk(scene: Any) -> None:
 def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["realtime", "--hz", "20"]) == 2
     assert "divisor of 50" in capsys.readouterr().err
-    assert main(["realtime", "--max-age-s", "0"]) == 2
-    assert "--max-age-s" in capsys.readouterr().err
+    for option, value in (("--max-age-s", "0"), ("--max-age-s", "nan"), ("--deadline-ms", "-4")):
+        with pytest.raises(SystemExit):
+            main(["realtime", f"{option}={value}"])
+        assert f"argument {option}: {value} is no number" in capsys.readouterr().err
     assert main(["realtime", "--url", "ws://x", "--conditions", "none", "vla-pruner@0.5"]) == 2
     assert "--url is one server" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "vla_pruner_client", None)
@@ -263,6 +267,9 @@ def test_the_command(
     assert urls == ["none", "vla-pruner@0.25"] * 3 + ["closed"] * 2
     found = json.loads((tmp_path / "out" / "realtime.json").read_text())
     assert [one["ticks"] for one in found["trials"]] == [10] * 4
+    rows = (tmp_path / "out" / "episodes.csv").read_text().splitlines()
+    assert rows[0].startswith("suite,condition,seed,success,ticks,") and len(rows) == 5
+    assert rows[1].startswith("robosuite_pickplace+clock25,none,")
     assert found["about"]["speed"] == 5 and found["about"]["cpu"]
     assert "| `vla-pruner@0.25` | 0 of 2" in (tmp_path / "out" / "realtime.md").read_text()
     assert "Results:" in capsys.readouterr().out

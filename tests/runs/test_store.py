@@ -194,6 +194,15 @@ def test_a_writer_killed_in_mid_transaction_leaves_what_was_finished(tmp_path):
 def test_files_that_are_no_store_are_refused_and_left_alone(tmp_path):
     with pytest.raises(FileNotFoundError, match="vla-pruner eval"):
         Store(tmp_path)
+    (tmp_path / FILE).touch()
+    with pytest.raises(ValueError, match="holds no episodes yet"):
+        Store(tmp_path)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    for write in (False, True):
+        with pytest.raises(ValueError, match="is no file; move it away"):
+            Store(tmp_path, write=write)
+    (tmp_path / FILE).rmdir()
     (tmp_path / FILE).write_text("hello, world. " * 100)
     with pytest.raises(ValueError, match="no SQLite file"):
         Store(tmp_path, write=True)

@@ -82,6 +82,12 @@ def test_what_the_command_line_adds_to_a_suite():
     assert changes("--live", "--latency-of", "r.csv", "--pace", "ahead") == ["+live:r.csv:ahead"]
     assert changes("--perturb", "none,light", "--live", "5") == ["+live5", "+light+live5"]
     assert changes("--perturb", "all") == ["", *(f"+{name}" for name in PERTURBATIONS)]
+    for latency in ("-5", "nan", "soon", "1e999"):
+        with pytest.raises(ValueError, match=f"--latency {latency}: milliseconds of 0 or more"):
+            changes("--live", f"--latency={latency}")
+    for rate in ("0", "inf", "often"):
+        with pytest.raises(SystemExit):
+            changes("--live", rate)
     with pytest.raises(ValueError, match="add --live"):
         changes("--latency", "200")
     with pytest.raises(ValueError, match="give one of them"):

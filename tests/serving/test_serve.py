@@ -80,8 +80,9 @@ def test_a_model_that_gives_no_actions_is_refused(make: Callable) -> None:
     ("arguments", "said"),
     [
         (["--port", "99999"], "--port 99999"),
-        (["--option", "window=1"], "say with --keep"),
-        (["--method", "vla-pruner"], "write 'none', or a method with what it keeps"),
+        (["--option", "window=1"], "say with --method what prunes"),
+        (["--keep", "0.25"], "say with --method what prunes"),
+        (["--method", "vla-pruner"], "--method vla-pruner: say with --keep how many"),
         (["--policy", "mini-ofd"], "no policy that ships here"),
         (["--benchmark", "metaworld"], "no benchmark is called 'metaworld'"),
         # Found before the policy, which is not there either.

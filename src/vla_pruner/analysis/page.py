@@ -23,6 +23,8 @@ _MEASURES = {
     "prefill_action": "prefill and action, within a step",
     "consecutive": "action and action, of consecutive steps",
     "pool_ratio": "|C_dual| / |C_vl|",
+    "prefill_visual": "attention that the prefill gives to visual tokens",
+    "action_visual": "attention that actions give to visual tokens",
 }
 
 

@@ -39,13 +39,24 @@ PAPER = HistorySpec()
 """The paper's memory, for |C_dual| / |C_vl|."""
 
 
+STEP_MEASURES = (
+    "prefill_action",
+    "consecutive",
+    "pool_ratio",
+    "prefill_visual",
+    "action_visual",
+)
+"""Columns of `step_rows` that `overlap_rows` averages."""
+
+
 def budget(keep: float | int, trace: Trace) -> int:
     """Tokens that `keep` leaves of a trace's."""
     return sum(Budget(keep).resolve((trace.action.shape[1],)))
 
 
 def step_rows(traces: Iterable[Trace], keeps: Sequence[float | int]) -> Rows:
-    """One row per call and budget: overlap of prefill and action, of consecutive actions, pool.
+    """One row per call and budget: overlap of prefill and action, of consecutive actions, pool;
+    and the share of their attention that prefill and action rows give to visual tokens.
 
     `consecutive` and `pool_ratio` are None where there is no step before to look back on; in a
     step that follows fewer than w, the pool uses those there are.
@@ -69,6 +80,8 @@ def step_rows(traces: Iterable[Trace], keeps: Sequence[float | int]) -> Rows:
                     "prefill_action": float(within[call]),
                     "consecutive": between[call],
                     "pool_ratio": pool[call],
+                    "prefill_visual": float(trace.semantic[call].sum()),
+                    "action_visual": float(trace.action[call].sum()),
                 }
                 for call, step in enumerate(trace.steps)
             ]
@@ -79,7 +92,7 @@ def overlap_rows(steps: Rows) -> Rows:
     """Means of `step_rows` over episodes, one row per budget and measure."""
     rows: Rows = []
     for keep in dict.fromkeys(row["keep"] for row in steps):
-        for measure in ("prefill_action", "consecutive", "pool_ratio"):
+        for measure in STEP_MEASURES:
             by_episode: dict[int, list[float]] = {}
             for row in steps:
                 if row["keep"] == keep and row[measure] is not None:

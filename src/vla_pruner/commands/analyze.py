@@ -32,7 +32,7 @@ from vla_pruner.commands.shared.options import (
     keep_of,
     words_of,
 )
-from vla_pruner.commands.shared.output_folder import prepare_folder
+from vla_pruner.commands.shared.output_folder import check_folder, prepare_folder
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.doctor import check_budget
@@ -101,6 +101,7 @@ def analyze(args: argparse.Namespace, suite: Suite, console: Console | None = No
     named = ways(methods, keeps, layer=args.layer, oracle_stride=stride)
     budgets = [keep_of(word) for word in keeps]
     seeds = suite.held_out(args.episodes, args.seed)
+    check_folder(args.out)
     with console.status(f"loading {args.policy}"):
         policy = load(args.policy, device=args.device)
     setup = Setup.of(args.policy, policy, suite, unnorm_key=args.unnorm_key)

@@ -26,6 +26,7 @@ from vla_pruner.commands.shared.options import (
     keep_of,
     words_of,
 )
+from vla_pruner.commands.shared.output_folder import check_file
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition, make_method
 from vla_pruner.measure.comparison import (
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.out:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"--out {path}: the name must end in {' or '.join(SUFFIXES)}")
+        check_file(path)
     if args.compile and args.capture:
         raise ValueError("--compile: --capture compiles the decoder, too; give one of them")
     if args.threads is not None:

@@ -19,6 +19,7 @@ from vla_pruner.commands.shared.options import (
     at_least,
     device_of,
 )
+from vla_pruner.commands.shared.output_folder import check_file
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import Control, statistics_of
 from vla_pruner.episodes.observations import Observations, read_observations, record_observations
@@ -89,6 +90,7 @@ def calibrate_command(
         raise ValueError(
             "nothing to calibrate on: give --observations FOLDER, or --episodes 16 to record some."
         )
+    check_file(args.out)
     folder = args.observations or args.out.with_name(f"{args.out.stem}-observations")
     device = device_of(args.device)
     policy = load(args.policy, device=device) if open_policy is None else open_policy(args.policy)

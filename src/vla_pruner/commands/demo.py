@@ -26,7 +26,7 @@ from vla_pruner.commands.shared.options import (
     device_of,
     words_of,
 )
-from vla_pruner.commands.shared.output_folder import prepare_folder
+from vla_pruner.commands.shared.output_folder import check_folder, prepare_folder
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.measure.environment import stamp
@@ -95,6 +95,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     seeds = suite.held_out(args.episodes, args.seed)
     cells = [Cell(args.policy, suite.name, one, args.episodes, args.seed) for one in conditions]
     total, interrupted = len(conditions) * len(seeds), False
+    check_folder(args.out)
     with console.status(f"loading {args.policy}"):
         policy = load(args.policy, device=args.device)
     control = {"unnorm_key": args.unnorm_key, "captured": args.capture}

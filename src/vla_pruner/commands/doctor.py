@@ -16,7 +16,7 @@ from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.preflight import preflight
 from vla_pruner.measure.workloads import DTYPES
 from vla_pruner.models.base import find_adapter
-from vla_pruner.models.loading import load, locate
+from vla_pruner.models.loading import load, locate, shipped
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.tuning.receipt import Receipt, load_receipt
 
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a policy that ships with the package (mini-oft, mini-openvla, mini-pi0), or a folder "
-        "or hub id of an OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
+        help=f"a policy that ships here ({', '.join(shipped())}), or a folder or hub id of an "
+        "OpenVLA, OpenVLA-OFT, pi0 or vision-language model",
     )
     add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and report; 1 if something is wrong."""
+    if not 0 < args.keep <= 1:
+        raise ValueError(f"--keep {args.keep:g}: expected a fraction in (0, 1]")
     if args.receipt is not None:
         load_receipt(args.receipt)  # Raises: it cannot be read.
     device, console = device_of(args.device), Console()

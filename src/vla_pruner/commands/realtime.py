@@ -14,18 +14,21 @@ from typing import Any
 from rich.console import Console
 
 from vla_pruner.commands.shared.options import (
+    above_0,
     add_control,
     add_device,
     add_out,
     add_policy,
     add_scenes,
+    at_least,
     words_of,
 )
+from vla_pruner.commands.shared.output_folder import check_folder
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.measure.environment import stamp
 from vla_pruner.models.loading import locate
-from vla_pruner.reports.files import write_text
+from vla_pruner.reports.files import to_csv, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="actions of the policy in a second; 5 is the scene's own time, 25 five times as fast",
     )
     parser.add_argument(
-        "--max-age-s", type=float, default=2.0, help="older actions are not carried out"
+        "--max-age-s", type=above_0, default=2.0, help="older actions are not carried out"
     )
     parser.add_argument(
-        "--deadline-ms", type=float, help="asked of the server with every observation"
+        "--deadline-ms", type=at_least(1, float), help="asked of the server with every observation"
     )
     parser.add_argument("--film", action="store_true", help="keep a moving picture of each scene")
     parser.add_argument(
@@ -79,17 +82,16 @@ def run(args: argparse.Namespace) -> int:
         if error.name != "vla_pruner_client":
             raise
         raise ImportError(
-            "the arm asks with our client, which is a package of its own: pip install "
-            "vla-pruner-client (in the repository: pip install ./clients/python)"
+            "the arm asks with our client, which is a package of its own, in the repository: "
+            "pip install ./clients/python"
         ) from None
     from vla_pruner.realtime.arm import Pace
 
-    if not args.max_age_s > 0 or not (args.deadline_ms is None or args.deadline_ms >= 1):
-        raise ValueError("--max-age-s is above 0, and --deadline-ms is 1 or more")
     conditions = [Condition.parse(word) for word in words_of("--conditions", args.conditions)]
     if args.url is not None and len(conditions) > 1:
         raise ValueError("--url is one server: name what it serves with one of --conditions")
     pace = Pace(args.hz, args.actions_hz)
+    check_folder(args.out)
     console = Console()
     found = _trials(args, conditions, pace, console)
     _write(args, found, [condition.name for condition in conditions], pace, console)
@@ -169,6 +171,7 @@ def _write(
     args: argparse.Namespace, trials: list[Any], names: list[str], pace: Any, console: Console
 ) -> None:
     from vla_pruner.realtime.table import table
+    from vla_pruner.scenes.suites import PICK_PLACE
 
     about = stamp("cpu") | {
         "policy": args.policy,
@@ -180,6 +183,9 @@ def _write(
     }
     values = {"about": about, "trials": [trial.as_dict() for trial in trials]}
     write_text(args.out / "realtime.json", json.dumps(values, default=str))
+    suite = {"suite": f"{PICK_PLACE}+clock{pace.actions_hz:g}"}
+    rows = [suite | trial.as_row() for trial in trials]
+    write_text(args.out / "episodes.csv", to_csv(rows))
     shown = table(trials, names)
     said = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
     page = f"# {args.policy} in real time\n\n{shown}\n{said}.\n"

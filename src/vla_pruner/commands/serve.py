@@ -20,9 +20,9 @@ from vla_pruner.commands.shared.options import (
     add_method,
     add_policy,
     add_unnorm_key,
+    condition_of,
     device_of,
 )
-from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.models.loading import locate
 from vla_pruner.runs.job import fingerprint
@@ -182,10 +182,7 @@ def opened(
     if args.token_file is not None:  # what is not there is found before anything is loaded
         read_token(args.token_file)
     Listen(cert=args.tls_cert, key=args.tls_key).tls()
-    kept = "" if args.keep is None else "@" + ":".join([args.keep, *args.option])
-    if args.option and args.keep is None:
-        raise ValueError("--option: say with --keep how many tokens stay, too")
-    condition = Condition.parse(args.method + kept)
+    condition = condition_of(args.method, args.keep, args.option)
     if args.capture and args.ladder is not None:
         raise ValueError("--capture: a captured policy keeps its budget; leave --ladder out")
     model, folder = _load(args.policy, args.device, args.dtype), Path(locate(args.policy))
@@ -223,7 +220,7 @@ def opened(
         for name, port in protocols
     ]
     what = args.policy + (f" for {args.benchmark}" if "vla-eval" in dict(protocols) else "")
-    return engine, doors, f"{what}, method {args.method}{kept}"
+    return engine, doors, f"{what}, method {condition.name}"
 
 
 def _door(

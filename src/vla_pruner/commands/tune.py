@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from vla_pruner.commands.shared.options import (
+    above_0,
     add_control,
     add_device,
     add_keeps,
@@ -25,6 +26,7 @@ from vla_pruner.commands.shared.options import (
     keep_of,
     words_of,
 )
+from vla_pruner.commands.shared.output_folder import check_folder
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import said_by, statistics_of
 from vla_pruner.measure.timing import keep_freed_memory
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keeps(parser, ["0.5", "0.25", "0.125"])
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=above_0,
         default=TOLERANCE,
         help="mean deviation of the actions that is accepted, in units of their spread",
     )
@@ -115,6 +117,7 @@ def tune_command(
     keeps = [keep_of(word) for word in words_of("--keep", args.keep)]
     conditions = conditions_of(words_of("--methods", args.methods), keeps)
     _check_out(args.out)
+    check_folder(args.out)
     device = device_of(args.device)
     torch.set_num_threads(args.threads)
     keep_freed_memory()

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from vla_pruner.core.cut import Cut
 
 ROTARY = "position_embeddings"
-_PER_TOKEN = ("attention_mask", "position_ids", "cache_position")
+UNUSED = ("shift_labels", "num_items_in_batch")
+"""For the loss: what a caller gives a model is handed on to layers, which take no notice of it."""
+
+_BIASES = ("bias", "alibi", "cu_seq_lens")
+"""By distance, or of packed sequences; some are as long as a model can see at all."""
+
+_PER_TOKEN = (*UNUSED, "attention_mask", "position_ids", "cache_position")
 
 
 class Strategy(Protocol):
@@ -37,14 +43,10 @@ class Strategy(Protocol):
         """
 
     def in_prefill(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
-        """Arguments of the layers behind a cut in the prefill itself.
-
-        Raises:
-            NotImplementedError: arguments that are not understood.
-        """
+        """Arguments of layers behind a cut. Errors: NotImplementedError, unknown ones."""
 
     def later(self, call: Call, prefill: Prefill, left: TokenSet) -> dict[str, Any]:
-        """Arguments of these layers in a pass that continues the cache."""
+        """The same in a pass that continues the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +172,15 @@ def cache_in(kwargs: Mapping[str, Any]) -> Any:
 
 
 def refuse_unknown(kwargs: Mapping[str, Any], length: int, kind: str) -> None:
-    """Refuse arguments that have one entry per token, and that nobody shortens."""
+    """Refuse arguments with one entry per token or distance, which nobody shortens."""
     for name, value in kwargs.items():
         for one in [] if name in _PER_TOKEN and isinstance(value, Tensor) else _leaves(value):
             shape: Any = tuple(one.shape) if isinstance(one, Tensor) else ()
             table = name.startswith(ROTARY) and len(shape) in (3, 4)
             if length > 1 and length in shape[-3:] and not table:
                 raise refusals.unknown_argument(kind, name, shape)
-            if type(one).__name__ == "BlockMask":
-                raise refusals.unknown_argument(kind, name, "(a block mask of flex_attention)")
+            if type(one).__name__ == "BlockMask" or (shape and any(b in name for b in _BIASES)):
+                raise refusals.unknown_argument(kind, name, shape or "(a block mask)")
 
 
 def _leaves(value: Any) -> list[Any]:

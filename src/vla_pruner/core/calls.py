@@ -52,6 +52,8 @@ class Calls:
         """Whether they are one prompt, read anew without a cache with one more token each time."""
         self.copies = 1
         """Rows that `generate` makes of each row that it is given."""
+        self.model: nn.Module | None = None
+        """The model that holds the decoder."""
         self._lock = threading.Lock()
         self._owner: threading.Thread | None = None
         self._inside: list[Any] = []
@@ -60,15 +62,13 @@ class Calls:
 
     def attach(self, model: nn.Module, undo: ExitStack) -> None:
         """Follow the calls of a model that holds the decoder, until `undo`."""
+        self.model = model
         before(model, self.begins, undo)
         after(model, self._returns, undo, always=True)
 
     @torch.compiler.disable
     def begins(self, what: Any, *_: Any) -> None:
-        """A call begins, of the model, of a stack of layers, or a step of several calls.
-
-        Errors: RuntimeError, another thread is inside.
-        """
+        """A call begins, of the model or a stack, or a step of several. Errors: RuntimeError."""
         me = threading.current_thread()
         with self._lock:
             if self._owner is not me:
@@ -78,6 +78,8 @@ class Calls:
             if what in self._inside:  # An earlier call of it never came back.
                 del self._inside[self._inside.index(what) :]
             self._inside.append(what)
+        if self.model not in self._inside:
+            refusals.refuse_past_hooks(self.model)
         if len(self._inside) == 1:
             if self.step is not None:
                 self.step.failed = True

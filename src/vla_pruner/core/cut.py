@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vla_pruner import _flags
 from vla_pruner._flags import Flags
 from vla_pruner.core import hiding, refusals, scores
 from vla_pruner.core.arguments import Call, Drop, Signature, Strategy, take
@@ -42,13 +43,12 @@ class Cut:
         self.readers = list(adapter.reader_layers)
         self.plan = make_plan(method, adapter)
         self.signatures = {layer: Signature(layer) for layer in (*self.layers, *self.readers)}
-        self.phase: Literal["prefill", "later"] = "later"
+        self.phase: Literal["prefill", "later", "outside"] = "outside"
         self.prefill: Prefill | None = None
         self.static_cache = False
-        self.eager = False
+        self.eager = self.by_name = False  # Its attention, and whether it is chosen by name.
         config = getattr(adapter.decoder, "config", None)
-        # That the decoder makes its masks for, at the start.
-        self.kernel: str | None = getattr(config, "_attn_implementation", None)
+        self.kernel: str | None = getattr(config, "_attn_implementation", None)  # Of its masks.
         self.flash = "flash" in (self.kernel or "")
         self.flags = Flags()
         self.tuples = False  # Whether layers return tuples.
@@ -60,7 +60,7 @@ class Cut:
         """Install the hooks; `undo` takes them away."""
         plan = self.plan
         kernel = getattr(getattr(self.attention(0), "config", None), "_attn_implementation", None)
-        self.eager = kernel == "eager"
+        self.eager, self.by_name = kernel == "eager", kernel is not None
         if kernel == "flex_attention" and plan.cuts:
             raise refusals.flex_attention()
         scores.watch_layers(self, undo)
@@ -123,6 +123,8 @@ class Cut:
     def _see_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """Before layer 0 of a prefill: embeddings that methods look at later."""
         prefill = self.prefill
+        if self.phase == "outside":
+            raise refusals.past_hooks(self.adapter.decoder)
         if prefill is None or self.phase != "prefill" or prefill.given is not None:
             return
         if prefill.mode == "full" and not self.weighted:
@@ -148,12 +150,14 @@ class Cut:
     ) -> Any:
         """Before a layer that runs after `number` cuts: the arguments of what is left."""
         prefill = self.prefill
-        if prefill is None or not (arguments := prefill.sets[number].arguments):
+        if prefill is None or (left := prefill.sets[number]).given is None:
             return None
-        if len(args) > 1:
+        if len(args) != 1:
             hidden, kwargs = self.signatures[layer].bind(args, kwargs)
             args = (hidden,)
-        return args, {**kwargs, **arguments}
+        if alike(kwargs, left.given):
+            return args, {**kwargs, **left.arguments}
+        return args, self._arguments(Call(self, number, layer, args[0], kwargs), prefill)
 
     def at_cut(
         self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,24 +167,26 @@ class Cut:
         if prefill is None or prefill.mode == "full":
             return None
         hidden, kwargs = self.signatures[layer].bind(args, kwargs)
-        strategy, left = STRATEGIES[prefill.mode], prefill.sets[number]
-        in_prefill = self.phase == "prefill"
-        if in_prefill:
+        if self.phase == "prefill":
             hidden = self._cut(number, prefill, hidden)
-        make = strategy.in_prefill if in_prefill else strategy.later
-        call = Call(self, number, layer, hidden, kwargs)
-        left.arguments = make(call, prefill, left)
-        return (hidden,), {**kwargs, **left.arguments}
+        return (hidden,), self._arguments(Call(self, number, layer, hidden, kwargs), prefill)
+
+    def _arguments(self, call: Call, prefill: Prefill) -> dict[str, Any]:
+        """What a layer gets behind a cut, and all later ones that are given the same things."""
+        strategy, left = STRATEGIES[prefill.mode], prefill.sets[call.number]
+        make = strategy.in_prefill if self.phase == "prefill" else strategy.later
+        left.given, left.arguments = call.kwargs, make(call, prefill, left)
+        return {**call.kwargs, **left.arguments}
 
     def _restore_length(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After the last layer of a prefill: every token back in its row, zeros where one left."""
         prefill = self.prefill
         if prefill is None or self.phase != "prefill" or (rows := prefill.sets[-1].rows) is None:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         full = hidden.new_zeros(hidden.shape[0], prefill.length, hidden.shape[-1])
         full = full.scatter(1, rows[..., None].expand_as(hidden), hidden)
-        return (full, *output[1:]) if isinstance(output, tuple) else full
+        return (full, *output[1:]) if isinstance(output, tuple | list) else full
 
     # ------------------------------------------------------------------ a cut
     def _cut(self, number: int, prefill: Prefill, hidden: Tensor) -> Tensor:
@@ -209,14 +215,13 @@ class Cut:
         if prefill.index.read is None:
             choice = ask(evidence)
         else:
-            always, cuts = prefill.layout.read, len(self.plan.cuts)
-            choice = choose_beside(ask, evidence, prefill.index, always, self.method, cuts)
+            choice = choose_beside(ask, evidence, prefill, self.method, len(self.plan.cuts))
         return choice if prefill.leader is None else choice.of_rows(prefill.leader)
 
     def _ask(self, evidence: Evidence) -> Choice:
         """What the method chooses; its shapes are right."""
         features, method, number = evidence.features, self.method, evidence.number
-        if torch.compiler.is_compiling() or features.is_cpu:
+        if torch.compiler.is_compiling() or features.device.type in _flags.HOST:
             chosen = method.select(evidence)
         else:
             with self.flags.collect():  # What is broken is noted: looking at it would mean waiting.
@@ -276,3 +281,11 @@ class Cut:
             alone = take(gone_on, left.columns, dim=1)
             joined = torch.where(prefill.full_rows[:, None, None], alone, joined)
         return gone_on.scatter(1, left.columns[..., None].expand_as(joined), joined)
+
+
+def alike(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two layers are given the same things; tuples of tables are compared one by one."""
+    pairs = [(one, others.get(name)) for name, one in some.items()]
+    tables = [z for a, b in pairs if type(a) is type(b) is tuple for z in zip(a, b, strict=False)]
+    plain = [(a, b) for a, b in pairs if not type(a) is type(b) is tuple]
+    return len(some) == len(others) and all(a is b for a, b in plain + tables)

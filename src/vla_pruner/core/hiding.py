@@ -64,8 +64,10 @@ class Hide:
 
 def _full_mask(call: Call) -> Tensor:
     mask: Tensor | None = call.kwargs.get("attention_mask")
+    if not call.cut.by_name and (mask is None or mask.dtype == torch.bool):
+        raise refusals.no_mask_to_hide_in()  # Who knows whether True means seen or hidden?
     if mask is None:
-        return implied_mask(call.cut, call.number, call.hidden, call.kwargs)
+        return implied_mask(call.cut, call.number, call.hidden, call.kwargs, layer=call.layer)
     if mask.ndim != 4:
         raise refusals.no_mask_to_hide_in()
     return mask
@@ -85,13 +87,18 @@ def implied_mask(
     hidden: Tensor,
     kwargs: Mapping[str, Any],
     queries: int | None = None,
+    layer: nn.Module | None = None,
 ) -> Tensor:
     """What attention does when it gets no mask, as a mask `[1, 1, Q, N]`.
 
-    Q is the length of `hidden`, or `queries`.
+    Q is the length of `hidden`, or `queries`; N that of the cache of `layer`, which has not run, or
+    of the first after `number` cuts.
     """
     queries = hidden.shape[1] if queries is None else queries
-    cache, index = cache_in(kwargs), cut.plan.first[number]
+    cache = cache_in(kwargs)
+    index = cut.plan.first[number]
+    if layer in cut.layers and (own := cut.layers.index(layer)) not in cut.plan.skipped:
+        index = own
     if index is None:  # No layer will look at it.
         return torch.ones(1, 1, queries, queries, dtype=torch.bool, device=hidden.device)
     keys = queries

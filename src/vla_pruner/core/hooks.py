@@ -101,8 +101,8 @@ def skip_layers(cut: Cut, followers: Sequence[nn.Module], undo: ExitStack) -> No
 
     def see_output(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """After layer 0: what a layer has to return."""
-        cut.tuples = isinstance(output, tuple)
-        if isinstance(output, tuple) and len(output) > 1:
+        cut.tuples = isinstance(output, tuple | list)
+        if cut.tuples and len(output) > 1:
             raise refusals.several_outputs(layer, len(output))
 
     def skip(layer: nn.Module) -> None:
@@ -158,8 +158,10 @@ def implementation(attention: nn.Module) -> str:
     name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     if not isinstance(name, str):
         raise TypeError(
-            f"{type(attention).__name__} has no `config._attn_implementation`, so its attention "
-            "cannot be watched; use a decoder of transformers, or a method that needs no scores."
+            f"{type(attention).__name__} has no `config._attn_implementation` by which its "
+            "attention function is chosen, so that scores cannot be read there. Use a method "
+            "without scores (divprune, random); or, where the attention is a module of another "
+            "name, override `Adapter.attention`."
         )
     return name.removeprefix(_PREFIX).partition("@")[0]
 
@@ -227,8 +229,10 @@ def _eager_attention(attention: nn.Module) -> tuple[Callable[..., Any], str]:
         if inspect.isfunction(function):
             return function, kind.__module__
     raise NotImplementedError(
-        f"no eager_attention_forward beside {type(attention).__name__}; load the model with "
-        'attn_implementation="sdpa".'
+        f"{type(attention).__name__} computes its attention itself (there is no "
+        "`eager_attention_forward` beside it), so that scores cannot be read there. Load the model "
+        'with attn_implementation="sdpa", if it knows that, or use a method without scores '
+        "(divprune, random)."
     )
 
 

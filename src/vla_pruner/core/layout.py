@@ -44,6 +44,9 @@ class Layout:
     read: tuple[int, ...] = ()
 
 
+_ATTENTIONS = ("self_attn", "attention", "attn", "self_attention", "multi_head_attention")
+
+
 class Adapter(ABC):
     """Tells a session where things are in one model; one subclass per model family.
 
@@ -95,8 +98,9 @@ class Adapter(ABC):
         return slice(0, length)
 
     def attention(self, layer: nn.Module) -> nn.Module:
-        """Attention module of a layer; its `config` names the attention implementation."""
-        return cast(nn.Module, getattr(layer, "self_attn", layer))
+        """Attention of a layer, or itself; its `config` names the attention implementation."""
+        found = next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), layer)
+        return cast(nn.Module, found)
 
     @abstractmethod
     def layout(self, inputs: Tensor, kwargs: Mapping[str, Any]) -> Layout | None:

@@ -37,6 +37,7 @@ def _outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
     return lambda passes, *args: None if passes.captured else outside(passes, *args)
 
 
+_tracing, _exporting = torch.jit.is_tracing, torch.compiler.is_exporting
 _batched = torch._C._functorch.is_batchedtensor  # Inside `torch.vmap`.
 _INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
@@ -131,7 +132,7 @@ class Passes:
         cut, self._running = self.cut, None
         cut.prefill, cut.phase = None, "later"
         now = Pass.of(stack, args, kwargs)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or _batched(now.inputs):
+        if _tracing() or _exporting() or _batched(now.inputs) or now.inputs.is_meta:
             raise refusals.no_values()
         self._refuse_changes(cut)
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
@@ -166,7 +167,8 @@ class Passes:
         step, layout = self.caches.continued(now, self.calls.shared), None
         if now.length > 1 or step is None or step.prefill.layout.read:
             layout = self.adapter.continued(now.inputs, now.kwargs, now.past)
-            self._refuse_split(layout, step, now.past)
+            if layout is not None and step is not None and step.prefill.total == now.past:
+                refusals.refuse_split_image(step.prefill.layout, layout)
         return step, layout
 
     def _read_by(self, now: Pass) -> Step | None:
@@ -183,12 +185,12 @@ class Passes:
     @_outside_graphs
     def _after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note what the pass saw; `output` is None if it raised an exception."""
+        in_prefill, self.cut.phase = self.cut.phase == "prefill", "outside"
         if not self.calls.ends(stack) or self._running is None:
             return
         (step, now), self._running, self.cut.prefill = self._running, None, None
         if output is None:
             return
-        in_prefill = self.cut.phase == "prefill"
         if now.cache is None and (in_prefill or step is None):
             self.caches.mark(getattr(output, "past_key_values", None), step)
         if step is None:
@@ -274,7 +276,7 @@ class Passes:
             return "full"
         mode: Mode = "hide" if any(full) and not all(full) else self.mode
         if earlier is not None:
-            self._refuse_second(mode, earlier)
+            refusals.refuse_second_image("hide" in (mode, earlier.mode), cuts[0], self.method.name)
         if cache is not None and not self.plan.one_mask:
             raise refusals.masks_of_kinds(self.adapter.decoder, cuts[0])
         return mode
@@ -320,20 +322,6 @@ class Passes:
         seen = prefill.total if self.cut.phase == "prefill" else now.past + now.length
         if seen > window and prefill.mode != "full":
             raise refusals.beyond_window(seen, window)
-
-    def _refuse_second(self, mode: Mode, earlier: Prefill) -> None:
-        """A second image in a cache whose first one was pruned."""
-        if "hide" in (mode, earlier.mode):
-            raise refusals.second_image()
-        if self.plan.cuts[0] == 0:
-            raise refusals.second_image_at_0(self.method.name)
-
-    def _refuse_split(self, layout: Layout | None, step: Step | None, past: int) -> None:
-        if layout is None or step is None or step.prefill.total != past:
-            return
-        last = step.prefill.layout.visual.shape[1] - 1
-        if last in step.prefill.layout.read and bool((layout.visual[:, 0] == 0).any()):
-            raise refusals.split_image()
 
     def _refuse_unhooked(self, prefill: Prefill) -> None:
         """After a prefill: hooks that should have run and have not."""

@@ -19,8 +19,7 @@ from vla_pruner.methods.base import Choice, Evidence, Method
 def choose_beside(
     ask: Callable[[Evidence], Choice],
     evidence: Evidence,
-    index: TokenIndex,
-    always: tuple[int, ...],
+    prefill: Prefill,
     method: Method,
     cuts: int,
 ) -> Choice:
@@ -29,15 +28,14 @@ def choose_beside(
     Args:
         ask: what it chooses of some evidence.
         evidence: of all tokens that are left at this cut.
-        index: of the prefill.
-        always: `Layout.read`.
+        prefill: whose layout says which stay (`Layout.read`).
         method: that is asked.
         cuts: how often it cuts.
     """
     tokens = evidence.tokens
     assert tokens is not None
-    read, rest = _places(evidence.number, index, tokens)
-    others = _of_others(evidence, rest, read.shape[1], always, method, cuts)
+    read, rest = _places(evidence.number, prefill.index, tokens)
+    others = _of_others(evidence, rest, read.shape[1], prefill.layout.read, method, cuts)
     nothing = Choice(tokens.new_zeros(tokens.shape[0], 0))
     choice = nothing if others.keep_count == 0 else ask(others)
     return _with_read(choice, read, tokens.shape[1])

@@ -5,15 +5,19 @@ Each function makes the exception that its caller raises, so that a step reads w
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_pruner._flags import refuse
+
+if TYPE_CHECKING:
+    from vla_pruner.core.layout import Layout
 
 # -- calls ---------------------------------------------------------------------------------------
 
@@ -33,6 +37,24 @@ def still_running(owner: threading.Thread) -> RuntimeError:
     )
 
 
+def past_hooks(module: nn.Module) -> RuntimeError:
+    name = type(module).__name__
+    return RuntimeError(
+        f"`forward` of this {name} was called by itself, past the hooks that pruning stands on; "
+        "call the module (`model(...)`, not `model.forward(...)`). Where that call is not yours, "
+        "vla_pruner.models.adapters.patching.run_hooks_on_forward(module, undo) mends it."
+    )
+
+
+def refuse_past_hooks(model: nn.Module | None) -> None:
+    """Refuse a `forward` of the model that is running although no call of the model has begun."""
+    frame = None if model is None else inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
+            raise past_hooks(model)
+        frame = frame.f_back
+
+
 def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
     return NotImplementedError(
         f"{type(stack).__name__} was called without any of {', '.join(names)}; pruning has to see "
@@ -43,8 +65,9 @@ def no_inputs(stack: nn.Module, names: Sequence[str]) -> NotImplementedError:
 def no_values() -> NotImplementedError:
     return NotImplementedError(
         "a traced or exported graph would keep the same tokens of every image, and inside "
-        "`torch.vmap` nobody can look at values: pruning decides anew in each call. Trace the "
-        "model without a session, use `session.compile()`, or give the rows as a batch."
+        "`torch.vmap` or on the meta device nobody can look at values: pruning decides anew in "
+        "each call. Trace the model without a session, use `session.compile()`, give the rows as a "
+        'batch, or load the weights first (`model.to_empty(device="cpu")`).'
     )
 
 
@@ -131,25 +154,27 @@ def beyond_window(seen: int, window: int) -> NotImplementedError:
 # -- prefills ------------------------------------------------------------------------------------
 
 
-def split_image() -> NotImplementedError:
-    return NotImplementedError(
-        "an image began in one pass and goes on in the next; an image that is split over several "
-        "passes cannot be pruned as a whole. Give the prompt at once."
-    )
+def refuse_split_image(one: Layout, other: Layout) -> None:
+    """Refuse an image that ends one pass, at its end, and begins the next."""
+    if one.visual.shape[1] - 1 in one.read and bool((other.visual[:, 0] == 0).any()):
+        raise NotImplementedError(
+            "an image began in one pass and goes on in the next; an image that is split over "
+            "several passes cannot be pruned as a whole. Give the prompt at once."
+        )
 
 
-def second_image() -> NotImplementedError:
-    return NotImplementedError(
-        'a second image in a cache whose first one was pruned needs `mode="drop"` and episodes '
-        "that are all at the same step; use one cache per episode, or begin anew."
-    )
-
-
-def second_image_at_0(method: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"method {method!r} cuts before layer 0, where a second image in the same cache is not "
-        "supported; use `layer` >= 1, or give the whole prompt at once."
-    )
+def refuse_second_image(hides: bool, cut: int, method: str) -> None:
+    """Refuse a second image in a cache whose first one was pruned, where that cannot be."""
+    if hides:
+        raise NotImplementedError(
+            'a second image in a cache whose first one was pruned needs `mode="drop"` and episodes '
+            "that are all at the same step; use one cache per episode, or begin anew."
+        )
+    if cut == 0:
+        raise NotImplementedError(
+            f"method {method!r} cuts before layer 0, where a second image in the same cache is not "
+            "supported; use `layer` >= 1, or give the whole prompt at once."
+        )
 
 
 def masks_of_kinds(decoder: nn.Module, cut: int) -> NotImplementedError:

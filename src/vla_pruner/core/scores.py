@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.core import refusals
-from vla_pruner.core.arguments import take
+from vla_pruner.core.arguments import UNUSED, take
 from vla_pruner.core.hooks import OBSERVER, Observer, show_to
 from vla_pruner.core.plan import Reading
 from vla_pruner.core.tokens import Prefill, TokenSet
@@ -31,7 +31,7 @@ _LAST = slice(-1, None)
 Shows = tuple[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]]
 """The arguments of an `Observer`."""
 
-_KNOWN_TENSORS = ("position_ids", "cache_position", "s_aux", "position_embeddings")
+_KNOWN_TENSORS = (*UNUSED, "position_ids", "cache_position", "s_aux", "position_embeddings")
 
 
 def see(cut: Cut, shown: Shows, keys: int | None) -> Attention:
@@ -224,17 +224,12 @@ def watch(attention: nn.Module, observer: Observer, undo: ExitStack) -> None:
 
 def _probed(attend: Callable[..., Any]) -> Callable[..., Any]:
     def probed_attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+        module: nn.Module, query: Tensor, key: Tensor, value: Any, attention_mask: Any, **rest: Any
     ) -> Any:
-        output = attend(module, query, key, value, attention_mask, **kwargs)
+        output = attend(module, query, key, value, attention_mask, **rest)
         observer = getattr(module, OBSERVER, None)
         if observer is not None:
-            observer(module, query, key, attention_mask, kwargs)
+            observer(module, query, key, attention_mask, rest)
         return output
 
     probed_attention.attend = attend  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,7 +106,9 @@ class TokenSet:
     reused: Tensor | None = None
     """[B, M] bool, tokens whose keys are those of the last step (hooks of a method of its own)."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of these layers in this pass."""
+    """Keyword arguments of these layers in this pass, instead of some that the decoder gives."""
+    given: Mapping[str, Any] | None = None
+    """What the decoder gave the layer that they were made for; another kind gets other tables."""
 
 
 @dataclass(eq=False)
@@ -180,7 +183,7 @@ class Prefill:
         self.observed, self.watched = None, 0
         self.features = self.text = self.query_weights = self.before = None
         for one in self.sets:
-            one.arguments = {}
+            one.arguments, one.given = {}, None
 
     def own_results(self) -> None:
         """Copy what stays: the next replay of a CUDA graph writes over what the last one gave."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla_pruner.core.calls import by_name
 from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
+
+_LABELS = {"labels", "shift_labels"}
 
 
 class Decoder(Adapter):
@@ -86,8 +89,7 @@ class Decoder(Adapter):
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        found: Sequence[nn.Module] = getattr(self.decoder, self._name)
-        return found
+        return cast(Sequence[nn.Module], getattr(self.decoder, self._name))
 
     def attach(self, undo: ExitStack) -> None:
         """Read the labels that the model is called with."""
@@ -111,8 +113,8 @@ class Decoder(Adapter):
         """
         length, device = inputs.shape[1], inputs.device
         mask = _padding(kwargs)
-        labels, asked = self._call.get("labels"), self._call.get("logits_to_keep", 1)
-        plain = mask is None and labels is None and isinstance(asked, int) and asked < 2
+        told, asked = not _LABELS.isdisjoint(self._call), self._call.get("logits_to_keep", 1)
+        plain = mask is None and not told and isinstance(asked, int) and asked < 2
         if plain and self._known is not None and self._known[:2] == (length, device):
             return self._known[2]
         layout = self._made(length, mask, device)
@@ -189,16 +191,13 @@ class Decoder(Adapter):
         if mask is not None:
             last = length - 1 - mask.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
         hit = (visual == last).any(dim=0)
-        asked, labels = self._call.get("logits_to_keep"), self._call.get("labels")
+        asked = self._call.get("logits_to_keep")
         if isinstance(asked, Tensor) or asked:
             where = asked.to(visual.device) if isinstance(asked, Tensor) else slice(-asked, None)
             named = torch.arange(length, device=visual.device)[where]
             hit = hit | torch.isin(visual, named).any(dim=0)
-        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
-            rows = torch.arange(1, length + 1, device=visual.device).clamp_max(length - 1)
-            named = (labels.to(visual.device)[:, rows] != -100).any(dim=0)
-            named[-1] = False
-            hit = hit | named[visual].any(dim=0)
+        for before_label in rows_before_labels(self._call, length, visual.device):
+            hit = hit | before_label.any(dim=0)[visual].any(dim=0)
         return tuple(hit.nonzero()[:, 0].tolist())
 
 
@@ -248,6 +247,18 @@ def _views(views: Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 def _layer_lists(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+
+
+def rows_before_labels(
+    call: Mapping[str, Any], length: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Rows `[B, S]` bool whose output a loss reads, by each argument of a model that says so."""
+    for name in sorted(_LABELS):
+        labels = call.get(name)
+        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == length:
+            wanted = (labels != -100).to(device)
+            # A label stands at the place that it names; a shifted one at the row before.
+            yield wanted if name == "shift_labels" else F.pad(wanted[:, 1:], (0, 1))
 
 
 def text_behind(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
-from vla_pruner.models.decoder import text_behind
+from vla_pruner.models.decoder import rows_before_labels, text_behind
 from vla_pruner.models.towers import of_transformers
 from vla_pruner.towers.reading import Tower
 
@@ -168,7 +168,7 @@ class ImageTokenVLM(Adapter):
 
     def _read(self, is_visual: Tensor, valid: Tensor | None) -> tuple[int, ...]:
         """Visual tokens, counted among them, whose own output row the caller reads."""
-        length, labels = is_visual.shape[1], self._call.get("labels")
+        length = is_visual.shape[1]
         behind = torch.zeros_like(is_visual)  # Whether the next place is no visual token.
         behind[:, :-1] = ~is_visual[:, 1:]
         if valid is not None:
@@ -187,8 +187,8 @@ class ImageTokenVLM(Adapter):
             wanted[:, -int(asked) :] = True
         else:
             wanted |= behind
-        if isinstance(labels, Tensor) and labels.shape == is_visual.shape:
-            wanted[:, :-1] |= (labels[:, 1:] != -100).to(is_visual.device)
+        for before_label in rows_before_labels(self._call, length, is_visual.device):
+            wanted |= before_label
         hit = wanted & is_visual
         if not bool(hit.any()):
             return ()

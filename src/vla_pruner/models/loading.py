@@ -93,6 +93,8 @@ def load(
 
 def _read_config(where: str) -> dict[str, Any]:
     """The config.json of a folder or hub id. Raises ValueError: there is none."""
+    if not where.strip():
+        raise ValueError("the name of the model is empty; name a policy, a folder or a hub id")
     if Path(where).is_dir():
         file = Path(where) / "config.json"
         if not file.is_file():

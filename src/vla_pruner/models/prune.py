@@ -6,18 +6,17 @@ import re
 import warnings
 from typing import Any, Literal
 
-from torch import nn
-
 from vla_pruner.core.session import Session, session_of
 from vla_pruner.methods import build
 from vla_pruner.methods.base import Method
+from vla_pruner.models.adapters.holders import follow, held
 from vla_pruner.models.adapters.patching import run_hooks_on_forward
 from vla_pruner.models.base import Adapter, find_adapter, unwrapped
 from vla_pruner.models.recipes import settle
 
 
 def prune(
-    model: nn.Module,
+    model: object,
     method: str | Method = "vla-pruner",
     *,
     keep: float | int | None = None,
@@ -36,14 +35,13 @@ def prune(
             print(session.last)                 # what was kept
 
     Args:
-        model: a model of a known family (`vp.list_models()`), or any other with an `adapter`.
+        model: a `torch.nn.Module` of a known family (`vp.list_models()`), or any other with an
+            `adapter`; openpi's `Policy` as it is.
         method: a name (`vp.list_methods()`), the short form "vla-pruner@0.25:window=1", or an
             instance.
         keep: share of the visual tokens that stay, in (0, 1]; None: the method's default.
         tokens: their number, instead of `keep`.
         layer: K, the number of layers that still see every token; None: the method's default.
-
-    You may tinker with:
         adapter: where layers and visual tokens are, for a model that no family knows.
         replace: whether a session that the model already has is removed first.
         mode: "mask" makes the same choice but hides tokens instead of removing them (slow).
@@ -55,13 +53,12 @@ def prune(
 
     Raises:
         ValueError: an unknown method, option or mode, or a value outside its range.
-        TypeError: `model` is no module, or no family knows it.
+        TypeError: `model` is no module, runs in JAX, or no family knows it.
         RuntimeError: the model already has a session.
         NotImplementedError: the model's decoder cannot be pruned (the message says why), or the
             transformers that is installed is too old for it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    module = held(model)
     if isinstance(keep, int) and not isinstance(keep, bool):
         _refuse_one(keep)
     chosen = build(method, keep=keep, tokens=tokens, layer=layer, **method_options)
@@ -70,18 +67,19 @@ def prune(
             "`adapter` must be an instance of vp.models.Adapter, such as vp.models.Decoder("
             f'layers="model.layers", visual=slice(1, 257)); got {adapter!r}.'
         )
-    inner = unwrapped(model)
+    inner = unwrapped(module)
     adapter = adapter or find_adapter(inner)
     _refuse_old_transformers(adapter)
     if replace:
         remove(inner)
     session = Session(inner, settle(chosen, inner, adapter), adapter, mode=mode)
-    if inner is not model:  # peft calls `forward` of the model inside, past its hooks.
+    if inner is not module:  # peft calls `forward` of the model inside, past its hooks.
         run_hooks_on_forward(inner, session._undo)
+    follow(model, session, session._undo)
     return session
 
 
-def remove(model: nn.Module) -> bool:
+def remove(model: object) -> bool:
     """Take the pruning session off a model, whoever has put it there.
 
     Returns:
@@ -90,9 +88,7 @@ def remove(model: nn.Module) -> bool:
     Raises:
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-    session = session_of(unwrapped(model))
+    session = session_of(unwrapped(held(model)))
     if session is None:
         return False
     session.remove()

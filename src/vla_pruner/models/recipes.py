@@ -39,8 +39,16 @@ def weights_digest(model: nn.Module) -> str:
     """Twelve hexadecimal digits over the first values of every parameter, rounded to bf16.
 
     Loading the same weights on another device, or in bf16 instead of fp32, gives the same digits.
+
+    Raises:
+        ValueError: weights on the meta device, which have no values.
     """
     parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            f"weights of this {type(model).__name__} are on the meta device and have no values, by "
+            "which a recipe is found; load them first, then prune."
+        )
     heads = [parameter.detach().flatten()[:_SAMPLE] for parameter in parameters]
     padded = [nn.functional.pad(head.bfloat16(), (0, _SAMPLE - len(head))) for head in heads]
     rows = [row.to(padded[0].device) for row in padded]

@@ -91,15 +91,12 @@ class HistorySpec:
     def update(
         self, history: Tensor, count: Count, observed: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, Count]:
-        """Remember the action score of a finished step.
+        """The memory, and its count (not capped), with the action score of a finished step.
 
         Args:
-            history, count: the memory.
+            history, count: the memory so far.
             observed: `[B, M]`.
             kept: `[B, M]` bool, tokens that all observed layers could see; None: all tokens.
-
-        Returns:
-            The new memory (count is not capped at `slots`).
         """
         seen = None if self.censored == "zero" or kept is None else kept.to(history.device)
         if seen is not None:
@@ -140,9 +137,8 @@ def decaying_window(
     Returns:
         `[B, M]` fp32; 0 where nothing was observed. The scale means nothing: scores are ranked.
     """
-    window = history.shape[1]
     if isinstance(count, int):
-        real = min(count, window)
+        real = min(count, history.shape[1])
         newest = 0 if gamma == 0 else 1
         ages = range(newest, real + newest) if newest_heaviest else range(real - 1, -1, -1)
         total = torch.zeros_like(history[:, 0], dtype=torch.float32)

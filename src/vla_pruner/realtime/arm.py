@@ -121,6 +121,18 @@ class Trial:
         values = {name: value for name, value in vars(self).items() if name != "states"}
         return values | {"answers": [vars(one) for one in self.answers]}
 
+    def as_row(self) -> dict[str, Any]:
+        """A row of episodes.csv: counts, and medians over the episode (ms)."""
+        counted = ("condition", "seed", "success", "ticks", "before", "held", "slipped", "lost")
+        pruned = [one.seconds for one in self.answers if not one.warm_up]
+        medians = {"age_ms": self.ages_ms, "answer_ms": [1000 * seconds for seconds in pruned]}
+        return (
+            {name: getattr(self, name) for name in counted}
+            | {"answers": len(self.answers)}
+            | {"late": sum(one.late or one.stood for one in self.answers[1:])}
+            | {name: f"{np.median(found):.0f}" if found else "" for name, found in medians.items()}
+        )
+
 
 class Camera:
     """What one thread draws, when another asks for it: a drawing context belongs to one thread."""

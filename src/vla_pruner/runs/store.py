@@ -99,6 +99,8 @@ class Store:
         self._lock: int | None = None
         self._environment: int | None = None
         self._stamp: Mapping[str, Any] = {}
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is no file; move it away")
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -172,6 +174,11 @@ class Store:
             raise ValueError(
                 f"{self.path} is damaged or no SQLite file ({error}); move it away"
             ) from error
+        if empty and not write:
+            raise ValueError(
+                f"{self.path} holds no episodes yet; `vla-pruner eval` or `vla-pruner sweep` makes "
+                "some"
+            )
         if version > VERSION or (version == 0 and not empty):
             raise ValueError(
                 f"{self.path} has format {version}, this version of vla-pruner reads {VERSION}"

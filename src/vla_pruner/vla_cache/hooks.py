@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner.baselines.entropy import attention_entropy
-from vla_pruner.core import scores
+from vla_pruner.core import refusals, scores
 from vla_pruner.core.arguments import refuse_unknown, take, take_rotary
-from vla_pruner.core.cut import Cut
+from vla_pruner.core.cut import Cut, alike
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.hiding import implied_mask
 from vla_pruner.core.hooks import after, before, implementation
@@ -121,19 +121,23 @@ class ReuseHooks(Cut):
     ) -> Any:
         """Before a layer: let tokens leave, and hand it a cache that knows their keys."""
         prefill = self.prefill
+        if self.phase == "outside":
+            raise refusals.past_hooks(self.adapter.decoder)
         if prefill is None or self.phase != "prefill":
             return None
         number = self.plan.number[index]
         left = prefill.sets[number]
         hidden, kwargs = self.signatures[layer].bind(args, kwargs)
         if index in self.plan.cuts and left.rows is not None:
-            refuse_unknown(kwargs, prefill.length, type(layer).__name__)
             earlier, stay = prefill.sets[number - 1].rows, left.rows
             stay = stay if earlier is None else torch.searchsorted(earlier, stay)
             hidden = take(hidden, stay, dim=1)
+        if left.rows is not None and not (left.given and alike(kwargs, left.given)):
+            refuse_unknown(kwargs, prefill.length, type(layer).__name__)
             mask = kwargs.get("attention_mask")
             if mask is None:
-                mask = implied_mask(self, number, hidden, kwargs, queries=prefill.length)
+                mask = implied_mask(self, number, hidden, kwargs, prefill.length, layer)
+            left.given = kwargs
             left.arguments = _queried(kwargs, left.rows, prefill.length, mask)
         exchange = partial(self._exchange, index, prefill, left)
         cache = _Store(kwargs.get("past_key_values"), exchange)

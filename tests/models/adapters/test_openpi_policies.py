@@ -116,3 +116,45 @@ def test_a_policy_that_is_built_otherwise():
         pytest.raises(ValueError, match=r"camera 0 are not at 0\.\.15"),
     ):
         act(model, 1)
+
+
+class Policy:
+    """openpi's: a module, a method of it that was noted when it was made, and `infer`."""
+
+    def __init__(self, model):
+        self._model, self._sample_actions = model, model.sample_actions
+
+    def infer(self, seed):
+        noise = torch.randn(2, HORIZON, ACTION, generator=torch.Generator().manual_seed(5))
+        return self._sample_actions("cpu", observation(seed), noise=noise, num_steps=4)
+
+    def reset(self):
+        pass
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_policy_around_the_module_is_pruned_as_it_is(compiled):
+    policy = Policy(randomise(PI0Pytorch(compiled=compiled)))
+    noted = policy._sample_actions
+    with vp.prune(policy, "vla-pruner", keep=0.25, window=1) as session:
+        first, second = policy.infer(1), policy.infer(2)
+        assert not session.last.warm_up.any() and session.last.visual_kept == M // 2
+        assert torch.equal(policy.infer(2), second)
+        policy.reset()
+        assert torch.equal(policy.infer(1), first) and session.last.warm_up.all()
+    assert policy._sample_actions is noted and vars(policy).keys() == {"_model", "_sample_actions"}
+    with vp.prune(policy._model, "vla-pruner", keep=0.25, window=1):
+        assert torch.equal(act(policy._model, 1), first)
+        assert torch.equal(act(policy._model, 2), second)
+    session = vp.prune(policy, "fastv")
+    assert vp.remove(policy) and not session.attached and policy._sample_actions is noted
+
+
+def test_a_policy_in_jax_says_what_to_convert(policy):
+    made = Policy(policy)
+    made._model = object()
+    with pytest.raises(TypeError, match=r"runs in JAX.*convert_jax_model_to_pytorch"):
+        vp.prune(made)
+    for wrong in ("mini-oft", None, 3, object()):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+            vp.prune(wrong)

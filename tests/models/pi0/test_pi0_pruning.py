@@ -1,5 +1,6 @@
 """Pruning pi0 and pi0.5: the prefix is cut, the expert reads what is left, nothing else changes."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -264,3 +265,47 @@ def test_the_family_is_listed_and_described():
     assert family.matches(model) and "GemmaStack, 4 layers" in family.make(model).describe()
     found = model.predict_action(*observation().values())
     assert np.isfinite(found).all()
+
+
+@KINDS
+def test_frames_are_the_images_that_enter_the_tower(kind):
+    model, rows = make(kind), [observation(0), observation(1)]
+    taken = []
+    with ExitStack() as undo:
+        Pi0Adapter(model).send_frames(taken.append, undo)
+        inputs = model.prepare(rows)
+        model.sample(inputs)
+    expected = ((inputs.images.float() + 1) * 127.5).round()
+    assert len(taken) == 1 and torch.equal(taken[0], expected)
+    assert 0 <= taken[0].min() < 50 and 200 < taken[0].max() <= 255
+    model.sample(inputs)
+    assert len(taken) == 1
+
+
+@KINDS
+def test_vla_cache_reuses_what_an_unchanged_image_left(kind):
+    """Of the same observation reused keys and values are those that a full prefix computes."""
+    model = make(kind)
+    inputs, other = model.prepare([observation(0)]), model.prepare([observation(5)])
+    full, fresh = model.sample(inputs), model.sample(other)
+    with vp.prune(model, "vla-cache", keep=0.4, layers=(1, 2)) as session:
+        near(model.sample(inputs), full, FLOW)
+        assert session.last.warm_up.all()
+        near(model.sample(inputs), full, FLOW)
+        assert session.last.reused[0, -1] > 0 and not session.last.warm_up.any()
+        near(model.sample(other), fresh, FLOW)  # Noise: no patch is like the one before.
+        assert not session.last.reused.any()
+    assert torch.equal(model.sample(inputs), full)
+
+
+@pytest.mark.parametrize("method", ["specprune-vla", "vla-iap"])
+def test_methods_that_compare_images_run_on_pi0(method):
+    model = make("pi0")
+    inputs = model.prepare([observation(0)])
+    full = model.sample(inputs)
+    with vp.prune(model, method, keep=0.4) as session:
+        for _ in range(3):
+            pruned = model.sample(inputs)
+    assert session.last.visual_kept < session.last.visual_full
+    assert (pruned - full).abs().max() > 1e-4
+    assert torch.equal(model.sample(inputs), full)

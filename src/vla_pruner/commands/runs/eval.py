@@ -11,6 +11,7 @@ from vla_pruner.commands.shared.options import (
     add_policy,
     add_scenes,
     add_suite,
+    condition_of,
     words_of,
 )
 from vla_pruner.episodes.condition import Condition
@@ -37,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the episodes that are missing in `--out`."""
     if args.conditions and (args.method != "none" or args.keep):
         raise ValueError("--conditions: give either this, or --method and --keep")
-    one = args.method if args.keep is None else f"{args.method}@{args.keep}"
-    texts = words_of("--conditions", args.conditions) if args.conditions else [one]
+    texts = words_of("--conditions", args.conditions) if args.conditions else []
     conditions = [Condition.parse(text) for text in texts]
+    conditions = conditions or [condition_of(args.method, args.keep)]
     if len({condition.name for condition in conditions}) < len(conditions):
         raise ValueError(f"--conditions {' '.join(texts)}: need different conditions")
     cells = [

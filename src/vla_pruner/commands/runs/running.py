@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import get_args
 
 from rich.console import Console
 
+from vla_pruner._short import word
 from vla_pruner.commands.shared.options import (
+    above_0,
     add_capture,
     add_control,
     add_device,
@@ -90,7 +93,8 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--live",
         nargs="?",
-        const="",
+        type=above_0,
+        const=0.0,
         metavar="HZ",
         help="the simulator goes on while the policy computes, HZ steps a second (default: the "
         "suite's own rate); the robot holds still until the actions are there",
@@ -143,12 +147,24 @@ def changes_of(args: argparse.Namespace) -> list[str]:
     else:
         if latencies and args.latency_of:
             raise ValueError("--latency and --latency-of: give one of them")
-        given = [f":{ms.removesuffix('ms')}ms" for ms in latencies]
+        given = [f":{_ms(latency)}ms" for latency in latencies]
         given = given or [f":{args.latency_of}" if args.latency_of else ""]
         pace = "" if args.pace == "wait" else f":{args.pace}"
-        live = [f"+live{args.live}{one}{pace}" for one in given]
+        rate = f"{args.live:g}" if args.live else ""
+        live = [f"+live{rate}{one}{pace}" for one in given]
     looks = ["" if name == "none" else f"+{name}" for name in perturb]
     return [look + clock for look in looks for clock in live]
+
+
+def _ms(said: str) -> str:
+    ms = said.removesuffix("ms")
+    try:
+        known = 0 <= float(ms) < math.inf
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"--latency {word(said)}: milliseconds of 0 or more, such as 200")
+    return ms
 
 
 def open_executor(args: argparse.Namespace) -> Executor:

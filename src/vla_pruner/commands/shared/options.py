@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 
 from vla_pruner._short import short, word
-from vla_pruner.episodes.condition import Condition
+from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.control import Gripper
 from vla_pruner.models.loading import shipped
 from vla_pruner.scenes.suites import PICK_PLACE, SUITES
@@ -98,7 +98,7 @@ def add_capture(parser: Parser) -> None:
         default="",
         metavar="BACKEND",
         help="compile whole steps (on a GPU, into CUDA graphs); the first calls of each kind take "
-        "up to minutes. BACKEND is one of torch.compile (default: inductor)",
+        "up to minutes. BACKEND is one of torch.compile, inductor where none is named",
     )
 
 
@@ -107,7 +107,8 @@ def add_control(parser: Parser) -> None:
     parser.add_argument(
         "--execute",
         type=at_least(1),
-        help="actions of a chunk to carry out before the policy is asked",
+        help="actions of a chunk to carry out before the policy is asked; default: what its "
+        "config.json says, else 2",
     )
     parser.add_argument(
         "--gripper",
@@ -166,6 +167,17 @@ def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str]
     return read
 
 
+def above_0(said: str) -> float:
+    """The `type` of an argument: a finite number that is more than 0."""
+    try:
+        value = float(said)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word(said)} is no number above 0")
+    return value
+
+
 def words_of(option: str, given: str | Sequence[str]) -> list[str]:
     """The words of a list, apart by spaces or commas, each once.
 
@@ -191,6 +203,23 @@ def keep_of(word: str) -> float | int:
         ) from None
     assert keep is not None
     return keep
+
+
+def condition_of(method: str, keep: str | None, options: Sequence[str] = ()) -> Condition:
+    """What `--method`, `--keep` and `--option` say together.
+
+    Raises:
+        ValueError: one is there and another missing, or names nothing.
+    """
+    if method == ALL_TOKENS and (keep is not None or options):
+        raise ValueError("--keep and --option: say with --method what prunes, too")
+    if method != ALL_TOKENS and keep is None:
+        Condition.parse(f"{method}@1.0")  # Raises: no such method.
+        raise ValueError(
+            f"--method {word(method)}: say with --keep how many visual tokens stay, such as 0.25"
+        )
+    kept = "" if keep is None else "@" + ":".join([keep, *options])
+    return Condition.parse(method + kept)
 
 
 def device_of(name: str) -> torch.device:

@@ -1,9 +1,43 @@
-"""The folder that a page is written to: made room for, or continued."""
+"""Where a command writes to, made sure of before the work: room for a page, a file's folder."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+
+from vla_pruner._short import word
+
+
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Make sure that a folder can be made and written into; it is not made yet.
+
+    Raises:
+        ValueError: a file is in its way, or this user may not write there.
+    """
+    at = folder.absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        raise ValueError(f"{option} {word(str(folder))}: {at.name} is a file; name a folder")
+    if not os.access(at, os.W_OK):
+        raise ValueError(
+            f"{option} {word(str(folder))}: {at} may not be written to by this user; name another "
+            "folder, or change its rights"
+        )
+
+
+def check_file(file: Path, option: str = "--out") -> None:
+    """The same for the folder of a file.
+
+    Raises:
+        ValueError: as above, or the name is a folder's.
+    """
+    if file.is_dir():
+        raise ValueError(f"{option} {word(str(file))} is a folder; name a file")
+    check_folder(file.parent, option)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ValueError(f"{option} {word(str(file))} may not be written to by this user")
 
 
 def prepare_folder(out: Path, mark: str, what: str, *, resume: bool) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.models.flow_steps import Averaged, FlowSteps
@@ -30,6 +30,8 @@ class Pi0Adapter(Adapter):
         ValueError: another `flow_steps`.
     """
 
+    gives_frames = True
+
     def __init__(self, model: Pi0, *, flow_steps: Averaged = "latter-half") -> None:
         self.model = model
         self.decoder, self.reader = model.language_model, model.expert
@@ -42,6 +44,16 @@ class Pi0Adapter(Adapter):
             (self.model.expert, self._steps.count),
         ):
             undo.callback(stack.register_forward_pre_hook(hook).remove)
+
+    def send_frames(self, take: Callable[[Tensor], None], undo: ExitStack) -> None:
+        """The images that enter the vision tower, in colours 0..255; none for a reused prefix."""
+        cameras = len(self.model.config.views)
+
+        def send(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            pixels = args[0].detach().float().unflatten(0, (-1, cameras))
+            take(((pixels + 1) * 127.5).round().clamp(0, 255))
+
+        undo.callback(self.model.vision_tower.register_forward_pre_hook(send).remove)
 
     def cache_flow(self, interval: int, undo: ExitStack) -> None:
         """The expert's feature cache."""
