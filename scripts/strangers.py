@@ -119,7 +119,7 @@ class Stranger:
             )
         self.servers.append(server)
         for _ in range(240):
-            if "istening" in log.read_text("utf-8", "replace"):
+            if "Ctrl-C ends" in log.read_text("utf-8", "replace"):
                 print(f"  [server] {command}", flush=True)
                 time.sleep(1)
                 return

@@ -37,8 +37,9 @@ EXTRA_OF = {
     "vla_eval": "serve",
     "anyio": "serve",
     "jsonargparse": "serve",
-    "websockets": "serve",
-    "msgpack": "serve",
+    "websockets": "doors",
+    "msgpack": "doors",
+    "h11": "doors",
     "zmq": "doors",
     "grpc": "doors",
     "libero": "libero",
@@ -49,6 +50,7 @@ EXTRA_OF = {
     "cloudpickle": "libero",
     "future": "libero",
     "av": "tune",
+    "gguf": "smol",
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]

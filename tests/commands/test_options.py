@@ -71,6 +71,7 @@ def test_a_help_shows_defaults_as_they_are_typed(word: str) -> None:
         (["sweep", "a.yaml", "--out", "o", "--gpus", "inf"], "inf is no number of at least 0"),
         (["latency", "o", "--threads", "0"], "0 is no whole number of at least 1"),
         (["tune", "mini-oft", "--execute", "0"], "0 is no whole number of at least 1"),
+        (["tune", "--tolerance", "-1"], "-1 is no number above 0"),
         (["analyze", "--layer", "0"], "0 is no whole number of at least 1"),
         (["bench", "--layers", "0"], "0 is no whole number of at least 1"),
         (["calibrate", "vtw", "--eta", "-0.1"], "-0.1 is no number of at least 0"),

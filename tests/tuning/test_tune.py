@@ -300,7 +300,6 @@ def test_the_picture_shows_what_was_found(found, tmp_path):
         (["--episodes", 0], "--episodes 0: must be at least 1"),
         (["--keep", "half"], "--keep half"),
         (["--methods", "nobody"], "nobody"),
-        (["--tolerance", -1], "tolerance -1.0 must be positive"),
         (["--execute", 9], "a chunk of this policy has 4 actions"),
         (["--observations", "/nowhere"], "there is no such folder"),
         (["--gripper-dims", 9], "gripper dimension 9: actions have 7 numbers"),
