@@ -68,6 +68,10 @@ def test_keys_of_ones_own(tmp_path: Any) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=r"keys\.yaml"):
             keys_of(str(file))
+    for text in ("cameras: [a, a]\nstate: [s]", "cameras: [a, b]\nstate: ['']"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="twice, or nothing"):
+            keys_of(str(file))
     with pytest.raises(ValueError, match="choose libero, droid, aloha"):
         keys_of("franka")
 

@@ -101,6 +101,11 @@ def test_a_receipt_of_tune_is_read_and_compared_with_the_policy(tmp_path: Path) 
     assert ladder.at == 0
     with pytest.raises(ValueError, match=r"weights abc, these are xyz: run `vla-pruner tune`"):
         Ladder.read(tmp_path, 0.1, weights="xyz")
+    (tmp_path / "receipt.json").write_text(
+        json.dumps([{"method": "fastv", "keep": 0.5, "p99_ms": 9, "allowed": True}]), "utf-8"
+    )
+    with pytest.raises(ValueError, match="does not say of which policy"):
+        Ladder.read(tmp_path, 0.1, weights="abc")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     notice = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 1000,
-        "health_check_failure_threshold": 3,
+        "health_check_failure_threshold": 10,
         "worker_niceness": 0,  # Ray's own is 15
     }
     memory = {"object_store_memory": 80_000_000}

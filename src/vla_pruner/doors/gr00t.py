@@ -20,7 +20,7 @@ import zmq.asyncio
 from vla_pruner._short import short
 from vla_pruner._yaml import read_yaml
 from vla_pruner.doors.door import Listen, told
-from vla_pruner.doors.keys import Robot, numbers, picture
+from vla_pruner.doors.keys import Robot, check_names, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
 from vla_pruner.doors.wire import pack, unpack
 from vla_pruner.episodes.control import Gripper
@@ -73,6 +73,8 @@ def modalities_of(file: Path) -> Modalities:
             f"{file} must say `video` and `state` (lists of names) and `action` (names and sizes), "
             f"and may say `language` and `gripper`; it says {short(found)}"
         )
+    for name in lists:
+        check_names(f"{file}: `{name}`", found[name])
     more = {name: found[name] for name in ("language", "gripper") if name in found}
     return Modalities(
         tuple(found["video"]), tuple(found["state"]), tuple(found["action"].items()), **more

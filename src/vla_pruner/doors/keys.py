@@ -79,6 +79,7 @@ def keys_of(name: str) -> Keys:
     for name in ("cameras", "state"):
         if not isinstance(found[name], list) or not all(isinstance(k, str) for k in found[name]):
             raise ValueError(f"{file}: `{name}` must be a list of names; got {short(found[name])}")
+        check_names(f"{file}: `{name}`", found[name])
     more = {name: value for name, value in found.items() if name not in ("cameras", "state")}
     if not isinstance(more.get("prompt", ""), str):
         raise ValueError(f"{file}: `prompt` must be a name; got {short(more['prompt'])}")
@@ -87,6 +88,12 @@ def keys_of(name: str) -> Keys:
     if more.get("gripper") not in (None, "robosuite", "rlds"):
         raise ValueError(f"{file}: `gripper` must be robosuite or rlds")
     return Keys(tuple(found["cameras"]), tuple(found["state"]), **more)
+
+
+def check_names(what: str, names: Sequence[str]) -> None:
+    """Refuse names that are empty, or one name for two cameras. Errors: ValueError."""
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"{what} names something twice, or nothing: {short(list(names))}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from vla_pruner._short import short
 from vla_pruner.doors.door import Listen, flag_of
-from vla_pruner.doors.keys import Robot, numbers, picture
+from vla_pruner.doors.keys import Robot, check_names, numbers, picture
 from vla_pruner.doors.unpickle import (
     RemotePolicyConfig,
     TimedObservation,
@@ -90,6 +90,7 @@ class LerobotDoor:
                 f"this policy takes {self.robot.cameras} images; --cameras names "
                 f"{len(self.cameras)}: {', '.join(self.cameras)}"
             )
+        check_names("--cameras", self.cameras)
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps}: expected ticks in a second, up to 1000")
         self.visits = Visits(self.engine, self.listen.idle_s, self.listen.clients)

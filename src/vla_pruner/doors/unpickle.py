@@ -37,7 +37,8 @@ class _Record:
     __slots__ = ("called", "given")
 
     def __init__(self, called: tuple[Any, ...] = ()) -> None:
-        self.called, self.given = called, None
+        self.called = called
+        self.given: Any = None
 
 
 class RemotePolicyConfig(_Record):

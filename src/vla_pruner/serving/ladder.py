@@ -93,8 +93,8 @@ class Ladder:
             path: the receipt, its folder, or a file with a list of `{"method", "keep", "p99_ms",
                 "allowed"}`, by itself or under "rungs".
             deadline_s, options: of the ladder.
-            weights: fingerprint of the policy that is served (`runs.job.fingerprint`); None: it is
-                not compared with the receipt's.
+            weights: fingerprint of the policy that is served (`runs.job.fingerprint`), which the
+                receipt has to be of; None: it is not asked for.
 
         Raises:
             ValueError: no such file, entries that are none of these, or the receipt of another
@@ -113,6 +113,11 @@ class Ladder:
                 receipt.check(weights)
             rungs = [Rung(r.method, r.keep, r.p99_ms, r.options) for r in receipt.allowed]
             return cls(rungs, deadline_s, **options)
+        if weights is not None:
+            raise ValueError(
+                f"{path} does not say of which policy its rungs are; make a receipt with "
+                "`vla-pruner tune`"
+            )
         entries = found.get("rungs") if isinstance(found, Mapping) else found
         if not isinstance(entries, list):
             raise ValueError(f"{path} holds no list of rungs; make one with `vla-pruner tune`")

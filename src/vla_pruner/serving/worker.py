@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_pruner._short import cut, short
+from vla_pruner._short import cut, word
 from vla_pruner.serving.ladder import Rung
 from vla_pruner.serving.limits import RateLimit, Refused
 from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
@@ -312,7 +312,7 @@ def join_cluster(address: str) -> None:
             ray.init(address=address, log_to_driver=False)
         except OSError as error:  # ConnectionError among them
             raise RuntimeError(
-                f"no Ray cluster answers at {short(address)} ({error}); start one with "
+                f"no Ray cluster answers at {word(address)} ({error}); start one with "
                 "`ray start --head`, or give the address of its head"
             ) from error
 
