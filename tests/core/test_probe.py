@@ -39,7 +39,7 @@ def test_other_layers_are_not_touched(decoders, embeds):
 
 
 def test_unnamed_attention():
-    with pytest.raises(TypeError, match="cannot be watched"):
+    with pytest.raises(TypeError, match="scores cannot be read there"):
         hooks.implementation(nn.Linear(2, 2))
 
 

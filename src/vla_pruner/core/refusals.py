@@ -48,10 +48,11 @@ def past_hooks(module: nn.Module) -> RuntimeError:
 
 def refuse_past_hooks(model: nn.Module | None) -> None:
     """Refuse a `forward` of the model that is running although no call of the model has begun."""
-    frame = None if model is None else inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
-            raise past_hooks(model)
+    frame = inspect.currentframe()
+    while model is not None and frame is not None:
+        running = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if running is model:
+            raise past_hooks(running)
         frame = frame.f_back
 
 
