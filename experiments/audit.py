@@ -41,7 +41,10 @@ from recompute import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "realtime.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "realtime", "smol")),
+)
 MARK = re.compile(r"<!-- rows: (\S+)((?: \w+=\S+)*) -->")
 
 

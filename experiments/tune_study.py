@@ -2,9 +2,11 @@
 
     python experiments/tune_study.py replay mini-oft --out runs/tune-study    # one policy, minutes
     python experiments/tune_study.py report --out runs/tune-study             # csv, picture, map
+    python experiments/tune_study.py rank smol-oft --out runs/tune-study      # one policy's rows
 
 `replay` records episodes of training scenes that nothing else uses, and replays them under every
-condition of experiments/results/POLICY.csv. `report` joins that with the success of those rows.
+condition of experiments/results/POLICY.csv. `report` joins that with the success of those rows;
+`rank` does so for one policy, and leaves the picture and the map of the package alone.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ STATISTICS = {
 }
 """Of the calls of a condition."""
 LEAST = 30
-"""Episodes behind a success rate, at least."""
+"""Episodes behind a success rate, at least; `rank` takes what there is."""
 GRID = np.concatenate([np.linspace(0, 0.3, 31), np.linspace(0.32, 1.5, 60)])
 DRAWS = 400
 
@@ -243,19 +245,55 @@ def covered(conditions: list[dict], table: dict[str, np.ndarray]) -> tuple[float
     return float(np.mean(inside)), float(np.mean(distance))
 
 
+def print_correlations(known: dict[str, list[dict]]) -> None:
+    """Of each statistic with success."""
+    print("\nSpearman with success (95 %)")
+    for statistic, value in STATISTICS.items():
+        line = f"{statistic:18s}"
+        for found in known.values():
+            values = np.nan_to_num([value(one) for one in found])
+            line += "  {:+.2f} ({:+.2f} to {:+.2f})".format(*spearman(found, values))
+        print(line)
+
+
+def print_by_number(known: dict[str, list[dict]]) -> None:
+    """The correlation with few recorded episodes."""
+    print("\nby number of recorded episodes (mean; 5 % to 95 % over which ones)")
+    rng = np.random.default_rng(0)
+    for name, conditions in known.items():
+        count = max(len(one["lengths"]) for one in conditions)
+        rates = [one["solved"] / one["episodes"] for one in conditions]
+        for size in range(1, count + 1):
+            found = []
+            for _ in range(40 if size < count else 1):
+                chosen = rng.choice(count, size, replace=False)
+                values = [of_episodes(one, chosen)["moved"].mean() for one in conditions]
+                found.append(spearmanr(values, rates).statistic)
+            low, middle, high = np.quantile(found, [0.05, 0.5, 0.95])
+            print(f"{name:14s} {size}  {middle:+.2f}  {low:+.2f} to {high:+.2f}")
+
+
+def rank(name: str, out: Path) -> None:
+    """How well deviation ranks the conditions of one policy; its rows of results/tune.csv."""
+    found = [one for one in load_replays(out, name) if one["episodes"]]
+    print_correlations({name: found})
+    print_by_number({name: found})
+    for one in sorted(found, key=lambda one: one["moved"].mean()):
+        success = f"{one['solved']} of {one['episodes']}"
+        print(f"{one['text']:50s} {one['moved'].mean():.3f}  {success}")
+    with (HERE / "results" / "tune.csv").open() as file:
+        head, *others = [row for row in csv.reader(file) if row[0] != name]
+    with (HERE / "results" / "tune.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *others, *map(row_of, found)])
+
+
 def report(out: Path) -> None:
     """Print every comparison; write the CSV, the picture and the table of the package."""
     every = {name: load_replays(out, name) for name in POLICIES if (out / name).is_dir()}
     known = {name: [c for c in found if c["episodes"] >= LEAST] for name, found in every.items()}
     known = {name: found for name, found in known.items() if found}
     ranked = [name for name, found in known.items() if len(found) > 4]
-    print("\nSpearman with success (95 %)")
-    for statistic, value in STATISTICS.items():
-        line = f"{statistic:18s}"
-        for name in ranked:
-            values = np.nan_to_num([value(one) for one in known[name]])
-            line += "  {:+.2f} ({:+.2f} to {:+.2f})".format(*spearman(known[name], values))
-        print(line)
+    print_correlations({name: known[name] for name in ranked})
     print("\nby group (mean)")
     for name in ranked:
         for group in ("others", "renumbered", "EfficientVLA"):
@@ -267,19 +305,7 @@ def report(out: Path) -> None:
                     f"{name:14s} {group:14s} {len(own):3d} "
                     + "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
                 )
-    print("\nby number of recorded episodes (mean; 5 % to 95 % over which ones)")
-    rng = np.random.default_rng(0)
-    for name in ranked:
-        count = max(len(one["lengths"]) for one in known[name])
-        rates = [one["solved"] / one["episodes"] for one in known[name]]
-        for size in range(1, count + 1):
-            found = []
-            for _ in range(40 if size < count else 1):
-                chosen = rng.choice(count, size, replace=False)
-                values = [of_episodes(one, chosen)["moved"].mean() for one in known[name]]
-                found.append(spearmanr(values, rates).statistic)
-            low, middle, high = np.quantile(found, [0.05, 0.5, 0.95])
-            print(f"{name:14s} {size}  {middle:+.2f}  {low:+.2f} to {high:+.2f}")
+    print_by_number({name: known[name] for name in ranked})
     print("\nmap: each policy predicted by the others (share within the band, mean distance)")
     for name in ranked:
         if others := {other: known[other] for other in ranked if other != name}:
@@ -315,6 +341,14 @@ def report(out: Path) -> None:
     write(every, ranked, table)
 
 
+def row_of(one: dict) -> list:
+    """A condition's row of tune.csv."""
+    names = ("policy", "text", "group", "solved", "episodes")
+    values = [f"{np.nan_to_num(value(one)):.4f}" for value in STATISTICS.values()]
+    counts = [f"{one['base']:.2f}", len(one["lengths"]), len(one["moved"])]
+    return [*(one[name] for name in names), *counts, *values]
+
+
 def write(every: dict, ranked: list[str], table: dict[str, np.ndarray]) -> None:
     """The files that a reader finds."""
     with (HERE / "results" / "tune.csv").open("w", newline="") as file:
@@ -330,17 +364,7 @@ def write(every: dict, ranked: list[str], table: dict[str, np.ndarray]) -> None:
             "calls",
         ]
         writer.writerow([*head, *(name.replace(" ", "_") for name in STATISTICS)])
-        for one in (one for found in every.values() for one in found):
-            values = [f"{np.nan_to_num(value(one)):.4f}" for value in STATISTICS.values()]
-            row = [
-                one["policy"],
-                one["text"],
-                one["group"],
-                one["solved"],
-                one["episodes"],
-                f"{one['base']:.2f}",
-            ]
-            writer.writerow([*row, len(one["lengths"]), len(one["moved"]), *values])
+        writer.writerows(row_of(one) for found in every.values() for one in found)
     values = {
         "made_by": "experiments/tune_study.py",
         "conditions": sum(c["episodes"] >= LEAST for name in ranked for c in every[name]),
@@ -390,7 +414,7 @@ def draw(every: dict, table: dict[str, np.ndarray], path: Path) -> None:
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["replay", "report"])
+    parser.add_argument("what", choices=["replay", "report", "rank"])
     parser.add_argument("policy", nargs="?", choices=POLICIES)
     parser.add_argument("--out", type=Path, default=Path("runs/tune-study"))
     parser.add_argument("--episodes", type=int, default=8)
@@ -399,6 +423,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "replay":
         replay(args.policy, args.out, args.episodes, args.calls, args.only)
+    elif args.what == "rank":
+        rank(args.policy, args.out)
     else:
         report(args.out)
 
