@@ -43,7 +43,7 @@ from recompute import (
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "realtime", "smol")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "realtime", "smol", "pi0")),
 )
 MARK = re.compile(r"<!-- rows: (\S+)((?: \w+=\S+)*) -->")
 
