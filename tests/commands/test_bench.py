@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vla_pruner.cli import main
+from vla_pruner.commands.bench import _grid
 from vla_pruner.commands.shared.options import keep_of
 from vla_pruner.measure.comparison import FULL, compare, steps_to_prepare
 from vla_pruner.measure.timing import PassClock
@@ -31,6 +32,13 @@ def test_copies_share_weights_but_not_hooks(oft_folder: Path) -> None:
         assert ours.data_ptr() == theirs.data_ptr(), name
     job.decoder(copy).register_forward_pre_hook(lambda *_: pytest.fail("hook of the copy"))
     job.step(job.policy)
+
+
+def test_what_is_timed_of_a_captured_step_is_all_of_it(oft_folder: Path) -> None:
+    result = compare(workload(oft_folder), [], repeats=1)
+    assert "prefill ms" in _grid(result)[0]
+    captured = replace(result, settings={**result.settings, "captured": "inductor"})
+    assert "step ms" in _grid(captured)[0] and "prefill ms" not in _grid(captured)[0]
 
 
 @pytest.mark.parametrize("kind", ["oft_folder", "openvla_folder", "pi0_folder"])

@@ -233,7 +233,10 @@ def _grid(result: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
     cells = [_cells(row, result.rows[0]) for row in result.rows]
     header = [column for column in cells[0] if any(row[column] for row in cells)]
-    return header, [[row[column] or "-" for column in header] for row in cells]
+    rows = [[row[column] or "-" for column in header] for row in cells]
+    if result.settings.get("captured"):  # One graph: its time is that of the whole step.
+        header = ["step ms" if column == "prefill ms" else column for column in header]
+    return header, rows
 
 
 def _headline(result: Comparison) -> str:
