@@ -354,11 +354,13 @@ function tick(now) {
   requestAnimationFrame(tick);
 }
 
-/* page.html#scene=2&step=12&run=vla-pruner@0.25 opens a certain moment of a certain run */
+/* A page opens at the first scene that every run solved; page.html#scene=2&step=12&run=vla-pruner@0.25 at a certain moment. */
 if (data.scenes.length) {
   const wanted = new URLSearchParams(location.hash.slice(1));
   play(false);
-  const scene = Math.min(data.scenes.length, Math.max(1, Number(wanted.get("scene")) || 1)) - 1;
+  const everywhere = (scene) => data.conditions.every(({ name }) => scene.runs[name] && scene.runs[name].success);
+  const first = Math.max(0, data.scenes.findIndex(everywhere)) + 1;
+  const scene = Math.min(data.scenes.length, Math.max(1, Number(wanted.get("scene")) || first)) - 1;
   show(scene, wanted.has("step") ? Number(wanted.get("step")) || 0 : undefined, wanted.get("run") || data.focus);
   requestAnimationFrame(tick);
 } else {
