@@ -12,6 +12,7 @@ import vla_pruner as vp
 from checks import randomise
 from hidden_columns import hidden_behind, same
 from hidden_in_softmax import hidden_in_softmax
+from vla_pruner.core.cut import alike
 
 VISUAL, M = slice(1, 25), 24
 SIZES = dict(
@@ -479,3 +480,13 @@ def test_an_unknown_tensor_of_the_attention_is_refused():
     attention, x = nn.Identity(), torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="`position_bias`"):
         see(None, (attention, x, x, None, {"position_bias": x}), None)
+
+
+def test_layers_that_are_given_other_tables_are_not_alike():
+    one, other, mask = torch.ones(2), torch.ones(2), torch.ones(3)
+    given = {"position_embeddings": (one, other), "attention_mask": mask}
+    assert alike(given, {"attention_mask": mask, "position_embeddings": (one, other)})
+    for tables in ((one, one), (one,), (one, other, one), one, None):
+        assert not alike(given, {**given, "position_embeddings": tables})
+        assert not alike({**given, "position_embeddings": tables}, given)
+    assert not alike(given, {"attention_mask": mask}) and not alike({"attention_mask": mask}, given)

@@ -7,9 +7,11 @@ import os
 import pickle
 import pickletools
 import sys
+import tempfile
 import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,7 +134,7 @@ class Runs:
         return self.call[0], self.call[1:]
 
 
-TOUCHED = "/tmp/vla-pruner-was-here"
+TOUCHED = str(Path(tempfile.gettempdir()) / "vla-pruner-was-here")
 OPCODES = {
     "a name by parts": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R.",
     "an old instance": b"(i__main__\nRuns\n.",

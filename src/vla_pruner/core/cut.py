@@ -287,5 +287,5 @@ def alike(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether two layers are given the same things; tuples of tables are compared one by one."""
     pairs = [(one, others.get(name)) for name, one in some.items()]
     tables = [z for a, b in pairs if type(a) is type(b) is tuple for z in zip(a, b, strict=False)]
-    plain = [(a, b) for a, b in pairs if not type(a) is type(b) is tuple]
+    plain = [(a, b) for a, b in pairs if not (type(a) is type(b) is tuple and len(a) == len(b))]
     return len(some) == len(others) and all(a is b for a, b in plain + tables)
