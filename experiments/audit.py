@@ -1,4 +1,4 @@
-"""Recompute every figure of README.md and docs/results.md from the rows in experiments/results.
+"""Recompute every figure of README.md and of pages of results from the rows in experiments/results.
 
     python experiments/audit.py            # exit code 1, and what differs, if a figure does
     python experiments/audit.py --write    # put the recomputed figures into the tables
@@ -43,7 +43,7 @@ from recompute import (
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "realtime", "smol", "pi0")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "realtime", "smol", "pi0", "pitfalls")),
 )
 MARK = re.compile(r"<!-- rows: (\S+)((?: \w+=\S+)*) -->")
 
