@@ -111,7 +111,9 @@ def test_what_policies_look_at() -> None:
     said = [f"{100 * missed['mini-oft', '0.125', name]:.0f}" for name in windows]
     assert f"they miss {', '.join(said[:3])} and {said[3]} % of the best patches" in text
     assert f"the last step alone {100 * missed['mini-oft', '0.125', 'last step']:.0f} %" in text
-    own = [f"{100 * missed['smol-oft', '0.25', name]:.0f} %" for name in ("last step", "vla-pruner")]
+    own = [
+        f"{100 * missed['smol-oft', '0.25', name]:.0f} %" for name in ("last step", "vla-pruner")
+    ]
     assert f"({own[0]} at a quarter); a pruning session" in text and f"misses {own[1]}, and" in text
     for keep, words in (("0.25", "(25 %)"), ("0.125", "(12.5 %)")):
         oracle = {

@@ -18,6 +18,7 @@ from vla_pruner.core.layout import Adapter
 from vla_pruner.measure.doctor import Act, Finding, look
 from vla_pruner.models.given.folder import is_finite
 
+
 def preflight(
     model: nn.Module,
     adapter: Adapter,
