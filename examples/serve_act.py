@@ -1,6 +1,6 @@
-"""OpenVLA's and OFT's `/act` on a pruned policy, and a client: python examples/serve_act.py [POLICY]
+"""`/act` on a pruned policy, and a client that asks: python examples/serve_act.py [POLICY]
 
-Needs the extra `doors`. The client needs nothing but the standard library.
+As OpenVLA and OpenVLA-OFT serve it. Needs the extra `doors`; the client, the standard library alone.
 """
 
 import json

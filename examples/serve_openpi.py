@@ -1,4 +1,4 @@
-"""openpi's websocket protocol on a pruned policy, and a client: python examples/serve_openpi.py [POLICY]
+"""openpi's protocol on a pruned policy, and a client: python examples/serve_openpi.py [POLICY]
 
 In the place of openpi's `scripts/serve_policy.py`. Needs the extra `doors`, and a client: that of
 clients/python here, or openpi's own `WebsocketClientPolicy` in an environment of its own.
