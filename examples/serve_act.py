@@ -1,6 +1,6 @@
 """`/act` on a pruned policy, and a client that asks: python examples/serve_act.py [POLICY]
 
-As OpenVLA and OpenVLA-OFT serve it. Needs the extra `doors`; the client, the standard library alone.
+As OpenVLA and OpenVLA-OFT serve it. Needs the extra `doors`; the client needs no package at all.
 """
 
 import json
