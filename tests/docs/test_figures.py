@@ -101,6 +101,9 @@ def test_what_policies_look_at() -> None:
             else:
                 said = [float(number) for number in re.findall(r"\d+", cell)]
                 assert said == pytest.approx([100 * v for v in found[0]], abs=0.51), label
+    shared = [100 * seen["smol-oft", "prefill_action", keep][0] for keep in ("0.25", "0.125")]
+    said = f"({shared[0]:.0f} % at a quarter, {shared[1]:.0f} % at an eighth)"
+    assert said in printed("results.md")
     text = printed("analysis.md")
     missed = {
         (policy, row["keep"], row["predictor"]): float(row["missed"])
