@@ -8,6 +8,7 @@ a beam, the expert's flow step.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner._numbers import on_device
+from vla_pruner._short import cut as cut_text
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.calls import Caches, Calls, by_name
@@ -113,6 +115,7 @@ class Passes:
         self._running: tuple[Step | None, Pass] | None = None
         self._warned = False
         self._known: _Known | None = None
+        self.failed: str | None = None  # What the last pass that failed, or was refused, said.
 
     def attach(self, model: nn.Module, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
@@ -187,10 +190,10 @@ class Passes:
         """Note what the pass saw; `output` is None if it raised an exception."""
         in_prefill, self.cut.phase = self.cut.phase == "prefill", "outside"
         if not self.calls.ends(stack) or self._running is None:
-            return
+            return self._note(output)
         (step, now), self._running, self.cut.prefill = self._running, None, None
         if output is None:
-            return
+            return self._note(output)
         if now.cache is None and (in_prefill or step is None):
             self.caches.mark(getattr(output, "past_key_values", None), step)
         if step is None:
@@ -212,6 +215,11 @@ class Passes:
             cache = getattr(output, "past_key_values", None) if now.cache is None else now.cache
             self.caches.written(cache, step, now.past + now.length, in_prefill=in_prefill)
         step.whole = True
+
+    def _note(self, output: Any) -> None:
+        """Keep in words what ended a pass that has no output."""
+        if output is None and (error := sys.exc_info()[1]) is not None:
+            self.failed = f"{type(error).__name__}: {cut_text(str(error), 300)}"
 
     def _acting_later(self, now: Pass) -> int:
         """Action queries of a pass that is no prefill."""
