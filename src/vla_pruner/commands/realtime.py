@@ -30,7 +30,7 @@ from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.measure.environment import stamp
 from vla_pruner.models.loading import locate, read_config
 from vla_pruner.reports.files import to_csv, write_text
-from vla_pruner.scenes.suites import PICK_PLACE, open_suite
+from vla_pruner.scenes import suites
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace, conditions: int) -> None:
             raise ValueError(f"{said[0]} is for the server: say it where that at --url is started")
     if args.rerun:
         importlib.import_module("rerun")
-    open_suite(PICK_PLACE).held_out(args.episodes, args.seed)
+    suites.open_suite(suites.PICK_PLACE).held_out(args.episodes, args.seed)
 
 
 def _trials(
@@ -126,7 +126,7 @@ def _trials(
     from vla_pruner.realtime.served import Served
     from vla_pruner.realtime.table import film
 
-    suite = open_suite(PICK_PLACE)
+    suite = suites.open_suite(suites.PICK_PLACE)
     seeds = suite.held_out(args.episodes, args.seed)
     said = said_by(Path(locate(args.policy))) if args.url is None else {}
     execute = args.execute or int(said.get("execute", 2))
@@ -204,7 +204,7 @@ def _write(
     }
     values = {"about": about, "trials": [trial.as_dict() for trial in trials]}
     write_text(args.out / "realtime.json", json.dumps(values, default=str))
-    suite = {"suite": f"{PICK_PLACE}+clock{pace.actions_hz:g}"}
+    suite = {"suite": f"{suites.PICK_PLACE}+clock{pace.actions_hz:g}"}
     rows = [suite | trial.as_row() for trial in trials]
     write_text(args.out / "episodes.csv", to_csv(rows))
     shown = table(trials, names)
