@@ -109,7 +109,7 @@ def check_options(method: str, *, keep: float | None, eta: float | None) -> None
             f"method {short(method)} has no calibration; choose from {', '.join(METHODS)}."
         )
     if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"keep={short(keep)}: expected a share of the visual tokens in (0, 1].")
+        raise ValueError(f"keep={short(keep)}: expected a share in (0, 1] of the visual tokens.")
     if eta is not None and (method != "vtw" or keep is not None):
         raise ValueError("`eta` is for vtw alone, and instead of `keep`: give one of them.")
     if method == "fitprune" and keep is None:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--episodes",
-        type=at_least(1),
+        type=int,
         help="record this many episodes of the reference task first, of training scenes alone; "
         "into --observations, or beside --out. What was recorded before is not recorded again",
     )
