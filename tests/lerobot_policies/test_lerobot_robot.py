@@ -226,7 +226,7 @@ def test_another_tools_function_is_not_kept(flows, monkeypatch):
 
 
 # -- lerobot-rollout -------------------------------------------------------------------------------
-def rollout(monkeypatch, checkpoint, *options):
+def rollout(monkeypatch, checkpoint, *options, seconds=4):
     """Actions that the command sends."""
     from lerobot.scripts import lerobot_rollout
 
@@ -241,7 +241,7 @@ def rollout(monkeypatch, checkpoint, *options):
         "--policy.keep=8",
         "--task=pick up the can",
         "--fps=5",
-        "--duration=4",
+        f"--duration={seconds}",
         "--play_sounds=false",
         "--return_to_initial_position=false",
         *options,
@@ -259,7 +259,13 @@ def test_a_rollout(monkeypatch, checkpoint, inference):
         vla_pruner.lerobot, "prune", lambda *a: sessions.append(original(*a)) or sessions[-1]
     )
     more = {"sync": (), "rtc": ("--inference.rtc.execution_horizon=4",)}[inference]
-    sent = rollout(monkeypatch, checkpoint, f"--inference.type={inference}", *more)
+    for seconds in (4, 60):  # a busy machine carries out fewer actions in its time
+        sessions.clear()
+        sent = rollout(
+            monkeypatch, checkpoint, f"--inference.type={inference}", *more, seconds=seconds
+        )
+        if len(sent) > 3:
+            break
     assert len(sent) > 3 and set(sent[0]) == set(JOINTS[:7])
     assert sessions[0].last.visual_kept < sessions[0].last.visual_full
 
