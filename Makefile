@@ -130,7 +130,7 @@ clean:  ## remove the virtual environment, caches and results
 $(LEROBOT_ENV)/.installed: Makefile
 	$(LEROBOT_PYTHON) -m venv $(LEROBOT_ENV)
 	$(LEROBOT_ENV)/bin/python -m pip install --disable-pip-version-check \
-	  "$(LEROBOT)" $(LEROBOT_WITH) pytest hypothesis rich
+	  "$(LEROBOT)" $(LEROBOT_WITH) pytest hypothesis rich "websockets>=14" msgpack
 	$(if $(LEROBOT_PATCH),cp -r "$(LEROBOT_PATCH)"/* "$$($(LEROBOT_ENV)/bin/python $(TRANSFORMERS))")
 	@touch $@
 

@@ -13,9 +13,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import vla_pruner
-from vla_pruner._short import cut
+from vla_pruner._short import cut, printable
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -201,6 +202,18 @@ class _Help(argparse.HelpFormatter):
         return f"{said} (default: {typed.replace(chr(37), chr(37) * 2)})"
 
 
+def _plain(sentence: str) -> str:
+    """A sentence for a terminal: short, and without what names may hold of its commands."""
+    return "\n".join(printable(line) for line in cut(sentence, LONGEST).split("\n"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a sentence of bounded length, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_plain(message))
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser of `vla-pruner`; only the command called `chosen` gets its own arguments."""
     common = argparse.ArgumentParser(add_help=False)
@@ -210,7 +223,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="show the Python traceback of an error",
     )
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         "vla-pruner",
         description="Drops the visual tokens that a vision-language-action policy does not need, "
         "and measures what that buys and costs.",
@@ -300,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, sentence = explain(error)
-        print(f"error: {cut(sentence, LONGEST)}", file=sys.stderr)
+        print(f"error: {_plain(sentence)}", file=sys.stderr)
         return code
 
 

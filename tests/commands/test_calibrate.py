@@ -46,7 +46,8 @@ def test_the_command_records_searches_and_writes(tmp_path):
 
 
 def test_the_command_refuses_what_is_no_policy(tmp_path):
-    words = ["vtw", "--observations", str(tmp_path), "--out", str(tmp_path / "recipe.json")]
+    record_toys(tmp_path / "seen", [7])
+    words = ["vtw", "--observations", str(tmp_path / "seen"), "--out", str(tmp_path / "r.json")]
     parser = ArgumentParser()
     command.add_arguments(parser)
     with pytest.raises(ValueError, match="has no `predict_action`"):

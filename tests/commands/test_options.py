@@ -75,6 +75,17 @@ def test_a_help_shows_defaults_as_they_are_typed(word: str) -> None:
         (["analyze", "--layer", "0"], "0 is no whole number of at least 1"),
         (["bench", "--layers", "0"], "0 is no whole number of at least 1"),
         (["calibrate", "vtw", "--eta", "-0.1"], "-0.1 is no number of at least 0"),
+        (["calibrate", "vtw", "--first-seed", "-1"], "-1 is no whole number of at least 0"),
+        (["eval", "--out", "o", "--episodes", "0"], "0 is no whole number of at least 1"),
+        (["eval", "--out", "o", "--seed", "-1"], "-1 is no whole number of at least 0"),
+        (["eval", "--out", "o", "--workers", "1e9"], "1e9 is no whole number of 1 to 4096"),
+        (["eval", "--out", "o", "--ray", "here"], "here is no HOST:PORT, nor auto"),
+        (["eval", "--out="], "the name is empty"),
+        (["eval", "--out", "o", "--latency-of="], "the name is empty"),
+        (["tune", "--observations= "], "the name is empty"),
+        (["tune", "--rounds", "-1"], "-1 is no whole number of at least 0"),
+        (["realtime", "--hz", "nan"], "nan is no number above 0"),
+        (["realtime", "--actions-hz", "0"], "0 is no number above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -123,3 +134,58 @@ def test_a_budget_of_the_doctor_is_a_share(capsys: pytest.CaptureFixture[str]) -
         assert "expected a fraction in (0, 1]" in capsys.readouterr().err
     assert main(["doctor", " "]) == 2
     assert "the name of the model is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --episodes 1000000000 --out OUT", "1000000000 episodes from held-out scene 0"),
+        ("eval --seed 1000000000 --out OUT", "50 episodes from held-out scene 1000000000"),
+        ("calibrate vtw --keep 0.25 --observations OUT", "no observations"),
+        ("calibrate vtw --keep 2 --observations OUT", r"keep=2.0: expected a share in \(0, 1\]"),
+        ("calibrate vtw --keep nan --observations OUT", "keep=nan: expected a share"),
+        ("calibrate vtw --keep 0.2 --eta 1 --observations OUT", "instead of `keep`"),
+        ("calibrate vtw --keep 0.2 --episodes 1 --first-seed 99999999", "not all training scenes"),
+        ("calibrate fitprune --observations OUT", "fitprune is calibrated for one budget"),
+        ("tune --observations OUT", "OUT': there is no such folder"),
+        ("tune --observations HERE", "holds neither .npz files nor meta/info.json"),
+        ("tune --observations HERE --cameras a", "--cameras is for LeRobotDatasets"),
+        ("tune --cameras a", "--cameras and --instruction say how to read a dataset"),
+        ("tune --instruction x", "--cameras and --instruction say how to read a dataset"),
+        ("realtime --conditions none none", "something is there twice"),
+        ("realtime --conditions fastv@0.5 fastv@0.50", "need different conditions"),
+        ("realtime --policy mini-ofd", "no policy that ships here"),
+        ("realtime --token abc", "--token is shown to a server that runs"),
+        ("realtime --url x --conditions none", "--url x: expected ws://HOST:PORT"),
+        ("realtime --url ws://a:1 --conditions none --gripper rlds", "--gripper is for the server"),
+        ("realtime --episodes 1000000000", "1000000000 episodes from held-out scene 0"),
+        ("demo --capture fast", "--capture fast: there are"),
+        ("bench --capture fast", "--capture fast: there are"),
+        ("eval --capture fast --out OUT", "--capture fast: there are"),
+    ],
+)
+def test_what_needs_no_policy_is_refused_before_one_is_loaded(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded before the arguments were read")
+
+    monkeypatch.setattr("vla_pruner.models.openvla.from_pretrained", load)
+    monkeypatch.setattr("vla_pruner.realtime.served.Served.__init__", load)
+    monkeypatch.setattr(bench, "build_workload", load)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "clients" / "python" / "src"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    assert main(words.split()) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["HERE"]
+
+
+def test_a_message_is_short_and_holds_no_commands_for_the_terminal(capsys: Any) -> None:
+    assert main(["demo", "--device", "cu\x1b[31mda\rx" + "a" * 100_000]) == 2
+    found = capsys.readouterr().err
+    assert "\x1b" not in found and "\r" not in found and len(found) < 9000
+    with pytest.raises(SystemExit):
+        main(["demo", "--episodes", "\x1b[31m" + "9" * 100_000])
+    found = capsys.readouterr().err
+    assert "\x1b" not in found and len(found) < 12_000

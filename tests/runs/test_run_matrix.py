@@ -89,6 +89,7 @@ def matrix(**changes) -> dict:
         (matrix(worker=2), "unknown entry worker"),
         (matrix(policies=[]), "policies: expected a list of names"),
         (matrix(suites=["a", "a"]), "suites: a name is there twice"),
+        (matrix(methods=["none", "none"]), "methods: a name is there twice"),
         (matrix(conditions=[]), "nothing to run"),
         (matrix(conditions=["none", "none"]), "asked for twice"),
         (matrix(conditions=[3]), "conditions: 3 must be a name"),

@@ -479,10 +479,17 @@ def test_a_start_that_fails_is_not_ready_and_says_so_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--watchdog-s nan", "--deadline-ms inf", "--idle-s -1", "--ray-gpus nan"]
+    ("words", "said"),
+    [
+        ("--ray-gpus 1", "--ray-gpus: say with --ray"),
+        ("--ray auto --ray-gpus 1.5", "--ray-gpus 1.5: Ray reserves a share of one GPU, or whole"),
+        ("--watchdog-s 9", "nothing can replace the thread of this process"),
+        ("--ladder nowhere", "--ladder: say with --deadline-ms"),
+        ("--ladder nowhere --deadline-ms 9", "nowhere cannot be read as a receipt"),
+    ],
 )
-def test_numbers_that_mean_nothing_are_refused_before_a_policy_is_made(words: str) -> None:
+def test_what_does_not_fit_is_refused_before_a_policy_is_made(words: str, said: str) -> None:
     parser = argparse.ArgumentParser()
     engine_options(parser)
-    with pytest.raises(ValueError, match=words.split()[0]):
+    with pytest.raises(ValueError, match=said):
         engine_from(parser.parse_args(words.split()), broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("vla_eval", reason="vla-eval is missing: pip install 'vla-pruner[serve]'")
 
 from vla_pruner import cli
+from vla_pruner.commands import serve
 from vla_pruner.serving.server import PolicyServer
 
 
@@ -76,28 +78,113 @@ def test_a_model_that_gives_no_actions_is_refused(make: Callable) -> None:
         PolicyServer(make(), keep=0.5)
 
 
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("the policy was loaded before the arguments were read")
+
+    monkeypatch.setattr(serve, "_load", load)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--port", "99999"], "--port 99999"),
-        (["--option", "window=1"], "say with --method what prunes"),
-        (["--keep", "0.25"], "say with --method what prunes"),
-        (["--method", "vla-pruner"], "--method vla-pruner: say with --keep how many"),
-        (["--policy", "mini-ofd"], "no policy that ships here"),
-        (["--benchmark", "metaworld"], "no benchmark is called 'metaworld'"),
-        # Found before the policy, which is not there either.
-        (["--policy", "mini-ofd", "--token-file", "none"], "none holds no token"),
-        (["--policy", "mini-ofd", "--tls-cert", "a", "--tls-key", "b"], "no certificate and key"),
+        ("--port 99999", "--port 99999"),
+        ("--port 1000000000000000000000", "--port 1000000000000000000000"),
+        ("--host=", "--host is empty"),
+        ("--option window=1", "say with --method what prunes"),
+        ("--keep 0.25", "say with --method what prunes"),
+        ("--method vla-pruner", "--method vla-pruner: say with --keep how many"),
+        ("--benchmark metaworld", "no benchmark is called 'metaworld'"),
+        ("--benchmark=", "no benchmark is called ''"),
+        ("--device cuda:x", "--device cuda:x"),
+        ("--capture fast", "--capture fast: there are"),
+        ("--token-file none", "none holds no token"),
+        ("--tls-cert a --tls-key b", "no certificate and key"),
+        ("--tls-cert a", "TLS takes two files"),
+        ("--protocol gr00t --tls-cert CERT --tls-key KEY", "no certificate|ZeroMQ"),
+        ("--ladder x", "--ladder: say with --deadline-ms"),
+        ("--ladder nowhere --deadline-ms 100", "nowhere cannot be read as a receipt"),
+        ("--ladder FILE --deadline-ms 100", "cannot be read as a receipt"),
+        ("--watchdog-s 5", "add --replicas or --ray"),
+        ("--ray-gpus 1", "say with --ray"),
+        ("--keys droid", "--keys is for the door openpi: add --protocol openpi"),
+        ("--fps 30", "--fps is for the door lerobot"),
+        ("--jpeg --protocol act", "--jpeg is for the door vla-eval"),
+        ("--benchmark libero --protocol act", "--benchmark is for the door vla-eval"),
+        ("--protocol openpi --keys nowhere", "--keys 'nowhere': choose libero, droid, aloha"),
+        ("--protocol openpi --keys FILE", "must say `cameras` and `state`"),
+        ("--protocol gr00t --modalities nowhere", "nowhere cannot be read"),
+        ("--protocol gr00t --modalities FILE", "must say `video` and `state`"),
+        ("--protocol lerobot", "say --accept-lerobot-pickles"),
+        ("--protocol lerobot --accept-lerobot-pickles --cameras a,a", "something twice"),
+        ("--protocol lerobot --accept-lerobot-pickles --cameras=", "or nothing"),
+        (
+            "--protocol lerobot --accept-lerobot-pickles --token-file FILE",
+            "holds? .*token|one word",
+        ),
     ],
 )
-def test_bad_arguments_end_in_a_sentence(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_what_means_nothing_ends_in_a_sentence_before_anything_is_loaded(
+    arguments: str, said: str, tmp_path: Path, nothing_is_loaded: None, capsys: Any
 ) -> None:
-    assert cli.main(["serve", *arguments]) == cli.BAD_INPUT
-    assert said in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    words = arguments.replace("FILE", str(tmp_path / "file")).split()
+    free = [] if "--port" in words or "--protocol" in words else ["--port", "0"]
+    assert cli.main(["serve", *words, *free]) == cli.BAD_INPUT
+    assert re.search(said, capsys.readouterr().err)
 
 
-def test_a_taken_port_ends_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "1e300", "x", " "])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "batch",
+        "deadline-ms",
+        "watchdog-s",
+        "max-text",
+        "max-pixels",
+        "max-episodes",
+        "max-connections",
+        "idle-s",
+        "fps",
+        "chunk-size",
+    ],
+)
+def test_numbers_of_the_server_are_read_first(
+    option: str, value: str, nothing_is_loaded: None, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", f"--{option}={value}"])
+    assert end.value.code == cli.BAD_INPUT
+    assert f"argument --{option}:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--wait-ms=-1", "--replicas=-1", "--replicas=1e9", "--ray-gpus=nan", "--port=x", "--ray=here"],
+)
+def test_numbers_that_may_be_0_are_read_first(
+    words: str, nothing_is_loaded: None, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", words])
+    assert end.value.code == cli.BAD_INPUT and words.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_there_ends_in_a_sentence(capsys: Any) -> None:
+    assert cli.main(["serve", "--policy", "mini-ofd"]) == cli.BAD_INPUT
+    assert "no policy that ships here" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_this_machine_is_refused_before_anything_is_loaded(
+    nothing_is_loaded: None, capsys: Any
+) -> None:
+    assert cli.main(["serve", "--host", "192.0.2.1"]) == cli.FAILED
+    assert "cannot listen on 192.0.2.1:8000" in capsys.readouterr().err
+
+
+def test_a_taken_port_ends_in_a_sentence(nothing_is_loaded: None, capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", "--benchmark", "pickplace", "--port", str(port)]) == cli.FAILED

@@ -94,21 +94,28 @@ def check_request(
 
     Args and errors are those of `calibrate`.
     """
+    check_options(method, keep=keep, eta=eta)
+    adapter = adapter or find_adapter(model)
+    adapter.bind(model)
+    if keep is not None:
+        one_cut_share(1, keep, layer=layer, depth=len(adapter.layers), **_sizes(adapter))
+    return adapter
+
+
+def check_options(method: str, *, keep: float | None, eta: float | None) -> None:
+    """What of `check_request` needs no model. Errors: ValueError."""
     if method not in METHODS:
         raise ValueError(
             f"method {short(method)} has no calibration; choose from {', '.join(METHODS)}."
         )
+    if keep is not None and not 0 < keep <= 1:
+        raise ValueError(f"keep={short(keep)}: expected a share in (0, 1] of the visual tokens.")
     if eta is not None and (method != "vtw" or keep is not None):
         raise ValueError("`eta` is for vtw alone, and instead of `keep`: give one of them.")
     if method == "fitprune" and keep is None:
         raise ValueError("fitprune is calibrated for one budget: give `keep`, such as 0.25.")
     if method == "efficientvla" and keep is not None:
         raise ValueError("efficientvla ranks layers once for every budget: leave `keep` out.")
-    adapter = adapter or find_adapter(model)
-    adapter.bind(model)
-    if keep is not None:
-        one_cut_share(1, keep, layer=layer, depth=len(adapter.layers), **_sizes(adapter))
-    return adapter
 
 
 def _fitprune(

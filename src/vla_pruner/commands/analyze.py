@@ -13,6 +13,7 @@ from typing import Any, get_args
 from rich.console import Console
 from torch import nn
 
+from vla_pruner._arguments import at_least
 from vla_pruner.analysis.oracle import Oracle
 from vla_pruner.analysis.page import write_page
 from vla_pruner.analysis.record import Trace, Way, trace
@@ -27,7 +28,6 @@ from vla_pruner.commands.shared.options import (
     add_scenes,
     add_suite,
     add_unnorm_key,
-    at_least,
     device_of,
     keep_of,
     words_of,

@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vla_pruner._arguments import a_path, at_least
 from vla_pruner.commands.shared.options import (
     add_capture,
     add_device,
     add_keeps,
     add_methods,
-    at_least,
+    check_capture,
     device_of,
     keep_of,
     words_of,
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=a_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
     device = device_of(args.device)
+    check_capture(args.capture)
     on_gpu = device.type == "cuda"
     repeats = args.repeats if args.repeats is not None else 30 if on_gpu else 5
     if repeats < 1:

@@ -10,19 +10,24 @@ from typing import Any
 
 from rich.console import Console
 
-from vla_pruner.calibration.search import METHODS, calibrate, check_request
+from vla_pruner._arguments import a_path, at_least
+from vla_pruner.calibration.search import METHODS, calibrate, check_options, check_request
 from vla_pruner.commands.shared.options import (
     add_device,
     add_out,
     add_policy,
     add_unnorm_key,
-    at_least,
     device_of,
 )
-from vla_pruner.commands.shared.output_folder import check_file
+from vla_pruner.commands.shared.output_folder import check_file, check_folder
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.control import Control, statistics_of
-from vla_pruner.episodes.observations import Observations, read_observations, record_observations
+from vla_pruner.episodes.observations import (
+    Observations,
+    observations_in,
+    read_observations,
+    record_observations,
+)
 from vla_pruner.methods.recipe import Recipe
 from vla_pruner.models.loading import load, locate
 from vla_pruner.scenes.scene import Suite
@@ -40,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_unnorm_key(parser)
     parser.add_argument(
         "--observations",
-        type=Path,
+        type=a_path,
         help="folder of .npz files with what the policy sees (format: docs/methods/fitprune.md)",
     )
     parser.add_argument(
@@ -49,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="record this many episodes of the reference task first, of training scenes alone; "
         "into --observations, or beside --out. What was recorded before is not recorded again",
     )
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="first scene to record")
+    parser.add_argument(
+        "--first-seed", type=at_least(0), default=FIRST_SEED, help="first scene to record"
+    )
     parser.add_argument(
         "--keep",
         type=float,
@@ -90,9 +97,15 @@ def calibrate_command(
         raise ValueError(
             "nothing to calibrate on: give --observations FOLDER, or --episodes 16 to record some."
         )
+    check_options(args.method, keep=args.keep, eta=args.eta)
     check_file(args.out)
     folder = args.observations or args.out.with_name(f"{args.out.stem}-observations")
     device = device_of(args.device)
+    if args.episodes is None:
+        observations_in(folder)
+    else:
+        _seeds(args, open_suite())
+        check_folder(folder, "--observations")
     policy = load(args.policy, device=device) if open_policy is None else open_policy(args.policy)
     if not hasattr(policy, "predict_action"):
         raise ValueError(
@@ -143,17 +156,7 @@ def _held_out(open_suite: Callable[[], Suite]) -> Sequence[int]:
 def _record(
     args: argparse.Namespace, policy: Any, folder: Path, suite: Suite, console: Console
 ) -> None:
-    if args.episodes < 1 or args.first_seed < 0:
-        raise ValueError(
-            f"--episodes {args.episodes} --first-seed {args.first_seed}: record at least one "
-            "episode, from a scene that is not negative."
-        )
-    seeds = range(args.first_seed, args.first_seed + args.episodes)
-    if seeds[-1] >= min(suite.seeds):
-        raise ValueError(
-            f"scenes {seeds[0]} to {seeds[-1]} are not all training scenes: those from "
-            f"{min(suite.seeds)} on are kept for evaluation. Choose a smaller --first-seed."
-        )
+    seeds = _seeds(args, suite)
     folder_of_policy = Path(locate(args.policy))
     control = Control.of(policy, suite.cameras, folder=folder_of_policy, unnorm_key=args.unnorm_key)
     with progress_bar(console) as bar:
@@ -167,6 +170,22 @@ def _record(
             control=control,
             on_episode=lambda: bar.advance(line),
         )
+
+
+def _seeds(args: argparse.Namespace, suite: Suite) -> range:
+    """The scenes to record. Errors: ValueError, they are not all training scenes."""
+    if args.episodes < 1 or args.first_seed < 0:
+        raise ValueError(
+            f"--episodes {args.episodes} --first-seed {args.first_seed}: record at least one "
+            "episode, from a scene that is not negative."
+        )
+    seeds = range(args.first_seed, args.first_seed + args.episodes)
+    if seeds[-1] >= min(suite.seeds):
+        raise ValueError(
+            f"scenes {seeds[0]} to {seeds[-1]} are not all training scenes: those from "
+            f"{min(suite.seeds)} on are kept for evaluation. Choose a smaller --first-seed."
+        )
+    return seeds
 
 
 def _search(args: argparse.Namespace, policy: Any, seen: Observations, console: Console) -> Recipe:

@@ -23,6 +23,7 @@ from vla_pruner.commands.shared.options import (
     add_scenes,
     add_suite,
     add_unnorm_key,
+    check_capture,
     device_of,
     words_of,
 )
@@ -87,6 +88,7 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     """
     console = console or Console()
     device_of(args.device)
+    check_capture(args.capture)
     keeps = words_of("--keep", args.keep)
     if args.method == ALL_TOKENS:
         raise ValueError(f"--method {args.method}: name a method that prunes")

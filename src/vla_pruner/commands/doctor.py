@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vla_pruner._arguments import a_path
 from vla_pruner.commands.shared.options import add_device, device_of
 from vla_pruner.episodes.control import said_by
 from vla_pruner.measure.doctor import Finding, act_of, examine
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--keep", type=float, default=0.25, help="fraction kept when dropping")
     parser.add_argument(
-        "--receipt", type=Path, help="of `vla-pruner tune`: is it of this model and this machine?"
+        "--receipt", type=a_path, help="of `vla-pruner tune`: is it of this model and this machine?"
     )
     parser.add_argument("--instruction", default="pick up the can", help="what the model is told")
 

@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the families, or one, or the page of the documentation."""
     if args.markdown:
+        if args.name is not None:
+            raise ValueError("--markdown is the page of all families; leave the name out")
         summaries = {family.name: family.summary for family in built_in()}
         print(matrix.markdown(matrix.read(), summaries), end="")
         return 0

@@ -13,22 +13,24 @@ from typing import Any
 
 from rich.console import Console
 
+from vla_pruner._arguments import above_0, at_least
+from vla_pruner._short import word
 from vla_pruner.commands.shared.options import (
-    above_0,
     add_control,
     add_device,
     add_out,
     add_policy,
     add_scenes,
-    at_least,
-    words_of,
+    conditions_of,
+    device_of,
 )
 from vla_pruner.commands.shared.output_folder import check_folder
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.episodes.control import Control, said_by
 from vla_pruner.measure.environment import stamp
-from vla_pruner.models.loading import locate
+from vla_pruner.models.loading import locate, read_config
 from vla_pruner.reports.files import to_csv, write_text
+from vla_pruner.scenes import suites
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token", help="of the server at --url")
     add_scenes(parser, 10)
-    parser.add_argument("--hz", type=float, default=25.0, help="ticks of the arm in a second")
+    parser.add_argument("--hz", type=above_0, default=25.0, help="ticks of the arm in a second")
     parser.add_argument(
         "--actions-hz",
-        type=float,
+        type=above_0,
         default=5.0,
         help="actions of the policy in a second; 5 is the scene's own time, 25 five times as fast",
     )
@@ -87,9 +89,8 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from vla_pruner.realtime.arm import Pace
 
-    conditions = [Condition.parse(word) for word in words_of("--conditions", args.conditions)]
-    if args.url is not None and len(conditions) > 1:
-        raise ValueError("--url is one server: name what it serves with one of --conditions")
+    conditions = conditions_of("--conditions", args.conditions)
+    _check(args, len(conditions))
     pace = Pace(args.hz, args.actions_hz)
     check_folder(args.out)
     console = Console()
@@ -98,15 +99,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, conditions: int) -> None:
+    """Refuse what cannot be run, before a server is started (ValueError)."""
+    if args.url is None:
+        if args.token is not None:
+            raise ValueError("--token is shown to a server that runs: name it with --url")
+        device_of(args.device)
+        read_config(locate(args.policy))
+    else:
+        if conditions > 1:
+            raise ValueError("--url is one server: name what it serves with one of --conditions")
+        if not re.fullmatch(r"wss?://\S+", args.url):
+            raise ValueError(f"--url {word(args.url)}: expected ws://HOST:PORT, or wss://")
+        own = {"--gripper": args.gripper, "--unnorm-key": args.unnorm_key, "--rerun": args.rerun}
+        if said := [name for name, value in own.items() if value]:
+            raise ValueError(f"{said[0]} is for the server: say it where that at --url is started")
+    if args.rerun:
+        importlib.import_module("rerun")
+    suites.open_suite(suites.PICK_PLACE).held_out(args.episodes, args.seed)
+
+
 def _trials(
     args: argparse.Namespace, conditions: list[Condition], pace: Any, console: Console
 ) -> list[Any]:
     from vla_pruner.realtime.arm import WatchedClient, observation, run_trial
     from vla_pruner.realtime.served import Served
     from vla_pruner.realtime.table import film
-    from vla_pruner.scenes.suites import PICK_PLACE, open_suite
 
-    suite = open_suite(PICK_PLACE)
+    suite = suites.open_suite(suites.PICK_PLACE)
     seeds = suite.held_out(args.episodes, args.seed)
     said = said_by(Path(locate(args.policy))) if args.url is None else {}
     execute = args.execute or int(said.get("execute", 2))
@@ -133,6 +153,8 @@ def _trials(
         for url in urls.values():
             with WatchedClient(url, token=args.token, timeout_s=60) as client:
                 chunk = len(client.infer(seen).actions)
+            if execute > chunk:
+                raise ValueError(f"--execute {execute}: a chunk of this policy has {chunk} actions")
         for seed in seeds:
             mine = []
             for condition in conditions:
@@ -171,7 +193,6 @@ def _write(
     args: argparse.Namespace, trials: list[Any], names: list[str], pace: Any, console: Console
 ) -> None:
     from vla_pruner.realtime.table import table
-    from vla_pruner.scenes.suites import PICK_PLACE
 
     about = stamp("cpu") | {
         "policy": args.policy,
@@ -183,7 +204,7 @@ def _write(
     }
     values = {"about": about, "trials": [trial.as_dict() for trial in trials]}
     write_text(args.out / "realtime.json", json.dumps(values, default=str))
-    suite = {"suite": f"{PICK_PLACE}+clock{pace.actions_hz:g}"}
+    suite = {"suite": f"{suites.PICK_PLACE}+clock{pace.actions_hz:g}"}
     rows = [suite | trial.as_row() for trial in trials]
     write_text(args.out / "episodes.csv", to_csv(rows))
     shown = table(trials, names)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vla_pruner._arguments import a_path, above_0, at_least
 from vla_pruner.commands.shared.options import (
-    above_0,
     add_control,
     add_device,
     add_keeps,
@@ -35,7 +35,14 @@ from vla_pruner.runs.job import fingerprint
 from vla_pruner.scenes.scene import Suite
 from vla_pruner.scenes.suites import open_suite
 from vla_pruner.tuning.receipt import receipt_of, save_receipt
-from vla_pruner.tuning.sources import Source, open_source, record_source, suite_of, with_key
+from vla_pruner.tuning.sources import (
+    Source,
+    is_dataset,
+    open_source,
+    record_source,
+    suite_of,
+    with_key,
+)
 from vla_pruner.tuning.tune import Row, Tuning, conditions_of, tune
 
 RECEIPT, PICTURE, OBSERVATIONS = "receipt.json", "tune.png", "observations"
@@ -55,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--observations",
-        type=Path,
+        type=a_path,
         metavar="SOURCE",
         help="recorded episodes: a folder of .npz files (docs/methods/fitprune.md), or a "
         "LeRobotDataset v2.1 or v3.0; default: record some in the simulator that the policy was "
@@ -69,8 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TOLERANCE,
         help="mean deviation of the actions that is accepted, in units of their spread",
     )
-    parser.add_argument("--episodes", type=int, default=6, help="at most so many, evenly spread")
-    parser.add_argument("--calls", type=int, default=60, help="at most so many of each episode")
+    parser.add_argument(
+        "--episodes", type=at_least(1), default=6, help="at most so many, evenly spread"
+    )
+    parser.add_argument(
+        "--calls", type=at_least(1), default=60, help="at most so many of each episode"
+    )
     parser.add_argument(
         "--cameras", nargs="+", help="of a LeRobotDataset, in the policy's order (default: its own)"
     )
@@ -84,11 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_control(parser)
     add_device(parser)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=at_least(1, most=4096), default=1, help="of the CPU")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="replays behind each latency; 0: none is measured"
+        "--rounds",
+        type=at_least(0),
+        default=5,
+        help="replays behind each latency; 0: none is measured",
     )
-    parser.add_argument("--timed", type=int, default=2, help="episodes that are timed")
+    parser.add_argument("--timed", type=at_least(1), default=2, help="episodes that are timed")
     add_out(parser, "tune-report", "folder for receipt.json, tune.png and what was recorded")
 
 
@@ -116,6 +130,10 @@ def tune_command(
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least {least}")
     keeps = [keep_of(word) for word in words_of("--keep", args.keep)]
     conditions = conditions_of(words_of("--methods", args.methods), keeps)
+    if args.observations is not None:
+        is_dataset(args.observations, args.cameras)
+    elif args.cameras or args.instruction is not None:
+        raise ValueError("--cameras and --instruction say how to read a dataset: --observations")
     _check_out(args.out)
     check_folder(args.out)
     device = device_of(args.device)

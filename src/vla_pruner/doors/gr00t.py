@@ -81,6 +81,15 @@ def modalities_of(file: Path) -> Modalities:
     )
 
 
+def check_listen(cert: Path | None) -> None:
+    """Refuse what this protocol cannot do. Errors: ValueError."""
+    if cert is not None:
+        raise ValueError(
+            "gr00t speaks ZeroMQ, which has no TLS: leave --tls-cert out and lay a tunnel "
+            "(ssh -L 5555:127.0.0.1:5555 HOST)"
+        )
+
+
 @dataclass
 class Gr00tDoor:
     """Listens for GR00T's clients, see `door.Door`."""
@@ -100,11 +109,7 @@ class Gr00tDoor:
                 f"this policy gives {self.robot.action_dim} numbers an action; the door gr00t has "
                 f"names for {width}"
             )
-        if self.listen.cert is not None:
-            raise ValueError(
-                "gr00t speaks ZeroMQ, which has no TLS: leave --tls-cert out and lay a tunnel "
-                "(ssh -L 5555:127.0.0.1:5555 HOST)"
-            )
+        check_listen(self.listen.cert)
         self.visits = Visits(self.engine, self.listen.idle_s, self.listen.clients)
 
     async def serve(self, ready: Callable[[str], None]) -> None:

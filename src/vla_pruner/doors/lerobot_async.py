@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -59,6 +60,17 @@ class _Client:
     newest: asyncio.Queue[dict[str, Any]] = field(default_factory=lambda: asyncio.Queue(1))
 
 
+def check_listen(token: str | None, cert: Path | None) -> None:
+    """Refuse what lerobot's client cannot do. Errors: ValueError."""
+    if token is not None:
+        raise ValueError(
+            "lerobot's client cannot show a token: listen on 127.0.0.1 without one, and lay a "
+            "tunnel (ssh -L 8080:127.0.0.1:8080 HOST)"
+        )
+    if cert is not None:
+        raise ValueError("lerobot's client speaks no TLS: leave --tls-cert out")
+
+
 @dataclass
 class LerobotDoor:
     """Listens for lerobot's robot clients, see `door.Door`.
@@ -78,13 +90,7 @@ class LerobotDoor:
     name: str = "lerobot"
 
     def __post_init__(self) -> None:
-        if self.listen.token is not None:
-            raise ValueError(
-                "lerobot's client cannot show a token: listen on 127.0.0.1 without one, and lay a "
-                "tunnel (ssh -L 8080:127.0.0.1:8080 HOST)"
-            )
-        if self.listen.cert is not None:
-            raise ValueError("lerobot's client speaks no TLS: leave --tls-cert out")
+        check_listen(self.listen.token, self.listen.cert)
         if self.cameras and len(self.cameras) != self.robot.cameras:
             raise ValueError(
                 f"this policy takes {self.robot.cameras} images; --cameras names "

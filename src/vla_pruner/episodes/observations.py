@@ -82,6 +82,15 @@ class Observations:
         return {"count": len(self.items), "source": self.source, "seeds": list(self.seeds)}
 
 
+def observations_in(folder: Path) -> list[Path]:
+    """The files of a folder of observations, by name. Errors: FileNotFoundError, there are none."""
+    if not (paths := sorted(folder.glob("*.npz"))):
+        raise FileNotFoundError(
+            f"no observations (*.npz) in {short(str(folder))}; record some with --episodes."
+        )
+    return paths
+
+
 def read_observations(folder: str | Path, *, held_out: Sequence[int] = ()) -> Observations:
     """Every observation of a folder, files by name.
 
@@ -94,11 +103,7 @@ def read_observations(folder: str | Path, *, held_out: Sequence[int] = ()) -> Ob
         ValueError: a file that holds something else, or a held-out scene.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.npz"))
-    if not paths:
-        raise FileNotFoundError(
-            f"no observations (*.npz) in {short(str(folder))}; record some with --episodes."
-        )
+    paths = observations_in(folder)
     items: list[Observation] = []
     seeds: set[int] = set()
     for path in paths:

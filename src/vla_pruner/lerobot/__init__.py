@@ -10,6 +10,7 @@ lerobot finds the type through the distribution `lerobot_policy_pruned`, or with
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +20,18 @@ from lerobot.policies.factory import get_policy_class
 from torch import nn
 
 from vla_pruner._short import short
-from vla_pruner.methods import build
+from vla_pruner.methods import Method, build
 from vla_pruner.models.prune import prune
 
 __all__ = ["PrunedConfig", "PrunedPolicy"]
 
 _SHOWN = ("input_features", "output_features", "n_obs_steps")
 """What a robot, a scene or a dataset is compared with: those of the policy that is pruned."""
+
+
+def _written(value: Any) -> str:
+    """A value as lerobot's command line reads it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 @PreTrainedConfig.register_subclass("pruned")
@@ -51,8 +57,14 @@ class PrunedConfig(PreTrainedConfig):
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Read the configuration of the policy that is pruned, where it is named already."""
+        """Read the configuration of the policy that is pruned, where it is named already.
+
+        Raises:
+            ValueError: no such method or option, an impossible budget, or overrides of options
+                that the policy does not have.
+        """
         super().__post_init__()
+        self.build()
         if self.pretrained_path is not None:
             self._take(self.read(self.pretrained_path, getattr(self, "pretrained_revision", None)))
 
@@ -60,21 +72,41 @@ class PrunedConfig(PreTrainedConfig):
         """The configuration of a policy, with `device` and `overrides` of this one.
 
         Raises:
-            ValueError: it is of the type "pruned" itself.
+            ValueError: it is of the type "pruned" itself, or has none of the options to override.
         """
-        options = {"device": self.device, **self.overrides}
-        found: PreTrainedConfig = PreTrainedConfig.from_pretrained(
-            name,
-            revision=revision,
-            cli_overrides=[f"--{option}={value}" for option, value in options.items()],
-        )
+
+        def read(**options: Any) -> PreTrainedConfig:
+            said = [f"--{option}={_written(value)}" for option, value in options.items()]
+            found: PreTrainedConfig = PreTrainedConfig.from_pretrained(
+                name, revision=revision, cli_overrides=said
+            )
+            return found
+
+        found = read(device=self.device)
         if isinstance(found, PrunedConfig):
             raise ValueError(
                 f'{short(str(name))} is a configuration of the type "pruned"; name the policy that '
                 "it prunes"
             )
+        if self.overrides:
+            known = [each.name for each in fields(found)]
+            if unknown := [option for option in self.overrides if option not in known]:
+                raise ValueError(
+                    f"overrides: {found.type} has no option {short(unknown[0])}; it has "
+                    f"{', '.join(known)}"
+                )
+            found = read(**{"device": self.device, **self.overrides})
         found.pretrained_path = Path(name)
         return found
+
+    def build(self) -> Method:
+        """The method, as the options say. Errors: ValueError, see `vp.methods.build`."""
+        keep = self.keep
+        if keep == 1:
+            keep = 1.0  # all of them, also where it was not read from a command line
+        elif isinstance(keep, float) and keep > 1 and keep.is_integer():
+            keep = int(keep)
+        return build(self.method, keep=keep, layer=self.layer, **self.options)
 
     def _take(self, inner: PreTrainedConfig) -> None:
         self.__dict__["_inner"] = inner
@@ -93,6 +125,10 @@ class PrunedConfig(PreTrainedConfig):
         for option, value in vars(self).items():
             if option not in own and hasattr(found, option):
                 setattr(found, option, value)
+        found.device = self.device
+        for option in ("input_features", "output_features"):  # lerobot fills in those of a scene
+            if not getattr(found, option):
+                setattr(found, option, getattr(self, option))
         return found
 
     def __getattr__(self, name: str) -> Any:
@@ -168,13 +204,10 @@ class PrunedPolicy:
         """
         if config is None:
             config = PrunedConfig()
+        config.build()  # Raises before anything is loaded: options may have been set since.
         inner = config.inner(pretrained_name_or_path, kwargs.get("revision"))
         policy: nn.Module = get_policy_class(inner.type).from_pretrained(
             pretrained_name_or_path, config=inner, **kwargs
         )
-        keep = config.keep
-        if keep is not None and keep > 1 and keep == int(keep):
-            keep = int(keep)
-        method = build(config.method, keep=keep, layer=config.layer, **config.options)
-        prune(policy.eval(), method)
+        prune(policy.eval(), config.build())
         return policy

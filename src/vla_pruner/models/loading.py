@@ -50,7 +50,7 @@ def load(
         ValueError: there is no such model, or its files do not fit.
     """
     where = locate(name_or_path)
-    config = _read_config(where)
+    config = read_config(where)
     if config.get("model_type") == "openvla":
         from vla_pruner.models import openvla
 
@@ -91,7 +91,7 @@ def load(
     return ready
 
 
-def _read_config(where: str) -> dict[str, Any]:
+def read_config(where: str) -> dict[str, Any]:
     """The config.json of a folder or hub id. Raises ValueError: there is none."""
     if not where.strip():
         raise ValueError("the name of the model is empty; name a policy, a folder or a hub id")

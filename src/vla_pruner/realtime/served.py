@@ -52,7 +52,11 @@ class Served(contextlib.AbstractContextManager["Served"]):
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         command = served_by(policy, condition, device=device, more=more or [])
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-        self.url = self._address()
+        try:
+            self.url = self._address()
+        except BaseException:  # Ctrl-C, too: nobody else would end it
+            self.kill()
+            raise
 
     def _address(self) -> str:
         until = time.monotonic() + START_S
@@ -63,7 +67,6 @@ class Served(contextlib.AbstractContextManager["Served"]):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server of {self.name} ended: {cut(said.strip(), 2000)}")
             time.sleep(0.1)
-        self.kill()
         raise RuntimeError(f"the server of {self.name} did not start in {START_S:g} s")
 
     def kill(self) -> None:

@@ -114,6 +114,8 @@ def _method_conditions(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`methods`: each with every ratio of `keep`, unless it has its own."""
     methods = values.get("methods") or {}
     if isinstance(methods, list) and all(isinstance(name, str) for name in methods):
+        if len(set(methods)) < len(methods):
+            raise ValueError("methods: a name is there twice")
         methods = dict.fromkeys(methods)
     if not isinstance(methods, Mapping):
         raise ValueError(f"methods: expected names, got {short(methods)}")

@@ -42,6 +42,13 @@ def plan(
     """
     found: dict[Cell, Planned] = {}
     problems: dict[str, str] = {}
+    for cell in cells:  # what needs no policy comes before any is loaded
+        try:
+            suites[cell.suite].held_out(cell.episodes, cell.first)  # Raises: not so many.
+        except ValueError as error:
+            problems[str(cell)] = str(error)
+    if problems:
+        raise ValueError(_cannot_run(problems))
     for name in dict.fromkeys(cell.policy for cell in cells):
         own = [cell for cell in cells if cell.policy == name]
         try:
@@ -70,7 +77,6 @@ _SHOWN = 8
 
 
 def _planned(cell: Cell, setup: Setup, policy: nn.Module, suite: Suite) -> Planned:
-    suite.held_out(cell.episodes, cell.first)  # Raises: there are not so many.
     if suite.clock is not None:
         _check_clock(suite.clock, cell.condition, policy)
     if setup.captured and cell.condition.keep is not None:

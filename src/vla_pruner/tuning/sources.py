@@ -84,20 +84,33 @@ def open_source(
         FileNotFoundError: there is nothing to replay.
         ValueError: what is there is damaged, or not for this policy.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"--observations {short(str(path))}: there is no such folder")
-    if (path / _INFO).exists():
+    if is_dataset(path, cameras):
         from vla_pruner.tuning.lerobot_dataset import read_dataset
 
         source = read_dataset(
             path, episodes=episodes, calls=calls, stride=execute, cameras=cameras, task=instruction
         )
     else:
-        if cameras is not None:
-            raise ValueError("--cameras is for LeRobotDatasets; .npz files hold them in order")
         source = Source("npz", tuple(read_recorded(_files(path, episodes), calls)))
     check_fit(source, policy)
     return source
+
+
+def is_dataset(path: Path, cameras: Sequence[str] | None = None) -> bool:
+    """Whether `path` is a LeRobotDataset; else it is a folder of .npz files, or one.
+
+    Raises:
+        FileNotFoundError: there is nothing to replay.
+        ValueError: cameras are named where files hold them in order.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--observations {short(str(path))}: there is no such folder")
+    if (path / _INFO).exists():
+        return True
+    if cameras is not None:
+        raise ValueError("--cameras is for LeRobotDatasets; .npz files hold them in order")
+    _files(path, 1)
+    return False
 
 
 def spread_out(count: int, wanted: int) -> list[int]:

@@ -12,9 +12,8 @@ from vla_pruner.commands.shared.options import (
     add_scenes,
     add_suite,
     condition_of,
-    words_of,
+    conditions_of,
 )
-from vla_pruner.episodes.condition import Condition
 from vla_pruner.runs.matrix import Cell
 
 
@@ -38,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the episodes that are missing in `--out`."""
     if args.conditions and (args.method != "none" or args.keep):
         raise ValueError("--conditions: give either this, or --method and --keep")
-    texts = words_of("--conditions", args.conditions) if args.conditions else []
-    conditions = [Condition.parse(text) for text in texts]
-    conditions = conditions or [condition_of(args.method, args.keep)]
-    if len({condition.name for condition in conditions}) < len(conditions):
-        raise ValueError(f"--conditions {' '.join(texts)}: need different conditions")
+    conditions = (
+        conditions_of("--conditions", args.conditions)
+        if args.conditions
+        else [condition_of(args.method, args.keep)]
+    )
     cells = [
         Cell(args.policy, args.suite, condition, args.episodes, args.seed)
         for condition in conditions

@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from vla_pruner._arguments import a_path, at_least
 from vla_pruner._short import short
-from vla_pruner.commands.shared.options import add_device, at_least, device_of
+from vla_pruner.commands.shared.options import add_device, device_of
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.timing import keep_freed_memory
@@ -29,8 +29,12 @@ from vla_pruner.scenes.suites import open_suite
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner latency`."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="what eval or sweep wrote to")
-    parser.add_argument("--rounds", type=int, default=7, help="how often everything is replayed")
+    parser.add_argument(
+        "run_folder", type=a_path, metavar="RUN", help="what eval or sweep wrote to"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=7, help="how often everything is replayed"
+    )
     parser.add_argument(
         "--scenes",
         type=at_least(1),
@@ -46,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--observations",
-        type=Path,
+        type=a_path,
         help="replay the .npz files of this folder instead (format: docs/methods/fitprune.md); "
         "needs no simulator",
     )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from vla_pruner._arguments import a_path
 from vla_pruner.commands.shared.options import words_of
 from vla_pruner.episodes.condition import Condition
 from vla_pruner.pages.films import recordings_of, write_films
@@ -22,7 +23,7 @@ from vla_pruner.reports.report import blocks_of, episode_rows_of, rows_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner report`."""
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that eval or sweep wrote to")
+    parser.add_argument("runs", nargs="+", type=a_path, help="folders that eval or sweep wrote to")
     parser.add_argument(
         "--without",
         nargs="+",
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for each condition, in the project behind a colon: wandb:my-project), or the recorded "
         "episodes to rerun (.rrd files beside their films)",
     )
-    parser.add_argument("--out", type=Path, help="folder for the report; default: the first run")
+    parser.add_argument("--out", type=a_path, help="folder for the report; default: the first run")
 
 
 def run(args: argparse.Namespace) -> int:

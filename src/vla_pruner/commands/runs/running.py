@@ -12,14 +12,14 @@ from typing import get_args
 
 from rich.console import Console
 
+from vla_pruner._arguments import a_path, above_0, at_least, ray_address
 from vla_pruner._short import word
 from vla_pruner.commands.shared.options import (
-    above_0,
     add_capture,
     add_control,
     add_device,
     add_out,
-    at_least,
+    check_capture,
     control_of,
     device_of,
     words_of,
@@ -41,9 +41,12 @@ INTERRUPTED = 130
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where and how to run episodes, for `eval` and `sweep`."""
     add_out(parser, None, "run folder; resumed if it exists")
-    parser.add_argument("--workers", type=int, default=2, help="processes, or actors of Ray")
+    parser.add_argument(
+        "--workers", type=at_least(1, most=4096), default=2, help="processes, or actors of Ray"
+    )
     parser.add_argument(
         "--ray",
+        type=ray_address,
         metavar="ADDRESS",
         help="run in this Ray cluster; `auto` is the one that this machine belongs to",
     )
@@ -109,6 +112,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--latency-of",
+        type=a_path,
         metavar="FILE",
         help="with --live: latencies of each condition, from the report.csv of a run that "
         "`vla-pruner latency` timed, or from JSON that maps conditions to ms",
@@ -187,6 +191,7 @@ def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
     console = Console()
     if args.ray is None:
         device_of(args.device)
+    check_capture(args.capture)
     drop = words_of("--drop", args.drop) if args.drop else []
     cells = [
         replace(cell, suite=cell.suite + change) for change in changes_of(args) for cell in cells

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vla_pruner._arguments import a_path
 from vla_pruner.commands.shared.options import add_device, device_of, words_of
 from vla_pruner.commands.shared.progress import progress_bar
 from vla_pruner.episodes.condition import Condition
@@ -29,7 +30,9 @@ from vla_pruner.scenes.suites import open_suite
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vla-pruner watch`."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="what eval or sweep wrote to")
+    parser.add_argument(
+        "run_folder", type=a_path, metavar="RUN", help="what eval or sweep wrote to"
+    )
     parser.add_argument(
         "--scenes",
         nargs="+",

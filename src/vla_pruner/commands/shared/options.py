@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from vla_pruner._arguments import a_path, at_least
 from vla_pruner._short import short, word
 from vla_pruner.episodes.condition import ALL_TOKENS, Condition
 from vla_pruner.episodes.control import Gripper
@@ -77,10 +77,13 @@ def add_suite(parser: Parser) -> None:
 def add_scenes(parser: Parser, episodes: int) -> None:
     """`--episodes` and `--seed`: which of the held-out scenes."""
     parser.add_argument(
-        "--episodes", type=int, default=episodes, help="scenes, each run in every way"
+        "--episodes", type=at_least(1), default=episodes, help="scenes, each run in every way"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="number of the first scene, among the held-out ones"
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="number of the first scene, among the held-out ones",
     )
 
 
@@ -130,7 +133,7 @@ def add_out(parser: Parser, default: str | None, what: str) -> None:
     """`--out`: where the result goes; required without a default."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=a_path,
         default=None if default is None else Path(default),
         required=default is None,
         help=what,
@@ -151,33 +154,6 @@ _COMMA = r",(?![^()\[\]]*[)\]])"
 # -- reading them --------------------------------------------------------------------------------
 
 
-def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
-    """The `type` of an argument: a finite number, whole unless `kind` is float, from `least` on."""
-    what = "whole number" if kind is int else "number"
-
-    def read(said: str) -> float:
-        try:
-            value = kind(said)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{word(said)} is no {what} of at least {least}")
-        return value
-
-    return read
-
-
-def above_0(said: str) -> float:
-    """The `type` of an argument: a finite number that is more than 0."""
-    try:
-        value = float(said)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{word(said)} is no number above 0")
-    return value
-
-
 def words_of(option: str, given: str | Sequence[str]) -> list[str]:
     """The words of a list, apart by spaces or commas, each once.
 
@@ -191,6 +167,15 @@ def words_of(option: str, given: str | Sequence[str]) -> list[str]:
     if len(set(words)) < len(words):
         raise ValueError(f"{option} {' '.join(words)}: something is there twice")
     return words
+
+
+def conditions_of(option: str, given: str | Sequence[str]) -> list[Condition]:
+    """Conditions from a list of words. Errors: ValueError, one is unknown, or there twice."""
+    words = words_of(option, given)
+    found = [Condition.parse(word) for word in words]
+    if len({condition.name for condition in found}) < len(found):
+        raise ValueError(f"{option} {' '.join(words)}: need different conditions")
+    return found
 
 
 def keep_of(word: str) -> float | int:
@@ -243,6 +228,12 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: use cpu, cuda or cuda:N")
     return device
+
+
+def check_capture(backend: str) -> None:
+    """Refuse a backend that `torch.compile` does not have. Errors: ValueError."""
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"--capture {word(backend)}: there are {', '.join(sorted(known))}")
 
 
 def pick(name: str, known: dict[str, Any], kind: str) -> Any:
