@@ -100,6 +100,9 @@ class ReuseHooks(Cut):
         """The next step will recall this prefill."""
         note = step.prefill.note
         if note.record is not None:
+            for index in range(self.plan.depth):
+                if index not in note.record.entropy:
+                    raise refusals.unseen(index, self.attention(index))
             self.memories.close(step, note.record)
             note.record = None
 
