@@ -299,8 +299,9 @@ class Caches:
 
     def _refuse_elsewhere(self, now: Pass) -> None:
         """Refuse a prefill that the first layer of its cache does not hold."""
-        given = now.kwargs.get("use_cache") is not False and now.length > 1
-        if given and now.stack is self.cut.adapter.decoder:
+        if now.length == 1 or now.kwargs.get("use_cache") is False:
+            return
+        if now.stack is self.cut.adapter.decoder and not self.cut.readers:
             holds = int(now.cache.get_seq_length())
             if holds != now.past + now.length:
                 raise refusals.written_elsewhere(now.stack, now.past, now.length, holds)
