@@ -396,7 +396,9 @@ def test_an_attention_that_never_shows_itself_to_a_memory(method, options):
     with vp.prune(model, method, keep=0.5, adapter=at("transformer.h"), **options) as session:
         for _ in range(2):
             session.frame(torch.zeros(1, 3, 4, 96))
-            with pytest.raises(NotImplementedError, match=r"\(FalconAttention\) ran without showing"):
+            with pytest.raises(
+                NotImplementedError, match=r"\(FalconAttention\) ran without showing"
+            ):
                 model(inputs_embeds=embeds())
 
 
