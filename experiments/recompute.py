@@ -48,7 +48,8 @@ class Source:
         found = {
             int(row["seed"]): row
             for row in read(self.file)
-            if (row["suite"], row["condition"]) == (suite, condition)
+            if (row.get("suite", suite), row.get("condition") or row["mistake"])
+            == (suite, condition)
         }
         if not found:
             raise LookupError(f"{self.file} holds no row of {condition} in {suite}")

@@ -17,6 +17,8 @@ from mkdocs.structure.pages import Page
 
 _COMMAND = re.compile(r"^([^|`\s*#-].*)\n(`vla-pruner )", flags=re.MULTILINE)
 _RESULTS = "results.md"
+_WIDE = ("models.md", "methods-compared.md")
+"""Pages of one wide table, which takes the place of their table of contents."""
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -34,6 +36,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Outward links become paths, file names titles; commands of the results begin paragraphs."""
+
+    if page.file.src_uri in _WIDE:
+        page.meta["hide"] = ["toc"]
 
     def replace(match: re.Match[str]) -> str:
         text, target = match.groups()

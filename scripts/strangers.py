@@ -33,6 +33,7 @@ class Path_:
     client: bool = False  # its Python talks to its server, in an environment of its own
     without: tuple[str, ...] = ()  # commands with these words need what is not here
     shorter: tuple[tuple[str, str], ...] = ()
+    said: tuple[str, ...] = ()  # commands that stand in a sentence, before those of its blocks
 
 
 HUB = ("openvla-7b", "lerobot/", "so101", "libero")
@@ -58,7 +59,12 @@ PAGES = {
     "capture.md": Path_(),
     "adding-a-method.md": Path_(),
     "adding-a-model.md": Path_(),
-    "analysis.md": Path_(),
+    "analysis.md": Path_(shorter=(("--episodes 4", "--episodes 1"),)),
+    "../examples/README.md": Path_(),
+    "../README.md": Path_(
+        said=("pip install torch==2.13.0", "pip install -e '.[sim]'", "vla-pruner demo"),
+        shorter=(("vla-pruner demo", "vla-pruner demo --episodes 1"),),
+    ),
 }
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"# (\S+\.(?:yaml|toml))\b")
@@ -80,8 +86,9 @@ class Stranger:
 
     def __init__(self, folder: Path, checkout: Path, page: str) -> None:
         self.folder, self.checkout, self.page, self.how = folder, checkout, page, PAGES[page]
-        text = (checkout / "docs" / page).read_text("utf-8")
-        self.blocks = [(found[1], found[2]) for found in (m.groups() for m in BLOCK.finditer(text))]
+        self.text = (checkout / "docs" / page).read_text("utf-8")
+        found = (match.groups() for match in BLOCK.finditer(self.text))
+        self.blocks = [(language, block) for _, language, block in found]
         self.servers: list[subprocess.Popen[bytes]] = []
 
     def environment(self, use: str, installs: list[str]) -> dict[str, str]:
@@ -129,9 +136,12 @@ class Stranger:
         raise RuntimeError(f"{command}\ndoes not listen:\n{log.read_text('utf-8', 'replace')}")
 
     def follow(self) -> None:
-        shell = [
-            line for kind, text in self.blocks if kind in ("sh", "bash") for line in commands(text)
-        ]
+        shell = list(self.how.said)
+        for line in shell:
+            if f"`{line}`" not in self.text:
+                raise RuntimeError(f"the page no longer says `{line}`")
+        for kind, text in self.blocks:
+            shell += commands(text) if kind in ("sh", "bash") else ()
         wanted = []
         for line in shell:
             if line.startswith("python3 -m venv"):

@@ -19,7 +19,8 @@ def hidden_behind(decoder: nn.Module, cut: int, columns: Sequence[Tensor]) -> It
 
     def narrow(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        queries, cache = hidden.shape[1], kwargs.get("past_key_values")
+        queries = hidden.shape[1]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # Since transformers 5.24.
         past = 0 if cache is None else int(cache.get_seq_length(layer.self_attn.layer_idx))
         given = kwargs.get("attention_mask")
         keys = past + queries if given is None else given.shape[-1]

@@ -96,6 +96,7 @@ def test_everything_at_once_in_one_graph(make, embeds, at):
     assert made == [2] + [4] * (STEPS - 1), "prefill and decode, on all tokens and pruned"
 
 
+@pytest.mark.slow
 def test_kinds_of_layers_with_tables_of_their_own():
     torch._dynamo.reset()
     model = gemma3(["sliding_attention", "full_attention"] * 2, window=64).eval()

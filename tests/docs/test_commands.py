@@ -28,6 +28,10 @@ PAGES = sorted(
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "experiments").rglob("*.md"),
+        *(ROOT / "examples").glob("*.md"),
+        *(ROOT / "clients").rglob("*.md"),
+        *(ROOT / "packages").rglob("*.md"),
+        *(ROOT / "src" / "vla_pruner" / "reference").rglob("*.md"),
     ]
 )
 WORD = re.compile(r"(?:VLA_\w+=\S+ )?vla-pruner ([a-z]+)\b(.*)", re.DOTALL)
@@ -165,3 +169,50 @@ def test_a_printed_command_runs(page: str, command: str, follow: Callable[[str],
         pytest.skip("a method of that page, which test_pages.py installs")
     command = command.replace("CONDITION", "fastv@0.5")
     assert follow(command) in ("reached", "done: 0")
+
+
+PYTHON = re.compile(
+    r"(?:\w+=\S+ )*(?:\S*/)?python3? (?:-m (vla_pruner[\w.]*)|(\w+/[\w/]+\.py))(.*)"
+)
+
+
+def test_scripts_that_the_pages_name_know_what_they_are_told() -> None:
+    """Files are there, and so is every option and word of the command line of the reference."""
+    found = 0
+    for page in PAGES:
+        if page.name in ("CHANGELOG.md", "log.md"):  # What was run then.
+            continue
+        for command in printed(page):
+            if (match := PYTHON.match(command)) is None:
+                continue
+            found += 1
+            module, script, rest = match.groups()
+            file = ROOT / script if script else ROOT / "src" / module.replace(".", "/")
+            file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+            assert file.is_file(), f"{page.name}: {command}"
+            source = file.read_text("utf-8")
+            for option in re.findall(r"(?<=\s)--[a-z][\w-]*", rest):
+                assert f'"{option}"' in source, f"{page.name}: {command}: {option}"
+            if module == "vla_pruner.reference" and rest.split() and "|" not in rest:
+                assert f'add_parser("{rest.split()[0]}"' in source, f"{page.name}: {command}"
+    assert found > 20
+
+
+def test_targets_that_the_pages_name_are_there() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M)
+    named = {
+        (page.name, target)
+        for page in PAGES
+        for command in printed(page)
+        for target in re.findall(r"^make ([a-z-]+)", command)
+    }
+    assert len(named) > 15
+    assert [one for one in named if one[1] not in targets] == []
+
+
+def test_a_folder_with_a_space_is_printed_as_a_shell_reads_it() -> None:
+    for command in ("watch", "latency", "running", "report"):
+        file = ROOT / "src" / "vla_pruner" / "commands" / "runs" / f"{command}.py"
+        source = file.read_text("utf-8")
+        assert re.findall(r"vla-pruner (?:report|watch) \{(?!shlex\.quote)", source) == []
+        assert "shlex.quote" in source

@@ -97,7 +97,8 @@ def test_adding_a_model(follow) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]
+    pages = [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("*/*.md")]
+    pages.append(DOCS.parent / "llms.txt")
     assert len(pages) >= 6
     for page in pages:
         for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):

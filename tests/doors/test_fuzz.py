@@ -35,7 +35,7 @@ from vla_pruner.doors.unpickle import unpickle
 from vla_pruner.doors.wire import from_json, pack, to_json, unpack
 from vla_pruner.serving.engine import Refused
 
-COUNT = int(os.environ.get("FUZZ", "300"))
+COUNT = int(os.environ.get("FUZZ", "80"))
 LISTEN = Listen(idle_s=1e6)
 """However slow the machine, a canary's silence ends no episode."""
 

@@ -16,7 +16,12 @@ SAYS = {
     "new_method.py": r"brightest +deviates by \d[\s\S]*fastv[\s\S]*random",
     "new_model.py": r"dropping against hiding: \d",
     "live_evaluation.py": r"none +\d of 1\nvla-pruner@0.25 +\d of 1",
+    "serve_act.py": r"with 100%[\s\S]*8 actions, with 25% of the visual tokens\n$",
+    "serve_openpi.py": r"all tokens[\s\S]*\(\d+, 7\) 50\n$",
+    "tune.py": r"none +deviates by 0\.000 within[\s\S]*random@0\.25 +deviates by \d",
 }
+NEEDS = {"live_evaluation.py": "robosuite", "serve_act.py": "h11", "serve_openpi.py": "websockets"}
+CLIENT = str(EXAMPLES.parent / "clients" / "python" / "src")
 
 
 def run(code: list[str], folder: Path) -> str:
@@ -25,7 +30,7 @@ def run(code: list[str], folder: Path) -> str:
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([CLIENT, *filter(None, sys.path)])},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -33,11 +38,9 @@ def run(code: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize("name", SAYS)
 def test_an_example(name: str, tmp_path: Path) -> None:
-    arguments = []
-    if name == "live_evaluation.py":
-        if find_spec("robosuite") is None:  # Importing it here would choose how MuJoCo draws.
-            pytest.skip("the extra `sim` is not installed")
-        arguments = ["1"]
+    if name in NEEDS and find_spec(NEEDS[name]) is None:  # robosuite would choose how MuJoCo draws.
+        pytest.skip(f"{NEEDS[name]} is not installed: an extra")
+    arguments = ["1"] if name == "live_evaluation.py" else []
     said = run([str(EXAMPLES / name), *arguments], tmp_path)
     assert re.search(SAYS[name], said), said
 
@@ -59,4 +62,5 @@ def test_the_list_of_examples_is_whole() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w.]+\.(?:py|ipynb))` \|", text))
     assert named == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert {name for name in named if name.endswith(".py")} == set(SAYS)
+    in_lerobot = {"lerobot_rollout.py"}  # tests/lerobot_policies/test_lerobot_robot.py
+    assert {name for name in named if name.endswith(".py")} == set(SAYS) | in_lerobot

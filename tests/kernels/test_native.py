@@ -202,6 +202,7 @@ def test_it_is_compiled_once(state, tmp_path):
     assert built.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 @compiled
 def test_what_a_run_before_left_is_built_again_unless_it_is_as_built(state, tmp_path):
     """Cut off by a full disk, changed, another library, writable by others, a link, misnamed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -180,27 +181,26 @@ def test_another_tools_function_is_not_kept(flows, monkeypatch):
 
 
 # -- lerobot-rollout -------------------------------------------------------------------------------
+OPTIONS = (
+    "--robot.type=simulated_arm",
+    "--policy.device=cpu",
+    "--device=cpu",
+    "--policy.keep=8",
+    "--task=pick up the can",
+    "--fps=5",
+    "--duration=4",
+    "--play_sounds=false",
+    "--return_to_initial_position=false",
+)
+
+
 def rollout(monkeypatch, checkpoint, *options):
     """Actions that the command sends."""
     from lerobot.scripts import lerobot_rollout
 
     SimulatedArm.sent.clear()
-    command = [
-        "lerobot-rollout",
-        "--robot.type=simulated_arm",
-        "--policy.type=pruned",
-        f"--policy.pretrained_path={checkpoint}",
-        "--policy.device=cpu",
-        "--device=cpu",
-        "--policy.keep=8",
-        "--task=pick up the can",
-        "--fps=5",
-        "--duration=4",
-        "--play_sounds=false",
-        "--return_to_initial_position=false",
-        *options,
-    ]
-    monkeypatch.setattr(sys, "argv", command)
+    chosen = ["--policy.type=pruned", f"--policy.pretrained_path={checkpoint}"]
+    monkeypatch.setattr(sys, "argv", ["lerobot-rollout", *chosen, *OPTIONS, *options])
     lerobot_rollout.main()
     return list(SimulatedArm.sent)
 
@@ -216,6 +216,14 @@ def test_a_rollout(monkeypatch, checkpoint, inference):
     sent = rollout(monkeypatch, checkpoint, f"--inference.type={inference}", *more)
     assert len(sent) > 3 and set(sent[0]) == set(JOINTS[:7])
     assert sessions[0].last.visual_kept < sessions[0].last.visual_full
+
+
+def test_the_example(monkeypatch, checkpoint):
+    SimulatedArm.sent.clear()
+    example = str(ROOT / "examples" / "lerobot_rollout.py")
+    monkeypatch.setattr(sys, "argv", [example, str(checkpoint), *OPTIONS])
+    runpy.run_path(example, run_name="__main__")
+    assert len(SimulatedArm.sent) > 3
 
 
 def test_a_rollout_without_a_camera_is_refused_before_it_moves(monkeypatch, checkpoint):

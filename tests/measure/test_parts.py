@@ -38,8 +38,17 @@ def workload() -> Any:
     return build_workload("mini-oft", layers=None, vision=True, dtype=None, device=CPU)
 
 
+FEW = ("fastv", "vla-pruner", "vla-cache", "hiprune", "fitprune")
+"""Methods that score, remember, reuse, look into the tower, or need a recipe."""
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in vp.list_methods() if name not in ("none", "fixed", "prefix-reuse")]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow)
+        for name in vp.list_methods()
+        if name not in ("none", "fixed", "prefix-reuse")
+    ],
 )
 def test_every_method_is_measured_with_what_it_asks_for(name: str, workload: Any) -> None:
     """Its own layer and recipe, and a step that drops tokens, also where some do not."""

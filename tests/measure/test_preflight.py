@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.measure import doctor
+from vla_pruner.measure.costs import COSTS
 from vla_pruner.measure.doctor import Finding, act_of
 from vla_pruner.measure.preflight import preflight
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.openvla import oft
+
+ROOT = Path(__file__).parents[2]
 
 
 def findings_of(
@@ -46,7 +52,7 @@ def test_a_chunk_policy_that_became_causal(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(oft, "bidirectional_mask", causal)
     found = findings_of("mini-oft", {})["attends in the direction it was trained in"]
-    assert found.well is False and "7 of 40" in found.advice
+    assert found.well is False and "7 of 40" in found.cost and "vp.models.load" in found.advice
 
 
 def test_a_gripper_that_is_read_the_other_way() -> None:
@@ -89,3 +95,27 @@ def test_statistics_from_0_to_1_are_named_where_nobody_said_how_they_are_driven(
     action["q01"], action["q99"] = [*action["q01"][:-1], 0.0], [*action["q99"][:-1], 1.0]
     found = findings_of("mini-oft", {}, model=model)["gripper"]
     assert found.well is None and "--gripper rlds" in found.found
+
+
+def test_signs_of_a_rotation_that_were_seen() -> None:
+    assert "both signs" in findings_of("mini-oft", {})["state"].found
+    assert "one sign" in findings_of("mini-oft-libero", {})["state"].found
+
+
+def test_every_check_says_what_a_mistake_costs_as_it_was_measured() -> None:
+    source = Path(doctor.__file__).parent
+    code = "".join((source / name).read_text("utf-8") for name in ("doctor.py", "preflight.py"))
+    code += (source.parent / "commands" / "doctor.py").read_text("utf-8")
+    names = re.findall(r'(?:Finding\(\s*|check = |_exact\()"([^"]+)"', code)
+    assert len(set(names)) > 15 and set(names) == set(COSTS)
+    with (ROOT / "experiments" / "results" / "pitfalls.csv").open(newline="") as file:
+        rows = [(row["mistake"], row["success"] == "True") for row in csv.DictReader(file)]
+    checked = 0
+    for cost in COSTS.values():
+        for what, solved, scenes in re.findall(r"([^:;]+): (\d+) of (\d+)", cost):
+            mistake = what.strip().replace("an image that never arrives", "image never arrives")
+            mistake = mistake.replace("without a session the ", "")
+            found = [success for name, success in rows if name == mistake]
+            assert (sum(found), len(found)) == (int(solved), int(scenes)), what
+            checked += 1
+    assert checked > 8

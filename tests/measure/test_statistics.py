@@ -176,3 +176,14 @@ def test_the_difference_of_differences_is_as_uncertain_as_both():
     assert interval.low < second.interval().low and second.interval().high < interval.high < 0
     nothing, wide = difference_of_differences(first, first)
     assert nothing == 0 and wide.low == -wide.high < 0
+
+
+def test_what_is_no_p_value_is_refused() -> None:
+    for odd in (float("nan"), -0.1, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            holm([0.5, odd])
+
+
+def test_a_ratio_whose_base_may_vanish_has_no_interval() -> None:
+    ratio, interval = ratio_of_means([0.0, 0.0, 1.0], [1.0, 1.0, 1.0])
+    assert ratio == 3.0 and interval is None  # Draws of the first two have no ratio.

@@ -330,9 +330,11 @@ def test_method_on_family(families, name, on):
         assert equal(masks(session), kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("on", "dtype"),
+    [("oft", torch.bfloat16), ("decoder", torch.float64), ("pi0", torch.bfloat16)],
+)
 @METHODS
-@pytest.mark.parametrize("on", ["oft", "decoder", "pi0"])
 def test_the_default_dtype_changes_nothing(families, name, on, dtype):
     """Scripts that load big models set it, and leave it set."""
     family = families[on]

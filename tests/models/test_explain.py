@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,17 @@ def test_a_session_in_words() -> None:
         after = vp.explain(session)
         assert after.what["tokens"] == "layers 0 to 2: 273; layers 3 to 7: 123"
         assert "50 of 200" in after.what["last call"]
-        assert 50 < float(after.what["cost"].split(" %")[0]) < 75
+        whole, *parts = map(float, re.findall(r"(\d+(?:\.\d+)?) %", after.what["cost"]))
+        assert 50 < whole < 75 and len(parts) == 3 and abs(sum(parts) - whole) < 1
+        assert "LlamaModel, 8 LlamaDecoderLayer, 5 LlamaAttention" in after.what["hooked"]
+        assert after.what["refused"] == "no call"
+        session.episodes(["a", "b"])
+        with pytest.raises(ValueError, match="named 2 rows"):
+            policy.predict_action(images, "pick up the milk", np.zeros(8))
+        assert "ValueError: `session.episodes` named 2" in vp.explain(session).what["refused"]
         assert str(after).count("\n") == len(after.what) - 1
-    assert "removed" in vp.explain(session).what["model"]
+    removed = vp.explain(session).what
+    assert "removed" in removed["model"] and removed["hooked"] == "nothing"
     with pytest.raises(TypeError, match=r"what `vp\.prune` returned"):
         vp.explain(policy)
 

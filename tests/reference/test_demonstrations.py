@@ -71,6 +71,7 @@ def test_executed_actions_replay_to_the_recorded_states_and_images(folder):
         assert scene.success()
 
 
+@pytest.mark.slow
 def test_a_second_run_records_only_what_is_missing(folder, capsys):
     first, second = episode_paths(folder)[:2]
     before = second.stat().st_mtime_ns
@@ -118,6 +119,7 @@ class Idler:
         return None if self.left < 0 else np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 
+@pytest.mark.slow
 def test_the_expert_takes_over_from_a_policy_with_its_full_time():
     steps = STEP_LIMIT - 5  # too late for the expert within the limit of a plain episode
     with PickPlaceScene() as scene:

@@ -58,6 +58,7 @@ def test_actions_stay_in_the_unit_ball(scene):
         scene.step(action)
 
 
+@pytest.mark.slow
 def test_it_recovers_from_a_shove_and_an_opened_gripper(scene):
     recovered = 0
     for seed in range(8):

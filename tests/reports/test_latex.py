@@ -12,7 +12,7 @@ from vla_pruner.episodes.control import Control
 from vla_pruner.episodes.episode import Episode
 from vla_pruner.episodes.policy_runner import Call
 from vla_pruner.reports.compare import Group
-from vla_pruner.reports.document import Items, Table, Text
+from vla_pruner.reports.document import Heading, Items, Table, Text, to_markdown
 from vla_pruner.reports.latex import escape, group_table, to_latex
 from vla_pruner.reports.report import blocks_of
 from vla_pruner.runs.job import Setup
@@ -65,7 +65,7 @@ def test_every_table_has_booktabs_a_caption_and_a_label_of_its_own(group):
     assert tables.count("table") == 1 and tables.count("table*") == 3
     for part in ("toprule", "midrule", "bottomrule", "caption{", "label{"):
         assert latex.count("\\" + part) >= len(tables), part
-    assert r"\hline" not in latex
+    assert r"\hline" not in latex and "(U+" not in latex
     labels = re.findall(r"\\label\{(.*?)\}", latex)
     assert len(set(labels)) == len(tables)
     assert all(re.fullmatch(r"tab:[a-z0-9-]+", label) for label in labels)
@@ -87,6 +87,28 @@ def test_signs_that_mean_something_are_printed():
     assert escape("−3 ± 1") == "$-$3 $\\pm$ 1"  # noqa: RUF001
 
 
+ODD = [
+    "[a]",
+    "*b",
+    "a_b & c",
+    "50 %",
+    "#1 $x$",
+    "{x}~^",
+    "\\foo",
+    "|<>|",
+    "naïve",
+    "→ µ 日本",
+    "«Ð»",
+    "\x07",
+]
+
+
+def test_signs_that_a_font_may_lack_and_those_that_join():
+    assert escape("→ é") == "(U+2192) é" and escape("a\x07") == "a(U+0007)"
+    assert escape("--keep a---b ?`") == "-{}-keep a-{}-{}-b ?{}`"
+    assert escape("[1cm]") == "{}[1cm]" and escape("*") == "{}*"  # After the end of a row.
+
+
 def test_sentences_cannot_leave_their_comment():
     latex = to_latex([], [Text("a\n\\end{document}"), Items(["b\n\\input{x}"])])
     lines = latex.splitlines()
@@ -99,7 +121,10 @@ def test_it_compiles_and_fits(group, tmp_path: Path, columns):
     if subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True).returncode:
         pytest.skip("pdflatex has no booktabs")
     wide = Table("wide", [f"a long column {n}" for n in range(20)], [["x" * 12] * 20])
-    (tmp_path / "report.tex").write_text(to_latex([group], [*blocks_of([group]), wide]))
+    odd = Table(" ".join(ODD), ["name", "x"], [[cell, cell] for cell in ODD])
+    long = Table("long", ["name"], [[f"row {n}"] for n in range(140)])
+    blocks = [*blocks_of([group]), wide, odd, long]
+    (tmp_path / "report.tex").write_text(to_latex([group], blocks), "utf-8")
     (tmp_path / "paper.tex").write_text(
         rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs,graphicx}}"
         r"\begin{document}\input{report.tex}\end{document}"
@@ -108,5 +133,21 @@ def test_it_compiles_and_fits(group, tmp_path: Path, columns):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:]
     log = (tmp_path / "paper.log").read_text(errors="replace")
-    assert "Overfull" not in log
+    assert "Overfull" not in log and "Float too large" not in log
     assert (tmp_path / "paper.pdf").stat().st_size > 10_000
+
+
+def test_odd_names_do_not_leave_their_cell_in_markdown():
+    table = Table("t", ["a|b"], [["x\ny"], ["<script>alert(1)</script>"], ["p < 0.05"]])
+    text = to_markdown([Heading("one\n# two"), Items(["a\n* b"]), table])
+    assert text.splitlines() == [
+        "## one # two",
+        "",
+        "* a * b",
+        "",
+        "| a\\|b |",
+        "| --- |",
+        "| x y |",
+        "| \\<script>alert(1)\\</script> |",
+        "| p < 0.05 |",
+    ]

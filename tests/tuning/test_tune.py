@@ -289,7 +289,7 @@ def test_the_picture_shows_what_was_found(found, tmp_path):
 
     from vla_pruner.tuning.picture import draw
 
-    draw(found, tmp_path / "tune.png", "toy")
+    draw(found, tmp_path / "tune.png", r"a folder $\no \such{sign}$ of TeX")
     with Image.open(tmp_path / "tune.png") as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 20
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from vla_pruner.analysis.pictures import scenes_of
 from vla_pruner.analysis.record import Trace
-from vla_pruner.analysis.tables import Rows, to_csv
+from vla_pruner.analysis.tables import Rows
 from vla_pruner.pages.engine import download, render
 from vla_pruner.pages.plots import lines
 from vla_pruner.pages.report_page import shown
 from vla_pruner.reports.document import Table
-from vla_pruner.reports.files import write_text
+from vla_pruner.reports.files import to_csv, write_text
 from vla_pruner.reports.summary import percent
 
 PICTURE_BYTES = 2_300_000

@@ -1,9 +1,7 @@
-"""From traces to tables: overlaps per step, forecast errors, agreement; CSV."""
+"""From traces to tables: overlaps per step, forecast errors, agreement."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -172,13 +170,3 @@ def _over(by_episode: Mapping[int, Sequence[float]], name: str = "mean") -> dict
         "episodes": len(means),
         "calls": len(calls),
     }
-
-
-def to_csv(rows: Rows) -> str:
-    """One line per row, after the names; empty without rows."""
-    buffer = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return buffer.getvalue()

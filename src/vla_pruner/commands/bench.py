@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.out:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_json(result) if path.suffix == ".json" else _markdown(result))
-        console.print(f"written: {path}", highlight=False)
+        console.print(f"written: {path}", highlight=False, markup=False)
     return 0
 
 

@@ -111,7 +111,7 @@ def calibrate_command(
     recipe = _search(args, policy, seen, console)
     recipe.save(args.out)
     console.print(summary(recipe), highlight=False)
-    console.print(f"written to {args.out}", highlight=False)
+    console.print(f"written to {args.out}", highlight=False, markup=False)
     return 0
 
 

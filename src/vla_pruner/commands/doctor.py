@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
     if args.receipt is not None:
         findings.append(_of_receipt(load_receipt(args.receipt), model, str(device)))
     wrong = sum(finding.well is False for finding in findings)
-    table = Table("check", "", "found", *(["what to do"] if wrong else []))
+    table = Table("check", "", "found", "a mistake costs", *(["what to do"] if wrong else []))
     marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "skipped"}
     for finding in findings:
-        cells = (finding.check, marks[finding.well], finding.found, finding.advice)
+        cells = (finding.check, marks[finding.well], finding.found, finding.cost, finding.advice)
         table.add_row(*cells[: len(table.columns)])
     console.print(table)
     versions = ", ".join(f"{key} {value}" for key, value in stamp(device).items() if value)

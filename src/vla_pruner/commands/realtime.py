@@ -191,4 +191,5 @@ def _write(
     page = f"# {args.policy} in real time\n\n{shown}\n{said}.\n"
     write_text(args.out / "realtime.md", page)
     console.print(page, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Results: {args.out / 'realtime.md'}", highlight=False, soft_wrap=True)
+    where = args.out / "realtime.md"
+    console.print(f"Results: {where}", highlight=False, markup=False, soft_wrap=True)

@@ -230,7 +230,7 @@ def _show(console: Console, found: Tuning, source: Source, args: argparse.Namesp
         from vla_pruner.tuning.picture import draw
 
         draw(found, args.out / PICTURE, f"{args.policy}: {source.calls} recorded calls")
-    console.print(f"written to {args.out}", highlight=False, soft_wrap=True)
+    console.print(f"written to {args.out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(found: Tuning, *, wide: bool) -> Table:

@@ -164,7 +164,7 @@ def _names(forward: Any) -> tuple[str, ...]:
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among a layer's arguments, whatever it is called (`past_key_values`, ...)."""
+    """The cache among a layer's arguments, whatever it is called (`cache`, `past_key_values`)."""
     if (found := kwargs.get("past_key_values")) is not None:
         return found
     caches = [v for v in kwargs.values() if hasattr(v, "get_seq_length") and hasattr(v, "update")]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._short import cut as cut_text
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.episodes import Step
@@ -62,6 +63,8 @@ class Calls:
         self._generate: CodeType | None = None
         self.captured = False
         """Whether a whole step is compiled, and brackets its passes itself."""
+        self.failed: str | None = None
+        """What the last pass that failed, or was refused, said."""
         self.ran: list[tuple[int, ...]] = []
         """Batch and length of the decoder's passes in one call of what holds it, which runs it once
         over as many rows."""
@@ -111,6 +114,11 @@ class Calls:
             self.step.failed |= failed
             self.step.ms, self.step = 1e3 * (time.perf_counter() - self._began), None
         return mine
+
+    def note(self, output: Any) -> None:
+        """Keep in words what ended a pass that has no output."""
+        if output is None and (error := sys.exc_info()[1]) is not None:
+            self.failed = f"{type(error).__name__}: {cut_text(str(error), 300)}"
 
     def running(self) -> threading.Thread | None:
         """The thread that is inside a call of the model just now, by its stack; None: nobody is."""

@@ -186,10 +186,10 @@ class Passes:
         """Note what the pass saw; `output` is None if it raised an exception."""
         in_prefill, self.cut.phase = self.cut.phase == "prefill", "outside"
         if not self.calls.ends(stack) or self._running is None:
-            return None
+            return self.calls.note(output)
         (step, now), self._running, self.cut.prefill = self._running, None, None
         if output is None:
-            return None
+            return self.calls.note(output)
         cache = self.caches.behind(now, output, step, in_prefill=in_prefill)
         if step is None:
             return None

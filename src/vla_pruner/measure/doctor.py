@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vla_pruner.core.hooks import implementation
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.session import Session
+from vla_pruner.measure.costs import COSTS
 from vla_pruner.methods import build
 from vla_pruner.models.base import find_adapter
 from vla_pruner.models.loading import locate
@@ -38,6 +39,11 @@ class Finding:
     well: bool | None
     found: str
     advice: str = ""
+
+    @property
+    def cost(self) -> str:
+        """What a mistake here costs."""
+        return COSTS[self.check]
 
 
 @dataclass(frozen=True)

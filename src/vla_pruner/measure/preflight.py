@@ -1,7 +1,6 @@
 """What to know before a number is trusted: conventions of a policy that fail without an error.
 
-`doctor` prints these behind its own checks. What each mistake costs was measured on mini-oft; the
-table is in docs/pitfalls.md.
+`doctor` prints these behind its own checks, and what each mistake costs (`costs.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from torch import nn
 from vla_pruner.core.layout import Adapter
 from vla_pruner.measure.doctor import Act, Finding, look
 from vla_pruner.models.given.folder import is_finite
-
-COST = "docs/pitfalls.md has what it costs"
 
 
 def preflight(
@@ -45,6 +42,8 @@ def preflight(
     statistics = getattr(config, "norm_stats", None)
     if isinstance(statistics, Mapping) and statistics:
         findings += _statistics(statistics, said)
+        if len(statistics) == 1:
+            findings += _state(next(iter(statistics.values())))
     if (crop := getattr(config, "center_crop", None)) is not None:
         what = "cropped to 90 % of their area" if crop else "used whole"
         findings.append(
@@ -107,8 +106,7 @@ def _direction(adapter: Adapter, act: Act) -> Finding:
         check,
         False,
         found + ", in a policy that writes its actions in one pass",
-        "load it with the transformers of its authors, or as vp.models.load does; causal attention "
-        "solved 7 of 40 scenes where 40 were solved",
+        "load it with the transformers of its authors, or as vp.models.load does",
     )
 
 
@@ -148,10 +146,27 @@ def _statistics(statistics: Mapping[str, Any], said: Mapping[str, Any]) -> list[
         add = f"; give commands that act --gripper {written}" if unit else ""
         return [*findings, Finding("gripper", None if unit else True, found + add)]
     agrees = written == said["gripper"]
-    advice = f"write {written!r} under `control`; with the wrong one no scene was solved. {COST}"
+    advice = f"write {written!r} under `control` in its config.json"
     found += f", driven as {said['gripper']}"
     findings.append(Finding("gripper", agrees, found, "" if agrees else advice))
     return findings
+
+
+def _state(statistics: Mapping[str, Any]) -> list[Finding]:
+    """Which signs of a rotation were trained on, where the state holds one as axis and angle.
+
+    A rotation has two quaternions and so two such vectors; half a turn about an axis is near both.
+    """
+    said = statistics.get("proprio", {})
+    low, high = (said.get(end) or said.get(other) for end, other in _ENDS)
+    if low is None or high is None or len(low) != 8:
+        return []
+    turned = [(float(a), float(b)) for a, b in zip(low[3:6], high[3:6], strict=True)]
+    a, b = max(turned, key=lambda ends: max(map(abs, ends)))
+    found = f"orientation as axis and angle, the widest from {a:.1f} to {b:.1f}: "
+    if a < -1 and b > 1:
+        return [Finding("state", True, found + "both signs of its quaternion were seen")]
+    return [Finding("state", True, found + "one sign was seen; give it orientations of that sign")]
 
 
 _ENDS = (("q01", "min"), ("q99", "max"))

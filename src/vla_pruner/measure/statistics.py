@@ -197,7 +197,8 @@ def ratio_of_means(
 ) -> tuple[float, Interval | None]:
     """Mean of `after` over mean of `before`, and its 95 % bootstrap interval over pairs.
 
-    Entry i of both is the same scene. One pair has no interval; NaN where the mean before is 0.
+    Entry i of both is the same scene. NaN where the mean before is 0; one pair has no interval, and
+    none has it where the mean before may be 0 in what is drawn.
 
     Raises:
         ValueError: different numbers of values, or none.
@@ -211,8 +212,9 @@ def ratio_of_means(
             return ratio if math.isfinite(ratio) else math.nan, None
         drawn = np.random.default_rng(seed).integers(len(old), size=(draws, len(old)))
         ratios = new[drawn].mean(axis=1) / old[drawn].mean(axis=1)
-    ratios = ratios[np.isfinite(ratios)].tolist()
-    return ratio, Interval(quantile(ratios, 0.025), quantile(ratios, 0.975))
+    if not np.isfinite(ratios).all():
+        return ratio, None
+    return ratio, Interval(quantile(ratios.tolist(), 0.025), quantile(ratios.tolist(), 0.975))
 
 
 def difference_of_differences(
@@ -232,7 +234,13 @@ def difference_of_differences(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for being several, in their order (Holm, Scand. J. Statistics 1979)."""
+    """P-values corrected for being several, in their order (Holm, Scand. J. Statistics 1979).
+
+    Raises:
+        ValueError: something is no p-value.
+    """
+    if odd := [p for p in p_values if not 0 <= p <= 1]:
+        raise ValueError(f"p-values lie between 0 and 1; got {odd[0]}")
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

@@ -1,13 +1,17 @@
-"""`vp.explain`: what a session hooked, what its last call did, and what each layer cost."""
+"""`vp.explain`: what a session hooked and refused, what its last call did, and what that cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-from vla_pruner.core.hooks import implementation
+from torch import nn
+
+from vla_pruner.core.hooks import OBSERVER, Hook, implementation
 from vla_pruner.core.plan import Plan
 from vla_pruner.core.report import StepReport
 from vla_pruner.core.session import Session
@@ -19,8 +23,8 @@ class Explanation:
     """What `explain` found; printed, it is a line for each.
 
     Args:
-        what: a sentence for each thing, by its name: method, model, cuts, layers, scores, history,
-            attention, last call, tokens, cost.
+        what: a sentence for each thing, by its name: method, model, cuts, scores, history,
+            attention, hooked, refused, last call, tokens, cost.
     """
 
     what: Mapping[str, str]
@@ -55,6 +59,8 @@ def explain(session: Session) -> Explanation:
         "scores": _scores(plan),
         "history": _history(plan, session),
         "attention": _kernels(session),
+        "hooked": _hooked(session),
+        "refused": session._passes.calls.failed or "no call",
     }
     last = session.last
     if last is None:
@@ -98,18 +104,40 @@ def _kernels(session: Session) -> str:
     return ", ".join(sorted(names)) + "; the same as without a session"
 
 
-def _runs(last: StepReport) -> str:
-    """Layers that compute as many tokens, together."""
+def _hooked(session: Session) -> str:
+    """Modules that carry hooks of this package, by class, and methods that it stands before."""
+    kinds: Counter[str] = Counter()
+    methods = []
+    for module in _modules(session):
+        tables = (module._forward_pre_hooks, module._forward_hooks)
+        ours = any(isinstance(one, Hook) for table in tables for one in table.values())
+        if ours or hasattr(module, OBSERVER):
+            kinds[type(module).__name__] += 1
+        own = [name for name, value in vars(module).items() if isinstance(value, Hook)]
+        methods += [f"{type(module).__name__}.{name}" for name in own if not name.startswith("_")]
+    told = [name if count == 1 else f"{count} {name}" for name, count in kinds.items()]
+    return ", ".join([*told, *dict.fromkeys(methods)]) or "nothing"
+
+
+def _modules(session: Session) -> list[nn.Module]:
+    roots = (session.model, session.decoder, session.adapter.reader)
+    found = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+    return list(found.values())
+
+
+def _groups(counts: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Layers that compute as many tokens, together: in words, how many, tokens."""
     told, layer = [], 0
-    for count, group in groupby(last.tokens_per_layer):
+    for count, group in groupby(counts):
         many = len(list(group))
-        told.append(
-            f"layers {layer} to {layer + many - 1}: {count}"
-            if many > 1
-            else f"layer {layer}: {count}"
-        )
+        words = f"layers {layer} to {layer + many - 1}" if many > 1 else f"layer {layer}"
+        told.append((words, many, count))
         layer += many
-    return "; ".join(told)
+    return told
+
+
+def _runs(last: StepReport) -> str:
+    return "; ".join(f"{words}: {count}" for words, _, count in _groups(last.tokens_per_layer))
 
 
 def _cost(last: StepReport, session: Session) -> str:
@@ -117,8 +145,27 @@ def _cost(last: StepReport, session: Session) -> str:
     hidden, ffn = (getattr(config, name, None) for name in ("hidden_size", "intermediate_size"))
     if not isinstance(hidden, int) or not isinstance(ffn, int):
         return "cannot be told: the decoder's configuration gives no sizes"
-    full = layered_prefill_flops(
-        [last.tokens_full] * len(last.tokens_per_layer), hidden=hidden, ffn=ffn
+    flops = partial(layered_prefill_flops, hidden=hidden, ffn=ffn)
+    full = flops([last.tokens_full] * len(last.tokens_per_layer))
+    parts = [
+        (words, flops([count] * many)) for words, many, count in _groups(last.tokens_per_layer)
+    ]
+    if (scores := _score_macs(last, session, hidden)) and not bool(last.warm_up.all()):
+        parts.append(("reading scores, at most", scores))
+    total = sum(cost for _, cost in parts)
+    each = ", ".join(f"{words} {100 * cost / full:.1f} %" for words, cost in parts)
+    return (
+        f"{100 * total / full:.0f} % of the prefill's FLOPs by formula: {each}; choosing by them "
+        "is not counted (`vla-pruner bench` times it)"
     )
-    made = layered_prefill_flops(last.tokens_per_layer, hidden=hidden, ffn=ffn)
-    return f"{100 * made / full:.0f} % of the prefill's FLOPs by formula, scoring not counted"
+
+
+def _score_macs(last: StepReport, session: Session, hidden: int) -> int:
+    """Products of queries and keys of visual tokens, over the rows that may vote."""
+    plan, latest = session._cut.plan, session._passes.latest
+    acting = 1 if latest is None else latest.prefill.acting
+    rows = {"last": 1, "action": acting}
+    macs = sum(rows.get(r.spec.rows, last.tokens_full) * last.visual_full for r in plan.readings)
+    if session.adapter.reader is None:
+        macs += len(plan.action_layers) * acting * last.visual_kept
+    return macs * hidden

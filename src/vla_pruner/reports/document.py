@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,19 +50,27 @@ class Table:
 Block = Heading | Text | Items | Table
 
 
+_TAG = re.compile(r"<(?=[a-zA-Z/!?])")
+
+
+def _line(text: str) -> str:
+    """A text of one line, in which nothing is a tag."""
+    return _TAG.sub(r"\\<", " ".join(text.split()))
+
+
 def to_markdown(blocks: Sequence[Block]) -> str:
     """The blocks as Markdown."""
     parts = []
     for block in blocks:
         match block:
             case Heading():
-                parts.append(f"{'#' * block.level} {block.text}")
+                parts.append(f"{'#' * block.level} {_line(block.text)}")
             case Text():
-                parts.append(block.text)
+                parts.append(_TAG.sub(r"\\<", block.text))
             case Items():
-                parts.append("\n".join(f"* {item}" for item in block.items))
+                parts.append("\n".join(f"* {_line(item)}" for item in block.items))
             case Table():
                 rows = [block.header, ["---"] * len(block.header), *block.rows]
-                cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+                cells = [[_line(cell).replace("|", "\\|") for cell in row] for row in rows]
                 parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     return "\n\n".join(parts) + "\n"

@@ -12,9 +12,12 @@ from vla_pruner.reports.latency import pace
 from vla_pruner.reports.summary import ConditionRow, Summary
 
 HEAD = r"""% Preamble: \usepackage{booktabs,graphicx}
-% A table wider than its column is scaled down to it.
+% A table wider than its column, or longer than a page, is scaled down to it.
 \providecommand{\vlaprunerfit}[1]{\sbox0{#1}%
-  \ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi}"""
+  \ifdim\wd0>\linewidth\sbox0{\resizebox{\linewidth}{!}{\usebox0}}\fi
+  \ifdim\dimexpr\ht0+\dp0\relax>.85\textheight
+    \sbox0{\resizebox*{!}{.85\textheight}{\usebox0}}\fi
+  \usebox0}"""
 
 _SIGNS: Mapping[int, str] = str.maketrans(
     {
@@ -25,7 +28,6 @@ _SIGNS: Mapping[int, str] = str.maketrans(
         "|": r"\textbar{}",
         "<": r"\textless{}",
         ">": r"\textgreater{}",
-        '"': r"\textquotedbl{}",
         "−": "$-$",  # noqa: RUF001
         "±": r"$\pm$",
         "³": "$^3$",
@@ -34,11 +36,18 @@ _SIGNS: Mapping[int, str] = str.maketrans(
 )
 """What means something to LaTeX, and what its oldest encoding lacks."""
 _QUOTE = {ord('"'): "''"}
+_LIGATURE = re.compile(r"(?<=-)(?=-)|(?<=[?!])(?=`)|(?<=,)(?=,)")
+_UNKNOWN = re.compile(r"[^\x20-\x7eÀ-ÖØ-öø-ÿ±³×−]|[ÐÞðþ]")  # noqa: RUF001
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it is."""
-    return " ".join(text.split()).translate(_QUOTE).translate(_SIGNS)
+    """Text that LaTeX prints as it is; signs that not every font has, by their number.
+
+    A cell may begin with `[` or `*`, which the end of the row before would take for its own.
+    """
+    plain = _UNKNOWN.sub(lambda sign: f"(U+{ord(sign[0]):04X})", " ".join(text.split()))
+    escaped = _LIGATURE.sub("\0", plain).translate(_QUOTE).translate(_SIGNS).replace("\0", "{}")
+    return "{}" + escaped if escaped.startswith(("[", "*")) else escaped
 
 
 def to_latex(groups: Sequence[Group], blocks: Sequence[Block]) -> str:

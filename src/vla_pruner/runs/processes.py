@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Protocol
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
 import torch
 
@@ -161,7 +161,7 @@ def one_thread() -> None:
 
 @dataclass
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     job: Job | None = None
     started: bool = False
@@ -228,9 +228,10 @@ class Processes:
         queue.finish()
 
     def _start(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.device), daemon=True)
+        given = (theirs, self.device, dict(os.environ))
+        process = context.Process(target=_work, args=given, daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -273,9 +274,23 @@ class Processes:
                 yield worker, f"it took longer than {self.time_limit:g} s"
 
 
-def _work(pipe: Connection, device: str) -> None:
-    """A worker process; Ctrl-C is for the parent, and the end of the pipe is the end."""
+def _context() -> Any:
+    """How processes begin: copies of one that has imported what they need, where there are such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _work(pipe: Connection, device: str, environment: Mapping[str, str]) -> None:
+    """A worker process; Ctrl-C is for the parent, and the end of the pipe is the end.
+
+    `environment` is the parent's, which may have changed since the process this is a copy of.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
     one_thread()
     runner = EpisodeRunner(partial(load, device=device))
     try:

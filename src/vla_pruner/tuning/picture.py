@@ -37,7 +37,7 @@ def draw(tuning: Tuning, path: Path, title: str) -> None:
         _dimensions(axes[1], rows, tuning)
         if timed:
             _latencies(axes[2], list(tuning.rows))
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)  # a folder's name
         figure.tight_layout()
         figure.savefig(path, dpi=120)
     finally:
@@ -88,7 +88,8 @@ def _latencies(axis: Any, rows: list[Row]) -> None:
 
 
 def _names(axis: Any, conditions: list[Condition]) -> None:
-    axis.set_yticks(range(len(conditions)), [condition.label for condition in conditions], size=8)
+    labels = [condition.label for condition in conditions]
+    axis.set_yticks(range(len(conditions)), labels, size=8, parse_math=False)
     axis.set_ylim(len(conditions) - 0.5, -0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vla_pruner.baselines.entropy import attention_entropy
 from vla_pruner.core import refusals, scores
-from vla_pruner.core.arguments import refuse_unknown, take, take_rotary
+from vla_pruner.core.arguments import cache_in, refuse_unknown, take, take_rotary
 from vla_pruner.core.cut import Cut, alike
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.hiding import implied_mask
@@ -145,8 +145,10 @@ class ReuseHooks(Cut):
             left.given = kwargs
             left.arguments = _queried(kwargs, left.rows, prefill.length, mask)
         exchange = partial(self._exchange, index, prefill, left)
-        cache = _Store(kwargs.get("past_key_values"), exchange)
-        return (hidden,), {**kwargs, **left.arguments, "past_key_values": cache}
+        cache = _Store(cache_in(kwargs), exchange)
+        newer = "cache" in kwargs or "cache" in self.signatures[layer].names  # transformers 5.24
+        name = "cache" if newer else "past_key_values"
+        return (hidden,), {**kwargs, **left.arguments, name: cache}
 
     def _exchange(
         self, index: int, prefill: Prefill, left: TokenSet, key: Tensor, value: Tensor

@@ -181,8 +181,8 @@ def test_the_expert_keeps_its_positions_and_reads_short_keys(monkeypatch):
     )
     update = SharedKV.update
 
-    def watched(self, key, value, layer, *rest):
-        found = update(self, key, value, layer, *rest)
+    def watched(self, key, value, layer, *rest, **more):
+        found = update(self, key, value, layer, *rest, **more)
         lengths.append((layer, found[0].shape[2]))
         return found
 

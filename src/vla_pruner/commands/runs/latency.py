@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
             policy = policies.get(setup)
             seen = _recorded(args, policy, setup, groups[setup], console)
             _measure_group(args, store, policy, setup, groups[setup], seen, console)
-    console.print(f"Report: vla-pruner report {args.run_folder}", highlight=False, soft_wrap=True)
+    command = f"vla-pruner report {shlex.quote(str(args.run_folder))}"
+    console.print(f"Report: {command}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +208,8 @@ def run_command(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
     show_tables(console, args.out, cells)
     if not complete:
         console.print("Interrupted. The same command continues.", highlight=False)
-    console.print(f"Report: vla-pruner report {args.out}", highlight=False, soft_wrap=True)
+    command = f"vla-pruner report {shlex.quote(str(args.out))}"
+    console.print(f"Report: {command}", highlight=False, markup=False, soft_wrap=True)
     return 0 if complete else INTERRUPTED
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -73,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     pages = _play(args, found, console)
     for page in pages:
         console.print(f"Film: {page.resolve().as_uri()}", highlight=False, soft_wrap=True)
-    console.print(
-        f"In the report: vla-pruner report {args.run_folder}", highlight=False, soft_wrap=True
-    )
+    again = f"vla-pruner report {shlex.quote(str(args.run_folder))}"
+    console.print(f"In the report: {again}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -115,12 +115,15 @@ def _stretch(x: np.ndarray, side: np.float32, axis: int) -> np.ndarray:
 
 def normalise_pixels(images: Tensor, config: OpenVLAConfig) -> Tensor:
     """uint8 [B, cameras, H, W, 3] to fp32 [B, 6 * cameras, H, W], colours as each tower wants."""
-    x = images.permute(0, 1, 4, 2, 3).to(torch.float32) / 255
-    per_tower = []
-    for tower in config.towers:
+    x = images.permute(0, 1, 4, 2, 3)
+    x = x.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    batch, cameras, channels, height, width = x.shape
+    towers = len(config.towers)
+    wanted = x.new_empty(batch, cameras, towers, channels, height, width)
+    for number, tower in enumerate(config.towers):
         mean, std = _statistics(tower, x.device)
-        per_tower.append((x - mean) / std)
-    return torch.cat(per_tower, dim=2).flatten(1, 2)
+        wanted[:, :, number] = (x - mean) / std
+    return wanted.view(batch, cameras * towers * channels, height, width)
 
 
 def colours(pixel_values: Tensor, tower: TowerConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaRMSNor
 from .config import StackConfig
 
 ROPE_THETA = 10000.0
+_NAMES = inspect.signature(GemmaAttention.forward).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
+"""What attention calls its cache: the former since transformers 5.24."""
 
 
 class SharedKV:
@@ -31,7 +35,9 @@ class SharedKV:
         self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self._both: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *unused: Any, **unread: Any
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, N, d] that a layer attends to, given its own [B, H, n, d]."""
         if layer not in self._prefix:
             self._prefix[layer] = (key, value)
@@ -117,7 +123,7 @@ class Layer(nn.Module):
                 hidden_states=x,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
             )[0]
 
         hidden_states = _residual(hidden_states, self.input_layernorm, attend, condition)
