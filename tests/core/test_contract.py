@@ -388,6 +388,20 @@ def test_an_attention_that_never_shows_itself(method, options, message):
         model(inputs_embeds=embeds())
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("vla-cache", {"layers": (2,)}), ("specprune-vla", {})]
+)
+def test_an_attention_that_never_shows_itself_to_a_memory(method, options):
+    model = randomise(falcon())
+    with vp.prune(model, method, keep=0.5, adapter=at("transformer.h"), **options) as session:
+        for _ in range(2):
+            session.frame(torch.zeros(1, 3, 4, 96))
+            with pytest.raises(
+                NotImplementedError, match=r"\(FalconAttention\) ran without showing"
+            ):
+                model(inputs_embeds=embeds())
+
+
 @pytest.mark.parametrize("method", ["divprune", "random", "fastv"])
 def test_flex_attention(method):
     model = T.LlamaForCausalLM(T.LlamaConfig(**SIZES))

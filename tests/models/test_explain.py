@@ -27,7 +27,7 @@ def test_a_session_in_words() -> None:
         assert "50 of 200" in after.what["last call"]
         whole, *parts = map(float, re.findall(r"(\d+(?:\.\d+)?) %", after.what["cost"]))
         assert 50 < whole < 75 and len(parts) == 3 and abs(sum(parts) - whole) < 1
-        assert "LlamaModel, 6 LlamaDecoderLayer, 5 LlamaAttention" in after.what["hooked"]
+        assert "LlamaModel, 8 LlamaDecoderLayer, 5 LlamaAttention" in after.what["hooked"]
         assert after.what["refused"] == "no call"
         session.episodes(["a", "b"])
         with pytest.raises(ValueError, match="named 2 rows"):

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vla_pruner._short import cut as cut_text
 from vla_pruner.core import refusals
+from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.hooks import after, before, replace
 from vla_pruner.core.tokens import Prefill
@@ -59,16 +61,28 @@ class Calls:
         self._inside: list[Any] = []
         self._began = 0.0
         self._generate: CodeType | None = None
+        self.captured = False
+        """Whether a whole step is compiled, and brackets its passes itself."""
+        self.failed: str | None = None
+        """What the last pass that failed, or was refused, said."""
+        self.ran: list[tuple[int, ...]] = []
+        """Batch and length of the decoder's passes in one call of what holds it, which runs it once
+        over as many rows."""
 
-    def attach(self, model: nn.Module, undo: ExitStack) -> None:
-        """Follow the calls of a model that holds the decoder, until `undo`."""
+    def attach(self, model: nn.Module, decoder: nn.Module, undo: ExitStack) -> None:
+        """Follow the calls of a model, and of what in it holds the decoder, until `undo`."""
         self.model = model
-        before(model, self.begins, undo)
-        after(model, self._returns, undo, always=True)
+        holders = [one for one in model.modules() if one is not decoder]
+        for module in [one for one in holders if any(part is decoder for part in one.modules())]:
+            before(module, self._outside_graphs(self.begins), undo)
+            after(module, self._outside_graphs(self._returns), undo, always=True)
 
-    @torch.compiler.disable
-    def begins(self, what: Any, *_: Any) -> None:
-        """A call begins, of the model or a stack, or a step of several. Errors: RuntimeError."""
+    def _outside_graphs(self, hook: Callable[..., None]) -> Callable[..., None]:
+        outside = torch.compiler.disable(hook)
+        return lambda *args: None if self.captured else outside(*args)
+
+    def begins(self, what: Any, *_: Any, rows: tuple[int, ...] = ()) -> None:
+        """A call begins: a module's, a stack's (`rows`: batch and length), or a step's."""
         me = threading.current_thread()
         with self._lock:
             if self._owner is not me:
@@ -78,6 +92,11 @@ class Calls:
             if what in self._inside:  # An earlier call of it never came back.
                 del self._inside[self._inside.index(what) :]
             self._inside.append(what)
+        if not any(isinstance(one, nn.Module) for one in self._inside[-2:-1]):
+            self.ran = []
+        if rows in self.ran and (self.grows or not self.together):
+            raise refusals.ran_again(what, rows[1])
+        self.ran += [rows] if rows[1:] > (1,) else []
         if self.model not in self._inside:
             refusals.refuse_past_hooks(self.model)
         if len(self._inside) == 1:
@@ -96,6 +115,11 @@ class Calls:
             self.step.ms, self.step = 1e3 * (time.perf_counter() - self._began), None
         return mine
 
+    def note(self, output: Any) -> None:
+        """Keep in words what ended a pass that has no output."""
+        if output is None and (error := sys.exc_info()[1]) is not None:
+            self.failed = f"{type(error).__name__}: {cut_text(str(error), 300)}"
+
     def running(self) -> threading.Thread | None:
         """The thread that is inside a call of the model just now, by its stack; None: nobody is."""
         with self._lock:
@@ -110,7 +134,6 @@ class Calls:
             frame = frame.f_back
         return None
 
-    @torch.compiler.disable
     def _returns(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.ends(model, failed=output is None)
 
@@ -258,11 +281,46 @@ class Caches:
 
     def __init__(self, cut: Cut) -> None:
         self.cut, self.plan = cut, cut.plan
+        self.alone: Step | None = None
+        """The step of the last prefill, if it was given no cache."""
+        self.lost: Step | None = None
+        """The same, if nobody knows where it left its keys and values."""
 
     def mark(self, cache: Any, step: Step | None) -> None:
         """This cache belongs to a step; None: it holds no image."""
-        if cache is not None and hasattr(cache, "__dict__"):
+        self.alone, self.lost = None, None if hasattr(cache, "__dict__") else step
+        if hasattr(cache, "__dict__"):
             setattr(cache, _MARK, Mark(weakref.ref(self), step))
+
+    def behind(self, now: Pass, output: Any, step: Step | None, *, in_prefill: bool) -> Any:
+        """The cache that a pass has written to: its own, or one that the decoder has made."""
+        if now.cache is not None and (step is not None or now.past):
+            self._refuse_elsewhere(now)
+        made = getattr(output, "past_key_values", None)
+        made = _made(output, step) if made is None else made
+        if now.cache is None and (in_prefill or step is None):
+            self.mark(made, step)
+            self.alone = step
+        elif made is not None and made is not now.cache and self.of(made) is None:
+            self.mark(made, step)
+        return made if now.cache is None else now.cache
+
+    def _refuse_elsewhere(self, now: Pass) -> None:
+        """Refuse a prefill that the first layer of its cache does not hold."""
+        if now.length == 1 or now.kwargs.get("use_cache") is False:
+            return
+        if now.stack is self.cut.adapter.decoder and not self.cut.readers:
+            holds = int(now.cache.get_seq_length())
+            if holds != now.past + now.length:
+                raise refusals.written_elsewhere(now.stack, now.past, now.length, holds)
+
+    def refuse_hidden(self, now: Pass) -> None:
+        """Refuse a token that goes on from keys and values which the decoder keeps to itself."""
+        alone = self.alone
+        if now.cache is None and now.length == 1 and alone and len(alone.ids) == now.batch:
+            places = (now.kwargs.get(name) for name in ("position_ids", "cache_position"))
+            if any(isinstance(one, Tensor) and bool((one > 0).any()) for one in places):
+                raise refusals.unshown_cache(now.stack)
 
     def of(self, cache: Any) -> Mark | None:
         """The mark of a cache."""
@@ -281,8 +339,10 @@ class Caches:
         mark = self.of(cache)
         if mark is None and shared is not None and self.fits(cache, shared, past):
             return shared  # Copied by the policy, within one call.
+        if mark is None and self.lost is not None and self.lost.prefill.total == past:
+            raise refusals.unshown_cache(now.stack)
         if mark is None or mark.step is None:
-            if not isinstance(cache, tuple) and self.plan.cuts and not self._even(cache):
+            if self.plan.cuts and not self._even(cache):
                 raise refusals.uneven_cache()
             return None
         if mark.caches() is not self:
@@ -335,6 +395,28 @@ def _held(prefill: Prefill, number: int = -1) -> int:
     return prefill.total if retained is None else retained.shape[1]
 
 
+def _made(output: Any, step: Step | None) -> Any:
+    """The cache that a decoder has made: its layers were given it, or it stands in the output."""
+    for left in () if step is None else step.prefill.sets:
+        if (found := cache_in(left.given or {})) is not None:
+            return found
+    return _cache_among(output)
+
+
+def _cache_among(value: Any, depth: int = 4) -> Any:
+    """The first cache in tuples, dicts and objects, however they are nested."""
+    if hasattr(value, "get_seq_length") and hasattr(value, "update"):
+        return value
+    if depth == 0 or isinstance(value, Tensor | nn.Module | str | type(None)):
+        return None
+    parts = (
+        value.values() if isinstance(value, Mapping) else getattr(value, "__dict__", {}).values()
+    )
+    parts = value if isinstance(value, tuple | list) else parts
+    found = (_cache_among(part, depth - 1) for part in parts)
+    return next((one for one in found if one is not None), None)
+
+
 def _last_keys(cache: Any, past: int) -> Tensor | None:
     """`[B, H, N, D]` keys of the last layer, if they stand where they were written."""
     layers = getattr(cache, "layers", None)
@@ -344,3 +426,10 @@ def _last_keys(cache: Any, past: int) -> Tensor | None:
         return None
     moves = getattr(layer, "is_sliding", False) and past >= getattr(layer, "sliding_window", 0) - 1
     return None if moves else keys
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens in a cache. Errors: NotImplementedError, one that does not say."""
+    if not hasattr(cache, "get_seq_length"):
+        raise refusals.unknown_cache(cache)
+    return int(cache.get_seq_length())

@@ -45,6 +45,7 @@ class Cut:
         self.signatures = {layer: Signature(layer) for layer in (*self.layers, *self.readers)}
         self.phase: Literal["prefill", "later", "outside"] = "outside"
         self.prefill: Prefill | None = None
+        self.at = -1  # The layer that ran last in this pass.
         self.static_cache = False
         self.eager = self.by_name = False  # Its attention, and whether it is chosen by name.
         config = getattr(adapter.decoder, "config", None)
@@ -73,6 +74,7 @@ class Cut:
         before(self.layers[0], self._see_input, undo)
         projected = {r.spec.layer for r in plan.readings if r.spec.kind == "logits"}
         for index, layer in enumerate(self.layers):
+            before(layer, partial(self._enters, index), undo)
             number, cuts_here = plan.number[index], index in plan.cuts
             if index in projected and cuts_here:
                 before(layer, partial(project, self, index, number - 1), undo)
@@ -120,6 +122,12 @@ class Cut:
         return None
 
     # ------------------------------------------------------------------ hooks on layers
+    def _enters(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before each layer: it runs once in a pass, behind those that stand before it."""
+        if index <= self.at and self.prefill is not None:
+            raise refusals.ran_twice(index, self.adapter.decoder)
+        self.at = index
+
     def _see_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """Before layer 0 of a prefill: embeddings that methods look at later."""
         prefill = self.prefill
@@ -192,8 +200,6 @@ class Cut:
     def _cut(self, number: int, prefill: Prefill, hidden: Tensor) -> Tensor:
         """Cut for the `number`-th time, counting from 1: hidden states `[B, n, D]` that go on."""
         earlier, left, batch = prefill.sets[number - 1], prefill.sets[number], hidden.shape[0]
-        if left.tokens is not None:
-            raise refusals.ran_twice(self.plan.cuts[number - 1], self.adapter.decoder)
         assert earlier.tokens is not None
         tokens = earlier.tokens.expand(batch, -1)
         choice = self._choice(number - 1, prefill, tokens, hidden)

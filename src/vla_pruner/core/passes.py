@@ -8,7 +8,6 @@ a beam, the expert's flow step.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner._numbers import on_device
-from vla_pruner._short import cut as cut_text
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
-from vla_pruner.core.calls import Caches, Calls, by_name
+from vla_pruner.core.calls import Caches, Calls, by_name, tokens_in
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Episodes, Step
 from vla_pruner.core.hooks import after, before
@@ -33,7 +31,7 @@ from vla_pruner.core.tokens import Mode, Prefill, TokenIndex, TokenSet
 from vla_pruner.methods.base import Method
 
 
-def _outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
+def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that no graph may hold; where a whole step is one graph, it does without."""
     outside = torch.compiler.disable(function)
     return lambda passes, *args: None if passes.captured else outside(passes, *args)
@@ -60,7 +58,7 @@ class Pass:
 
     @staticmethod
     def of(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        """Errors: NotImplementedError, where nothing is seen of what goes in."""
+        """Errors: NotImplementedError, where nothing is seen of what goes in, or of a cache."""
         named = by_name(stack.forward, args, kwargs) if args else kwargs
         inputs = next((named[name] for name in _INPUTS if named.get(name) is not None), None)
         if inputs is None:
@@ -115,13 +113,11 @@ class Passes:
         self._running: tuple[Step | None, Pass] | None = None
         self._warned = False
         self._known: _Known | None = None
-        self.failed: str | None = None  # What the last pass that failed, or was refused, said.
 
     def attach(self, model: nn.Module, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
         stacks = [s for s in (self.adapter.decoder, self.adapter.reader) if s is not None]
-        if model not in stacks:
-            self.calls.attach(model, undo)
+        self.calls.attach(model, self.adapter.decoder, undo)
         for stack in stacks:
             before(stack, self._before, undo)
             after(stack, self._after, undo, always=True)
@@ -131,15 +127,15 @@ class Passes:
     @_outside_graphs
     def _before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what this pass is, and hand the hooks what they need."""
-        self.calls.begins(stack)
-        cut, self._running = self.cut, None
-        cut.prefill, cut.phase = None, "later"
-        now = Pass.of(stack, args, kwargs)
+        now, cut, self._running = Pass.of(stack, args, kwargs), self.cut, None
+        own = stack is self.adapter.decoder
+        self.calls.begins(stack, rows=(now.batch, now.length) if own else ())
+        cut.prefill, cut.phase, cut.at = None, "later", -1
         if _tracing() or _exporting() or _batched(now.inputs) or now.inputs.is_meta:
             raise refusals.no_values()
         self._refuse_changes(cut)
         cut.static_cache = bool(getattr(now.cache, "is_compileable", False))
-        step = self._step_of(now) if stack is self.adapter.decoder else self._read_by(now)
+        step = self._step_of(now) if own else self._read_by(now)
         self._running = step, now
         if step is None:
             return
@@ -160,7 +156,7 @@ class Passes:
             self.cut.phase = "prefill"
             step = self._prefill(now, layout, step)
         elif now.past == 0:
-            self._leave_alone(now.length)
+            self._leave_alone(now)
         if now.cache is not None and (layout is not None or now.past == 0):
             self.caches.mark(now.cache, step)
         return step
@@ -181,28 +177,26 @@ class Passes:
             return step
         if mark is not None:
             return mark.step
-        if now.cache is None or step is None or isinstance(now.cache, tuple):
+        if now.cache is None or step is None:
             return None
         return step if self.caches.fits(now.cache, step, now.past) else None
 
     @_outside_graphs
-    def _after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, stack: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Note what the pass saw; `output` is None if it raised an exception."""
         in_prefill, self.cut.phase = self.cut.phase == "prefill", "outside"
         if not self.calls.ends(stack) or self._running is None:
-            return self._note(output)
+            return self.calls.note(output)
         (step, now), self._running, self.cut.prefill = self._running, None, None
         if output is None:
-            return self._note(output)
-        if now.cache is None and (in_prefill or step is None):
-            self.caches.mark(getattr(output, "past_key_values", None), step)
+            return self.calls.note(output)
+        cache = self.caches.behind(now, output, step, in_prefill=in_prefill)
         if step is None:
-            return
+            return None
         if in_prefill:
             self._refuse_unhooked(step.prefill)
-            if getattr(output, "hidden_states", None):
-                every = [in_place(step.prefill, hidden) for hidden in output.hidden_states]
-                output.hidden_states = tuple(every)
+            if getattr(output, "hidden_states", True):  # Asked for; or an output without names.
+                output = in_place(step.prefill, output)
         if step.prefill.observed is not None:
             rows = step.prefill.acting if in_prefill else self._acting_later(now)
             step.add(step.prefill.observed, rows)
@@ -212,14 +206,9 @@ class Passes:
         if in_prefill and self.own_results:
             step.prefill.own_results()
         if len(set(step.ids)) > 1 and stack is self.adapter.decoder:
-            cache = getattr(output, "past_key_values", None) if now.cache is None else now.cache
             self.caches.written(cache, step, now.past + now.length, in_prefill=in_prefill)
         step.whole = True
-
-    def _note(self, output: Any) -> None:
-        """Keep in words what ended a pass that has no output."""
-        if output is None and (error := sys.exc_info()[1]) is not None:
-            self.failed = f"{type(error).__name__}: {cut_text(str(error), 300)}"
+        return output
 
     def _acting_later(self, now: Pass) -> int:
         """Action queries of a pass that is no prefill."""
@@ -341,18 +330,14 @@ class Passes:
             attention = self.adapter.attention(self.adapter.layers[acting[0]])
             raise refusals.unwatched(len(acting) - prefill.watched, len(acting), attention)
 
-    def _leave_alone(self, length: int) -> None:
+    def _leave_alone(self, now: Pass) -> None:
         """A prefill that shows no image; if there may have been one, say so once."""
+        self.caches.refuse_hidden(now)
         self.prefilled = None
-        reason = self.adapter.left_alone() if length > 1 else None
+        reason = self.adapter.left_alone() if now.length > 1 else None
         if reason is None:
             return
         if not self._warned:
             self._warned = True
             warnings.warn(f"vla-pruner left a prefill alone: {reason}", stacklevel=2)
-        self.latest = Step.of_nothing(reason, length)
-
-
-def tokens_in(cache: Any) -> int:
-    """Tokens in a cache; layers of one that is a tuple."""
-    return len(cache) if isinstance(cache, tuple) else int(cache.get_seq_length())
+        self.latest = Step.of_nothing(reason, now.length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -106,6 +106,7 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
             reading = Reading(len(readings), spec, happened)
             names[name] = readings.setdefault((spec, happened), reading).number
         asked.append(names)
+    read = [reading.spec.layer for reading in readings.values()]
     text = any(r.spec.rows in ("text", "weighted") for r in readings.values())
     if adapter.reads_output:
         action_layers = _action_layers(method.history, len(adapter.reader_layers), frozenset())
@@ -113,6 +114,7 @@ def make_plan(method: Method, adapter: Adapter) -> Plan:
     else:
         action_layers = _action_layers(method.history, depth, skipped)
         action_cuts = number[action_layers[-1]] if action_layers else 0
+    _refuse_shared(adapter, {*read, *(() if adapter.reader_layers else action_layers)})
     return Plan(
         depth=depth,
         cuts=cuts,
@@ -154,6 +156,14 @@ def budgets(
         views = method.split(views, count, number) if per_view else (count,)
         shares.append(views)
     return counts, tuple(shares)
+
+
+def _refuse_shared(adapter: Adapter, seen: Collection[int]) -> None:
+    """Refuse layers that are one module, and attentions of them where one is `seen`."""
+    layers = list(adapter.layers)
+    refusals.refuse_shared(layers, "decoder layers", range(len(layers)))
+    attentions = [adapter.attention(layer) for layer in layers] if seen else []
+    refusals.refuse_shared(attentions, "the attentions of layers", seen)
 
 
 def _check_needs(method: Method, adapter: Adapter) -> None:

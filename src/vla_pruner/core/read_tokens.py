@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -96,14 +97,34 @@ def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
     return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))
 
 
-def in_place(prefill: Prefill, hidden: Any) -> Any:
-    """Hidden states `[B, n, D]` of any layer with every token in its row, zeros where one left.
+def in_place(prefill: Prefill, output: Any) -> Any:
+    """A decoder's output, with every token in its row in the hidden states of its layers.
 
-    Others stay as they are.
+    Rows that had left are zeros. Hidden states are what a field of that name holds, or, where the
+    output has no names, the lists of tensors `[B, n, D]` in it.
     """
+    if isinstance(output, tuple | list) and type(output) in (tuple, list):
+        parts = (_all(prefill, x) if isinstance(x, tuple | list) else x for x in output)
+        return type(output)(parts)
+    for name in ("hidden_states", "decoder_hidden_states"):
+        states = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(states, tuple | list):
+            put = output.__setitem__ if isinstance(output, dict) else partial(setattr, output)
+            put(name, _all(prefill, states))
+    return output
+
+
+def _all(prefill: Prefill, states: tuple[Any, ...] | list[Any]) -> tuple[Any, ...] | list[Any]:
+    found = [_in_place(prefill, one) for one in states]
+    return found if isinstance(states, list) else tuple(found)
+
+
+def _in_place(prefill: Prefill, hidden: Any) -> Any:
     for one in prefill.sets:
         rows = one.rows
-        if rows is not None and isinstance(hidden, Tensor) and hidden.shape[:2] == rows.shape:
+        if rows is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            continue
+        if hidden.shape[:2] == rows.shape:
             full = hidden.new_zeros(hidden.shape[0], prefill.length, hidden.shape[-1])
             return full.scatter(1, rows[..., None].expand_as(hidden), hidden)
     return hidden

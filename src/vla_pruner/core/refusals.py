@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,26 @@ def other_session() -> RuntimeError:
 def uneven_cache() -> RuntimeError:
     return RuntimeError(
         "this cache holds fewer tokens in some layers than in others and does not say why: it is a "
-        "copy, made by hand, of one that was pruned. Copy caches with `copy.deepcopy(cache)`, or "
-        "prefill again."
+        "copy, made by hand, of one that was pruned, or was in no output of the decoder. Copy "
+        "caches with `copy.deepcopy(cache)`, or prefill again with one of your own "
+        "(`past_key_values=DynamicCache()`)."
+    )
+
+
+def unshown_cache(decoder: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"{type(decoder).__name__} goes on from keys and values of a prompt with an image, and "
+        "neither its arguments nor its output showed where that prompt left them, so that nobody "
+        "knows what was pruned there. Give the prompt a cache of your own "
+        "(`past_key_values=DynamicCache()`), and the same one to what follows."
+    )
+
+
+def unknown_cache(cache: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"`past_key_values` is a {type(cache).__name__} that does not say how many tokens it holds "
+        "(`get_seq_length`), nor carry a note of what was pruned; use a cache of transformers "
+        "(`DynamicCache`), or one built like it."
     )
 
 
@@ -253,9 +271,42 @@ def other_kernel(began: str | None, now: str | None) -> RuntimeError:
 
 def ran_twice(index: int, decoder: nn.Module) -> NotImplementedError:
     return NotImplementedError(
-        f"layer {index} of {type(decoder).__name__} ran more than once in one pass, and would cut "
-        "again what is cut; pruning needs a decoder that runs each layer once."
+        f"layer {index} of {type(decoder).__name__} ran more than once in one pass, or behind a "
+        "later one, and would meet rows that a cut has taken out; pruning needs a decoder that "
+        "runs each layer once, in the order of its list."
     )
+
+
+def ran_again(decoder: nn.Module, length: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(decoder).__name__} ran more than once over {length} rows in one call of the model. "
+        "If that is one stack whose output goes in again (recurrent depth), the rows that were cut "
+        "are missing there: such a model cannot be pruned. If these are several prompts, call the "
+        "model once for each, or give them as a batch; if they are one step of a policy that reads "
+        "its prompt anew (denoising), call it inside of `with session.step():`."
+    )
+
+
+def written_elsewhere(decoder: nn.Module, past: int, rows: int, holds: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"the first layer of this cache held {past} tokens before {type(decoder).__name__} ran "
+        f"over {rows} rows, and holds {holds} now, not {past + rows}: other layers than those of "
+        "the decoder write there, or they run several times with a place for each. Name all layers "
+        "of the model that share the cache, each of which runs once (`layers`), or run without a "
+        "cache."
+    )
+
+
+def refuse_shared(modules: Sequence[nn.Module], what: str, which: Iterable[int]) -> None:
+    """Refuse modules, `which` of the list, that stand in it more than once."""
+    for index in which:
+        places = [i for i, module in enumerate(modules) if module is modules[index]]
+        if len(places) > 1:
+            raise NotImplementedError(
+                f"{what} {', '.join(map(str, places))} are one module, which runs several times in "
+                "a pass, so that nobody can tell where tokens are cut and what was seen where; "
+                "pruning needs layers that are modules of their own, each run once."
+            )
 
 
 def unhooked(cut: int) -> RuntimeError:

@@ -60,7 +60,7 @@ def explain(session: Session) -> Explanation:
         "history": _history(plan, session),
         "attention": _kernels(session),
         "hooked": _hooked(session),
-        "refused": session._passes.failed or "no call",
+        "refused": session._passes.calls.failed or "no call",
     }
     last = session.last
     if last is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_pruner.core import scores
+from vla_pruner.core import refusals, scores
 from vla_pruner.core.arguments import take
 from vla_pruner.core.cut import Cut
 from vla_pruner.core.episodes import Step
@@ -31,7 +31,7 @@ class Note:
     frames: Tensor | None
     expected: Mapping[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
-    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     late: Tensor | None = None
 
 
@@ -73,10 +73,12 @@ class RememberingCut(Cut):
         prefill, note = step.prefill, step.prefill.note
         if note.features is not None or prefill.features is None:
             return
+        for name, reading in self.plan.asked[0].items():
+            if reading not in prefill.scores:
+                layer = self.plan.readings[reading].spec.layer
+                raise refusals.unseen(layer, self.attention(layer))
+            note.scores[name] = prefill.scores[reading].detach()
         note.features = prefill.features.detach()
-        note.scores = {
-            name: prefill.scores[reading].detach() for name, reading in self.plan.asked[0].items()
-        }
         self.memories.hold(step, partial(self._remember, step, note))
 
     def forget(self, ids: tuple[Hashable, ...] | None) -> None:

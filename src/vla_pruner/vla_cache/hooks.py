@@ -50,8 +50,10 @@ class ReuseHooks(Cut):
 
     def attach(self, undo: ExitStack) -> None:
         """Install the hooks; `undo` takes them away."""
-        for index, layer in enumerate(self.layers):
-            attention = self.attention(index)
+        every = [self.attention(index) for index in range(len(self.layers))]
+        refusals.refuse_shared(every, "the attentions of layers", range(len(every)))
+        for index, (layer, attention) in enumerate(zip(self.layers, every, strict=True)):
+            before(layer, partial(self._enters, index), undo)
             name = implementation(attention)
             if name not in ("sdpa", "eager"):
                 raise NotImplementedError(
@@ -61,7 +63,7 @@ class ReuseHooks(Cut):
             self.eager = name == "eager"
             scores.watch(attention, partial(self._observe, index), undo)
             if index >= self.plan.cuts[0]:
-                before(layer, partial(self._enter, index), undo)
+                before(layer, partial(self._recall, index), undo)
         after(self.layers[-1], self._restore_length, undo)
 
     # ------------------------------------------------------------------ steps
@@ -98,6 +100,9 @@ class ReuseHooks(Cut):
         """The next step will recall this prefill."""
         note = step.prefill.note
         if note.record is not None:
+            for index in range(self.plan.depth):
+                if index not in note.record.entropy:
+                    raise refusals.unseen(index, self.attention(index))
             self.memories.close(step, note.record)
             note.record = None
 
@@ -116,7 +121,7 @@ class ReuseHooks(Cut):
         return torch.stack([counts[number] for number in self.plan.number], dim=1)
 
     # ------------------------------------------------------------------ hooks on layers
-    def _enter(
+    def _recall(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Before a layer: let tokens leave, and hand it a cache that knows their keys."""
