@@ -246,7 +246,8 @@ def rollout(monkeypatch, checkpoint, *options, seconds=4):
 
     SimulatedArm.sent.clear()
     chosen = ["--policy.type=pruned", f"--policy.pretrained_path={checkpoint}"]
-    words = ["lerobot-rollout", *chosen, *OPTIONS, f"--duration={seconds}", *options]
+    others = [option for option in OPTIONS if not option.startswith("--duration=")]
+    words = ["lerobot-rollout", *chosen, *others, f"--duration={seconds}", *options]
     monkeypatch.setattr(sys, "argv", words)
     lerobot_rollout.main()
     return list(SimulatedArm.sent)
