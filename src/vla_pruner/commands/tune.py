@@ -76,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TOLERANCE,
         help="mean deviation of the actions that is accepted, in units of their spread",
     )
-    parser.add_argument(
-        "--episodes", type=at_least(1), default=6, help="at most so many, evenly spread"
-    )
+    parser.add_argument("--episodes", type=int, default=6, help="at most so many, evenly spread")
     parser.add_argument(
         "--calls", type=at_least(1), default=60, help="at most so many of each episode"
     )
