@@ -20,8 +20,8 @@ ifeq ($(PY),$(VENV)/bin/python)
   SIM := $(VENV)/.installed-sim
   DEV := $(VENV)/.installed-dev
 endif
-# Processes for pytest: small models gain nothing from more than one thread each.
-JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n)
+# Processes for pytest: small models gain nothing from more than one thread each, and some tests wait.
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 3 ] && n=$$((n + 1)); [ $$n -gt 4 ] && n=4; echo $$n)
 
 # lerobot pins its own torch and transformers. The newest needs Python 3.12; the newest for 3.11:
 #   make test-lerobot LEROBOT_PYTHON=python3.11 LEROBOT="lerobot[smolvla]==0.4.4" LEROBOT_WITH="peft dm-tree"

@@ -316,7 +316,7 @@ def test_a_folder_with_other_things_is_not_touched(policy, tmp_path):
         (["--keep", "1.5"], r"\(0, 1\]"),
         (["--keep", "half"], "a fraction such as"),
         (["--method", "vlapruner"], "did you mean"),
-        (["--episodes", "0"], "there are 10 scenes"),
+        (["--episodes", "11"], "there are 10 scenes"),
     ],
 )
 def test_impossible_arguments_are_explained(policy, tmp_path, more, message):

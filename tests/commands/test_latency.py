@@ -226,8 +226,9 @@ def test_an_interruption_keeps_what_was_measured_before(run_folder, monkeypatch)
 def test_impossible_requests_say_why(run_folder, tmp_path, monkeypatch, capsys):
     assert main(["latency", str(tmp_path)]) == 2
     assert "holds no episodes.sqlite" in capsys.readouterr().err
-    assert main(["latency", str(run_folder), "--rounds", "0"]) == 2
-    assert "--rounds 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["latency", str(run_folder), "--rounds", "0"])
+    assert "--rounds: 0 is no whole number of at least 1" in capsys.readouterr().err
     changed = tiny_policy()
     changed.projector.fc1.bias[0] += 1
     monkeypatch.setattr(latency, "load", lambda name, device: changed)

@@ -147,6 +147,41 @@ def test_only_low_rank_changes_of_the_language_model_learn(seen, data):
     assert same == []
 
 
+def test_towers_whose_rate_is_zero_stay_and_are_written(seen, data):
+    trainer = SmolTrainer(settings(tower_rate=0), data, seen)
+    before = {n: p.detach().clone() for n, p in trainer._weights().items()}
+    trainer.run()
+    moved = {n for n, p in trainer._weights().items() if not torch.equal(p, before[n])}
+    seeing = {n for n in before if n.startswith(("vision_backbone", "projector"))}
+    assert seeing and moved == set(before) - seeing
+
+
+def test_patches_near_an_object_say_where_it_is():
+    """Two objects, a patch on each and one beside the first; the rest is not asked."""
+    grid, words = 16, torch.eye(4, 48)
+    helpers = smol.SmolHelpers(48, 8)
+    points = torch.full((1, 5, 2), -1.0)
+    points[0, 0], points[0, 1] = torch.tensor([0.5, 0.5]) / grid, torch.tensor([8.5, 8.5]) / grid
+    objects = torch.zeros(1, 4, 6)
+    objects[0, :, 2] = 0.9
+    objects[0, 1, 3] = 0.2
+    visual = torch.zeros(1, grid * grid, 48)
+    visual[0, [0, 1], 0] = 50.0
+    visual[0, 8 * grid + 8, 1] = 50.0
+    with torch.no_grad():
+        helpers.place.weight.zero_()
+        helpers.place.bias.zero_()
+        helpers.place.weight[3, 1] = 1 / 50
+        names, miss = helpers.place_loss(visual, words, points, objects, grid)
+        # 0.09 of the image is 1.44 patches: a corner has 3 neighbours so near, a middle one 8.
+        assert miss.item() == pytest.approx(8 / 6 / 13, rel=1e-5)
+        visual[0, grid : grid + 2, 0] = 50.0
+        for row in (-1, 0, 1):
+            visual[0, (8 + row) * grid + torch.tensor([7, 8, 9]), 1] = 50.0
+        right, none = helpers.place_loss(visual, words, points, objects, grid)
+    assert none.item() == pytest.approx(0, abs=1e-6) and right < names
+
+
 def test_an_interrupted_stage_continues(seen, data):
     SmolTrainer(settings(steps=1), data, seen).run()
     trainer = SmolTrainer(settings(steps=2, pool=2), data, seen)

@@ -101,7 +101,7 @@ def test_a_sweep_is_continued_and_extended_and_nothing_runs_twice(policy, tmp_pa
 
 def test_an_episode_whose_process_is_killed_or_hangs_is_begun_anew(policy, tmp_path):
     out = tmp_path / "out"
-    assert run_cells(cells(policy, "faulty:once", 4), out, Processes(1, time_limit=30))
+    assert run_cells(cells(policy, "faulty:once", 4), out, Processes(1, time_limit=12))
     assert (tmp_path / "killed").exists()
     assert (tmp_path / "hung").exists()
     assert finished(out) == [("none", 100 + number) for number in range(4)]

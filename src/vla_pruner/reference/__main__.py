@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--lora-rate", type=float, help="smol-oft: LoRA's learning rate over the rest's"
     )
+    train.add_argument(
+        "--tower-rate", type=float, help="smol-oft: the towers' (default 0.3; 0: they stay)"
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--start", type=Path, help="checkpoint or policy folder to begin from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -132,7 +135,7 @@ def _train(options: argparse.Namespace) -> None:
         "device",
     )
     smol = options.stage in SMOL_STAGES
-    names += ("pool", "lora_rate") if smol else ()
+    names += ("pool", "lora_rate", "tower_rate") if smol else ()
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     settings = SmolSettings(**given) if smol else Settings(**given)
     source = LiberoDemonstrations if settings.stage == "mini-oft-libero" else Demonstrations

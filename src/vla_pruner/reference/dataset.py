@@ -33,6 +33,8 @@ class Batch:
         and of the gripper; outside [0, 1] where they are out of view.
     relation : float32 `[B, 6]`, gripper position and vector from it to the named object (m).
     named : float32 `[B, C, 2]`, the entry of `points` for the named object.
+    objects : float32 `[B, 4, 6]`, where each object is (m), and the vector to it from the gripper;
+        None where a suite's objects differ from task to task.
     """
 
     images: np.ndarray
@@ -43,6 +45,7 @@ class Batch:
     points: np.ndarray
     relation: np.ndarray
     named: np.ndarray
+    objects: np.ndarray | None = None
 
 
 class Demonstrations:
@@ -120,9 +123,17 @@ class Demonstrations:
             **{
                 name: np.stack(column)
                 for name, column in zip(
-                    ("proprio", "actions", "action_valid", "points", "relation", "named"),
+                    (
+                        "proprio",
+                        "actions",
+                        "action_valid",
+                        "points",
+                        "relation",
+                        "named",
+                        "objects",
+                    ),
                     columns[2:],
-                    strict=True,
+                    strict=False,
                 )
             },
         )
@@ -153,7 +164,8 @@ class Demonstrations:
             pixel = episode[f"{camera}_points"][step] * self.scale - corner
             points.append(np.nan_to_num(pixel / self.pixels, nan=-1.0))
         eef = episode["proprio"][step, :3]
-        relation = np.concatenate([eef, episode["object_positions"][step, target] - eef])
+        objects = episode["object_positions"][step]
+        relation = np.concatenate([eef, objects[target] - eef])
         return (
             images,
             INSTRUCTION_TEMPLATES[template].format(object=OBJECT_NAMES[target]),
@@ -163,6 +175,7 @@ class Demonstrations:
             np.stack(points).astype(np.float32),
             relation.astype(np.float32),
             np.stack(points)[:, target].astype(np.float32),
+            np.concatenate([objects, objects - eef], axis=1).astype(np.float32),
         )
 
     def _draw(self, rng: np.random.Generator, reaching: float) -> tuple[int, int]:

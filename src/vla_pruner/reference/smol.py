@@ -32,7 +32,7 @@ from ..models.openvla.oft import OpenVLAOFT
 from ..scenes.pick_place_task import OBJECT_NAMES
 from . import policies
 from .dataset import Batch
-from .training import Helpers, Settings, Trainer, normalised, quantiles
+from .training import RELATION_SCALE_M, Helpers, Settings, Trainer, normalised, quantiles
 
 STAGES = ("smol-vision", "smol-oft")
 RANK = 32
@@ -45,19 +45,28 @@ Its first layers add vectors forty times as long as a word's embedding: what is 
 word is hardly there in the middle. A factor while training, folded into the weights on export.
 """
 _ENLARGED = ("projector.fc3.", "proprio_projector.fc2.")
-TOWER_RATE = 0.3
-"""Learning rate of towers and projector over the rest's, once they have learnt to point."""
 _WORD_SHARPNESS = 12.0
 _TEACHER_PIXELS = 140
+_NEAR = 0.09
+"""How far from an object's middle a patch shows it, as a share of the image."""
 
 
 @dataclass(frozen=True)
 class SmolSettings(Settings):
-    """Adds `pool`, `layers` and `lora_rate`, by which LoRA's `b` learns faster than the rest."""
+    """Adds what the second stage needs.
+
+    Attributes
+    ----------
+    pool : so many visual tokens a side are averaged into one.
+    lora_rate : learning rate of LoRA's `b` over the rest's.
+    tower_rate : that of towers and projector, once they have learnt to point; 0: they stay.
+    layers : of the language model.
+    """
 
     grid: int = 16
     pool: int = 1
     lora_rate: float = 1.0
+    tower_rate: float = 0.3
     layers: int = policies.SMOL_LAYERS
 
 
@@ -68,6 +77,7 @@ class SmolHelpers(Helpers):
         super().__init__(hidden)
         self.nothing = nn.Parameter(torch.tensor(3.0))
         self.copied = nn.Linear(hidden, teacher_hidden)
+        self.place = nn.Linear(hidden, 6)
 
     def word_loss(self, visual: Tensor, words: Tensor, points: Tensor, grid: int) -> Tensor:
         """Cross-entropy of naming the object that a patch shows, or nothing.
@@ -90,6 +100,32 @@ class SmolHelpers(Helpers):
         away = (centres[None, :, None] - known[:, None]).abs().amax(-1).amin(-1) > 0.15
         none = -torch.log_softmax(said, -1)[..., -1]
         return named + (none * away).sum() / away.sum().clamp_min(1)
+
+    def place_loss(
+        self, visual: Tensor, words: Tensor, points: Tensor, objects: Tensor, grid: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the patches near an object say: which it is, and where.
+
+        Cross-entropy of its word, and L1 of its place and of the vector to it from the gripper
+        (in units of 0.2 m), over patches at most 9 % of the image from its middle. `visual`
+        [N, grid * grid, D], `points` [N, 5, 2] in [0, 1], `objects` [N, 4, 6] (m).
+        """
+        known = points[:, : len(words)]
+        axis = (torch.arange(grid, device=points.device) + 0.5) / grid
+        centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)
+        away = (centres[None, :, None] - known[:, None]).norm(dim=-1)  # [N, patches, 4]
+        near, which = away.min(-1)
+        shown = (near < _NEAR).float()
+        said = _WORD_SHARPNESS * F.normalize(visual.float(), dim=-1) @ words.t()
+        said = torch.cat([said, self.nothing.expand(*said.shape[:-1], 1)], dim=-1)
+        names = F.cross_entropy(said.transpose(1, 2), which, reduction="none")
+        origin = objects.new_tensor([0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
+        wanted = ((objects - origin) / RELATION_SCALE_M).gather(
+            1, which[..., None].expand(-1, -1, objects.shape[-1])
+        )
+        miss = (self.place(visual).float() - wanted).abs().mean(-1)
+        total = shown.sum().clamp_min(1)
+        return (names * shown).sum() / total, (miss * shown).sum() / total
 
 
 class SmolTrainer(Trainer):
@@ -195,7 +231,7 @@ class SmolTrainer(Trainer):
         ups = {id(p) for name, p in weights.items() if name.endswith(".b")}
         downs = {id(p) for name, p in weights.items() if name.endswith(".a")}
         seeing = {id(p) for name, p in weights.items() if name.startswith(("vision", "projector"))}
-        rate = TOWER_RATE if settings.stage == "smol-oft" else 1.0
+        rate = settings.tower_rate if settings.stage == "smol-oft" else 1.0
         rates: dict[str, Any] = {
             "lr": settings.learning_rate,
             "weight_decay": settings.weight_decay,
@@ -230,17 +266,26 @@ class SmolTrainer(Trainer):
         points = self._tensor(batch.points)
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        visual = self.model.visual_embeds(self.pixels(batch.images))
-        if self.settings.stage == "smol-oft":
+        acting = self.settings.stage == "smol-oft"
+        learns = not acting or self.settings.tower_rate > 0
+        with torch.set_grad_enabled(learns):
+            visual = self.model.visual_embeds(self.pixels(batch.images))
+        if acting:
             total, parts = self._acting_loss(batch, visual)
+            if not learns:
+                return total, {name: float(value.detach()) for name, value in parts.items()}
         by_camera = visual.unflatten(1, (count, -1)).flatten(0, 1)
         points = points.flatten(0, 1)
         pointing, error = helpers.point_loss(by_camera / self.size, points, grid)
         naming = helpers.word_loss(by_camera, self.words, points, grid)
+        assert batch.objects is not None
+        objects = self._tensor(batch.objects).repeat_interleave(count, 0)
+        near, place = helpers.place_loss(by_camera / self.size, self.words, points, objects, grid)
         large = (by_camera.float().square().mean(-1).sqrt() / self.size).log()
-        share = 0.3 if self.settings.stage == "smol-oft" else 1.0
-        total = total + share * (pointing + naming + large.square().mean())
+        share = 0.3 if acting else 1.0
+        total = total + share * (pointing + naming + near + 3 * place + large.square().mean())
         parts |= {"points": pointing, "error": error, "words": naming, "size": large.exp().mean()}
+        parts |= {"near": near, "place": place}
         return total, {name: float(value.detach()) for name, value in parts.items()}
 
     def _acting_loss(self, batch: Batch, visual: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

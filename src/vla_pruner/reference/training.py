@@ -41,7 +41,7 @@ Bounds = tuple[np.ndarray, np.ndarray]
 
 STAGES = ("vision", "mini-openvla", "mini-oft", "mini-oft-libero")
 _POINTS = 5
-_RELATION_SCALE_M = 0.2
+RELATION_SCALE_M = 0.2
 MIDDLE = 4
 """Decoder layers after which it should be known where the named object is."""
 _SMALLEST_REACH = 0.1
@@ -139,7 +139,7 @@ class Helpers(nn.Module):
         """L1 between what the row `[B, D]` says and `relation` `[B, 6]` (m)."""
         said = self.relation(self.norm(row.float()))
         origin = relation.new_tensor([0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
-        return (said - (relation - origin) / _RELATION_SCALE_M).abs().mean()
+        return (said - (relation - origin) / RELATION_SCALE_M).abs().mean()
 
 
 class Trainer:
