@@ -86,8 +86,18 @@ def proves(request: pytest.FixtureRequest) -> Callable[..., None]:
     return note
 
 
+LONGEST = ("runs/test_execute.py", "examples/test_examples.py", "serving/", "doors/", "runs/")
+"""Begun first: a process takes whole files, and should not end with the longest."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """The longest files first; tests marked `gpu` are skipped where there is none."""
+
+    def turn(item: pytest.Item) -> int:
+        path = f"{item.path.parent.name}/{item.path.name}"
+        return next((n for n, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+
+    items.sort(key=turn)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
