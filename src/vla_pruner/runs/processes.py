@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import Counter, deque
@@ -275,8 +276,8 @@ class Processes:
 
 
 def _context() -> Any:
-    """How processes begin: copies of one that has imported what they need, where there are such."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """How processes begin: on Linux as copies of one that has imported what they need."""
+    if not sys.platform.startswith("linux"):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
