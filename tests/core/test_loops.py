@@ -55,7 +55,8 @@ def test_a_stack_that_runs_again_on_what_it_gave(stack, method, mode, cache):
         for inner in (False, True):  # Also where only what holds the stack is called.
             given = call if made is None else {**call, "past_key_values": made()}
             with pytest.raises(
-                NotImplementedError, match=r"ran more than once over 36|first layer of this cache"
+                NotImplementedError,
+                match=r"ran more than once over 36|first layer of this cache|reads all 36 rows",
             ):
                 (model.model if inner else model)(**given)
         assert session.full_next(0) == (method == "vla-pruner")
@@ -69,6 +70,22 @@ def test_a_stack_that_runs_once_behind_one_that_loops():
         got, columns = model(**call).logits[:, -1], gone(session)
     with hidden_in_softmax(model.model.H_module.layers, 2, columns):
         same(got, model(**call).logits[:, -1])
+
+
+@pytest.mark.parametrize("method", ["random", "fastv", "vla-pruner"])
+def test_layers_behind_the_decoder_that_read_its_prompt(method):
+    """They would read zeros where rows were cut: refused at once, also while all tokens stay."""
+    model, call = hrm(high=1, low=1), {"inputs_embeds": embeds(), "use_cache": False}
+    plain = model(**call).logits
+    with prune(model, method, "model.L_module.layers"):
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="reads all 36 rows of a prompt behind"):
+                model(**call)
+    with prune(model, "fastv", "model.L_module.layers", mode="mask"):
+        assert model(**call).logits.shape == plain.shape
+    with vp.prune(model, "none", adapter=at("model.L_module.layers")):
+        assert torch.equal(model(**call).logits, plain)
+    assert torch.equal(model(**call).logits, plain)
 
 
 class Looped(nn.Module):

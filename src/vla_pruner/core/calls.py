@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,23 @@ class Calls:
         for module in [one for one in holders if any(part is decoder for part in one.modules())]:
             before(module, self._outside_graphs(self.begins), undo)
             after(module, self._outside_graphs(self._returns), undo, always=True)
+
+    def watch_behind(
+        self, model: nn.Module, stacks: Iterable[nn.Module], layers: Iterable[nn.Module], undo: Any
+    ) -> None:
+        """Refuse layers built like the decoder's that read the rows of its prompt behind it."""
+        kinds = {type(layer) for layer in layers}
+        own = {id(part) for stack in stacks for part in stack.modules()}
+        for other in model.modules():
+            if type(other) in kinds and id(other) not in own:
+                before(other, self._outside_graphs(self._refuse_behind), undo)
+
+    def _refuse_behind(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        step, hidden = self.step, args[0] if args else kwargs.get("hidden_states")
+        if step is None or not isinstance(hidden, Tensor):
+            return
+        if hidden.shape[:2] == (len(step.ids), step.prefill.length):
+            raise refusals.behind_the_decoder(layer, step.prefill.length)
 
     def _outside_graphs(self, hook: Callable[..., None]) -> Callable[..., None]:
         outside = torch.compiler.disable(hook)

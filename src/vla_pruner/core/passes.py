@@ -122,6 +122,8 @@ class Passes:
             before(stack, self._before, undo)
             after(stack, self._after, undo, always=True)
         self.calls.follow_generate(model, undo)
+        if self.mode == "drop" and self.plan.cuts:
+            self.calls.watch_behind(model, stacks, self.cut.layers, undo)
 
     # ------------------------------------------------------------------ around each pass
     @_outside_graphs

@@ -287,6 +287,15 @@ def ran_again(decoder: nn.Module, length: int) -> NotImplementedError:
     )
 
 
+def behind_the_decoder(layer: nn.Module, rows: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"a {type(layer).__name__} that is none of the decoder's layers reads all {rows} rows of a "
+        "prompt behind the decoder, where rows that were cut are zeros; pruning needs a decoder "
+        "whose output at other rows than those kept nobody reads. If that layer belongs to the "
+        "decoder, name all layers in the order in which they run (`layers`)."
+    )
+
+
 def written_elsewhere(decoder: nn.Module, past: int, rows: int, holds: int) -> NotImplementedError:
     return NotImplementedError(
         f"the first layer of this cache held {past} tokens before {type(decoder).__name__} ran "
