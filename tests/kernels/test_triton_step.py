@@ -61,7 +61,8 @@ print("alike")
 SCORES = """
 import torch
 from vla_pruner.kernels.triton_scores import column_mean
-from vla_pruner.pruning.scores import _column_mean_by_operators
+from vla_pruner.kernels.native import Attention
+from vla_pruner.pruning.scores import _by_operators
 generator = torch.Generator().manual_seed(0)
 def draw(*shape):
     return torch.randn(*shape, generator=generator)
@@ -92,7 +93,8 @@ for batch, heads, shared, queries, keys, width, asked, kind in (
                    softcap=softcap)
     chosen = rows if isinstance(rows, torch.Tensor) else range(queries)[rows]
     got = column_mean(query, key, columns, chosen, **options)
-    expected = _column_mean_by_operators(query, key, columns, rows, *options.values(), 1 << 20)
+    seen = Attention(query, key, 0.3, mask, kind == "causal", softcap, sinks)
+    expected = _by_operators(seen, columns, rows, weight, 1 << 20)
     worst = (got - expected).abs().max() / expected.abs().max()
     assert worst < 1e-5, (kind, worst)
 print("alike")
