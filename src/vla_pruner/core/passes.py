@@ -34,7 +34,7 @@ from vla_pruner.methods.base import Method
 def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that no graph may hold; where a whole step is one graph, it does without."""
     outside = torch.compiler.disable(function)
-    return lambda passes, *args: None if passes.captured else outside(passes, *args)
+    return lambda passes, *args: None if passes.calls.captured else outside(passes, *args)
 
 
 _tracing, _exporting = torch.jit.is_tracing, torch.compiler.is_exporting
@@ -109,7 +109,6 @@ class Passes:
         self.prefilled: Step | None = None  # Of the last prefill; None: it showed no image.
         self.session: Any = None
         self.own_results = False  # Whether compiled code may write over what it returned.
-        self.captured = False  # Whether a whole step is compiled, and brackets its passes itself.
         self._running: tuple[Step | None, Pass] | None = None
         self._warned = False
         self._known: _Known | None = None

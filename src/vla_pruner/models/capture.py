@@ -127,7 +127,7 @@ class Capture(Attached):
             passes._before(stack, (), dict(call))
             output = self._inside(passes, (name, *shapes), function, args, dynamic)
         finally:
-            passes.captured = passes.calls.captured = False
+            passes.calls.captured = False
             passes._after(stack, (), dict(call), output)
         return output[0]
 
@@ -145,7 +145,7 @@ class Capture(Attached):
         memory = self._memory if in_prefill else None
         kind = None if prefill is None else (cut.phase, *_facts(prefill))
         given = () if memory is None else memory.given
-        passes.captured = passes.calls.captured = True
+        passes.calls.captured = True
         graph = self._graph((*key, kind), _pass(function, cut, memory), dynamic)
         output, broken, remembered = graph(*given, *args)
         if broken is not None:
