@@ -185,7 +185,7 @@ class Command:
 
 
 class Executor:
-    """An action for every tick. Its stop is not a certified safety function.
+    """An action for every tick of one episode. Its stop is not a certified safety function.
 
     Args:
         client: who is asked.
@@ -213,8 +213,7 @@ class Executor:
         self._lock = threading.Condition()
         self._chunk: np.ndarray | None = None
         self._last: np.ndarray | None = None
-        self._at = self._moved = 0
-        self._seen, self._since = 0.0, time.monotonic()
+        self._at, self._moved, self._seen, self._since = 0, 0, 0.0, _now()
         self._why, self._ending = "no chunk has come yet", False
         self._thread = threading.Thread(target=self._ask, daemon=True, name="vla-pruner-client")
 
@@ -233,7 +232,7 @@ class Executor:
         """The action of this tick; never waits for the server."""
         with self._lock:
             self._lock.notify_all()  # it may be time to ask
-            now = time.monotonic()
+            now = _now()
             chunk, age = self._chunk, now - self._seen
             if chunk is not None and age > self.max_age_s:
                 self._why = f"the actions are {age:.3g} s old"
@@ -241,17 +240,14 @@ class Executor:
             if chunk is None or self._at >= len(chunk):
                 return Command(self._stopped(), True, now - self._since, self._why)
             action = chunk[self._at].copy()
-            self._at += 1
-            self._moved += 1
+            self._at, self._moved = self._at + 1, self._moved + 1
             self._last, self._since = action, now
             return Command(action, False, age)
 
     def _stopped(self) -> np.ndarray | None:
         action = None if self._last is None else self._last.copy()
         if action is not None and self.stop == "zero":
-            kept = action[list(self.kept)]
-            action[:] = 0
-            action[list(self.kept)] = kept
+            action[np.delete(np.arange(len(action)), self.kept)] = 0
         return action
 
     def _needed(self) -> bool:
@@ -263,7 +259,7 @@ class Executor:
                 self._lock.wait_for(self._needed)
                 if self._ending:
                     return
-                seen, moved = time.monotonic(), self._moved
+                seen, moved = _now(), self._moved
             try:
                 answer = self.client.infer(self.observe())
                 _ = answer.actions[:, list(self.kept)]  # an IndexError now rather than in a stop
@@ -278,6 +274,11 @@ class Executor:
                 # Steps that were carried out since belong to the chunk before.
                 self._chunk, self._seen = answer.actions[: answer.valid], seen
                 self._at = self._moved - moved
+
+
+def _now() -> float:  # it goes on while the computer sleeps, where there is such a clock
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _pack(value: Any) -> Any:

@@ -39,6 +39,8 @@ LARGEST_TURN = math.pi / 4
 GRIPPER_OPEN = 850.0
 """Pulses of an open gripper; 0 is closed."""
 
+HALTED = "the arm was told to stop"
+
 Cameras = Callable[[], Mapping[str, np.ndarray]]
 """Gives the newest image uint8 [H, W, 3] of each camera, by the name that the server reads."""
 
@@ -105,8 +107,8 @@ class Limits:
         """Joint angles [6] on the way to those wanted, as far as `seconds` allow."""
         low, high = np.array(self.joints).T
         step = np.clip(wanted, low + self.margin, high - self.margin) - last
-        fastest = np.abs(step).max() / (self.joint_speed * seconds)
-        return last + step / max(fastest, 1.0)
+        farthest, most = np.abs(step).max(), self.joint_speed * max(seconds, 0.0)
+        return last + step * (most / farthest if farthest > most else 1.0)
 
     def holds(self, position: np.ndarray) -> bool:
         """Whether a tool position [3] in mm is in the workspace."""
@@ -121,7 +123,7 @@ class XArm6:
         api: `XArmAPI(IP, is_radian=True)`, connected.
         cameras: see `Cameras`; called by the client's thread.
         limits: see `Limits`.
-        hz: times in a second that `send` is called.
+        hz: times in a second that `send` is called; speeds hold however often that is.
         actions: "joints": actions are joint angles [6] in rad; "delta": differences of the tool's
             pose, x y z in m and roll pitch yaw in rad. Either is followed by the gripper.
         gripper: how it is written: "rlds" 0 closed, 1 open; "robosuite" 1 closed, -1 open.
@@ -148,7 +150,9 @@ class XArm6:
         self.refused = 0
         """Commands that would have left the workspace, or that cannot be reached; it held."""
         self._at: np.ndarray | None = None
+        self._sent = -math.inf
         self._grip: float | None = None
+        self._stopped = ""
 
     @property
     def stop(self) -> Literal["hold", "zero"]:
@@ -180,12 +184,13 @@ class XArm6:
         at = self.joints()
         tool = self._tool(at)[:3]
         if not self.limits.holds(tool):
-            self.end()
             raise ArmError(
-                f"the tool is at {tool.round().tolist()} mm, outside of the workspace "
-                f"{self.limits.workspace}: no way from there is allowed; move it in by hand"
+                self._because(
+                    f"the tool is at {tool.round().tolist()} mm, outside of the workspace "
+                    f"{self.limits.workspace}, and no way from there is allowed; move it in by hand"
+                )
             )
-        self._at = at
+        self._at, self._stopped = at, ""
 
     def joints(self) -> np.ndarray:
         """Measured joint angles [6], rad. Errors: ArmError."""
@@ -210,41 +215,55 @@ class XArm6:
         action = np.asarray(action, np.float64)
         if action.shape != (JOINTS + 1,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 7 finite numbers; got {action.tolist()}")
-        if self._at is None:
-            raise ArmError("call start() first")
-        wanted = self._wanted(action[:JOINTS])
-        target = self._at
+        at = self._started()
+        now = time.monotonic()
+        wanted, target = self._wanted(action[:JOINTS], at), at
         if wanted is not None:
-            target = self.limits.clipped(wanted, self._at, 1 / self.hz)
+            # A tick that comes early may not go as far as one that comes in time.
+            target = self.limits.clipped(wanted, at, min(now - self._sent, 1 / self.hz))
             if not self.limits.holds(self._tool(target)[:3]):
                 self.refused += 1
-                target = self._at
-        self._done("set_servo_angle_j", self.api.set_servo_angle_j(target.tolist(), is_radian=True))
-        self._at = target
+                target = at
+        self._go(target)
+        self._sent = now
         self._grasp(float(action[JOINTS]))
 
-    def end(self) -> None:
-        """Stop where the arm is."""
-        self.api.set_state(4)
-        self._at = None
+    def hold(self) -> None:
+        """Stay where the arm was told to be last, on the way to wherever. Errors: ArmError."""
+        self._go(self._started())
 
-    def _wanted(self, action: np.ndarray) -> np.ndarray | None:
+    def end(self) -> None:
+        """Stop where the arm is. Errors: ArmError, it did not hear of it."""
+        said = self._halt()
+        if said != HALTED:
+            raise ArmError(said)
+
+    def _started(self) -> np.ndarray:
+        if self._at is None:
+            raise ArmError(f"{self._stopped or 'the arm was not started'}; call start() first")
+        return self._at
+
+    def _go(self, target: np.ndarray) -> None:
+        self._done("set_servo_angle_j", self.api.set_servo_angle_j(target.tolist(), is_radian=True))
+        self._at = target
+
+    def _wanted(self, action: np.ndarray, at: np.ndarray) -> np.ndarray | None:
         """Joint angles of an action; None: they cannot be had."""
         if self.actions == "joints":
             return action
-        assert self._at is not None
         if not action.any():
-            return self._at
-        pose = self._tool(self._at) + action * ([1000.0] * 3 + [1.0] * 3)
+            return at
+        pose = self._tool(at) + action * ([1000.0] * 3 + [1.0] * 3)
+        pose[3:] -= 2 * math.pi * np.round(pose[3:] / (2 * math.pi))  # a tool that looks down: pi
         code, angles = self.api.get_inverse_kinematics(
             pose.tolist(), input_is_radian=True, return_is_radian=True
         )
         if code == 0 and len(angles) >= JOINTS:
             # The same pose a whole turn away is no reason to turn; another elbow is one to stand.
-            turn = np.asarray(angles[:JOINTS], np.float64) - self._at
+            turn = np.asarray(angles[:JOINTS], np.float64) - at
             turn -= 2 * math.pi * np.round(turn / (2 * math.pi))
             if np.abs(turn).max() <= LARGEST_TURN:
-                return self._at + turn
+                return at + turn
         self.refused += 1
         return None
 
@@ -268,8 +287,7 @@ class XArm6:
         """Six finite numbers of an answer, or the arm stops."""
         made = np.asarray(found[:JOINTS], np.float64)
         if made.shape != (JOINTS,) or not np.isfinite(made).all():
-            self.end()
-            raise ArmError(f"{name} gave {found} instead of numbers: the arm was told to stop")
+            raise ArmError(self._because(f"{name} gave {found} instead of numbers"))
         return made
 
     def _read(self, name: str, answer: Any) -> Any:
@@ -278,9 +296,22 @@ class XArm6:
 
     def _done(self, name: str, code: int) -> None:
         if code != 0:
-            self.api.set_state(4)
-            self._at = None
-            raise ArmError(f"{name} answered {code} (the SDK's API code): the arm was told to stop")
+            raise ArmError(self._because(f"{name} answered {code} (the SDK's API code)"))
+
+    def _because(self, reason: str) -> str:
+        """Stop the arm; the sentence that says why, and whether it heard."""
+        self._stopped = f"{reason}: {self._halt()}"
+        return self._stopped
+
+    def _halt(self) -> str:
+        self._at = None
+        try:
+            code: Any = self.api.set_state(4)
+        except Exception as error:  # of a connection that is gone
+            code = repr(error)
+        if code in (0, 1, 2):  # also with an error or a warning that nobody has cleared
+            return HALTED
+        return f"set_state(4) answered {code}: THE ARM MAY STILL MOVE, use the emergency stop"
 
 
 def drive(
@@ -295,7 +326,8 @@ def drive(
 ) -> int:
     """Let a served policy act for some seconds; how many ticks the arm stood.
 
-    The arm is stopped at the end, and on every error.
+    The arm is stopped at the end, and on every error. Without actions it holds where it is, which
+    may be short of what was asked last.
 
     Args:
         arm: it is started here.
@@ -320,16 +352,22 @@ def drive(
         with Executor(
             client, observe, stop=arm.stop, ask_at=ask_at, max_age_s=max_age_s
         ) as executor:
-            due = time.monotonic()
-            for _ in range(round(seconds * arm.hz)):
-                command = executor.step()
-                stood += command.stopped
-                if command.action is not None:
-                    arm.send(command.action)
-                if ticked is not None:
-                    ticked(last[0] if last else None, command)
-                due = max(due + 1 / arm.hz, time.monotonic() - 1 / arm.hz)
-                time.sleep(max(due - time.monotonic(), 0))
+            try:
+                due = time.monotonic()
+                over = due + seconds
+                for _ in range(round(seconds * arm.hz)):
+                    command = executor.step()
+                    stood += command.stopped
+                    if command.action is not None:
+                        arm.hold() if command.stopped else arm.send(command.action)
+                    if ticked is not None:
+                        ticked(last[0] if last else None, command)
+                    due = max(due + 1 / arm.hz, time.monotonic() - 1 / arm.hz)
+                    if due >= over:
+                        break
+                    time.sleep(max(due - time.monotonic(), 0))
+            finally:
+                arm.end()  # before the executor waits for its last question
     finally:
         arm.end()
     return stood
