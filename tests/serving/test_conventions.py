@@ -146,6 +146,12 @@ def test_a_message_that_does_not_fit_is_refused(change: Callable, said: str) -> 
         translator("libero", 2, 8).observation(broken(change))
 
 
+def test_a_side_that_jpeg_does_not_hold_is_the_clients_fault() -> None:
+    with pytest.raises(ValueError, match="1 x 65501 pixels: JPEG holds sides of at most 65500"):
+        through_jpeg(np.zeros((1, 65_501, 3), np.uint8))
+    assert through_jpeg(np.zeros((1, 65_500, 3), np.uint8)).shape == (1, 65_500, 3)
+
+
 def test_jpeg_changes_pixels_a_little_and_only_on_request() -> None:
     image = np.random.default_rng(0).integers(120, 136, (64, 64, 3), dtype=np.uint8)
     stored = through_jpeg(image)

@@ -88,10 +88,6 @@ def stored(image: Image.Image, form: str) -> bytes:
 def bomb(side: int = 13_300) -> bytes:
     """A PNG of a few hundred kB that unpacks to `3 * side ** 2` bytes."""
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        full = name + body
-        return struct.pack(">I", len(body)) + full + struct.pack(">I", zlib.crc32(full))
-
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     body = zlib.compress(bytes(3 * side + 1) * 8, 9)  # The rest of the rows need not be there.
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -124,6 +120,51 @@ def test_pixels_are_counted_before_they_are_unpacked() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6
+
+
+def chunk(name: bytes, body: bytes = b"") -> bytes:
+    full = name + body
+    return struct.pack(">I", len(body)) + full + struct.pack(">I", zlib.crc32(full))
+
+
+def png(*chunks: bytes) -> bytes:
+    """A PNG of one pixel with these chunks before its pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + body
+
+
+def jpeg(*, scans: int = 0, segments: bytes = b"", junk: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes so many times more, with more before its first."""
+    file = BytesIO()
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    again = data[data.rindex(b"\xff\xda") : -2]
+    return data[:2] + segments + junk + data[2:-2] + again * scans + data[-2:]
+
+
+PIECES = {
+    "scans": lambda count: jpeg(scans=count),
+    "comments": lambda count: jpeg(segments=b"\xff\xfe\x00\x02" * count),
+    "fill bytes": lambda count: jpeg(segments=b"\xff" * count),
+    "empty pixels": lambda count: png(chunk(b"IDAT") * count),
+    "private chunks": lambda count: png(chunk(b"abCd") * count),
+    "texts": lambda count: png(chunk(b"tEXt", b"k\0v") * count),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_file_in_a_great_many_pieces_is_not_decoded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs a pass over the pixels, or a turn of the decoder: 30 kB take seconds."""
+    assert LIMITS.image(PIECES[name](2)).ndim == 3
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
+    for count in (5000, 200_000):
+        with pytest.raises(Refused, match="encode the image again"):
+            LIMITS.image(PIECES[name](count))
+    with pytest.raises(Refused, match="bytes between its segments"):
+        LIMITS.image(jpeg(junk=bytes(100)))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG", b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9, "text", None])
@@ -200,6 +241,9 @@ def nested(depth: int) -> Any:
         b"\xc1",
         b"",
         b"\x81\xa1a",
+        msgpack.packb(msgpack.Timestamp(5, 6)),
+        msgpack.packb({msgpack.ExtType(7, b"1234"): 1}),
+        msgpack.packb(msgpack.ExtType(7, bytes(300))),
         "text",
     ],
 )

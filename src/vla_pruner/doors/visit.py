@@ -12,6 +12,7 @@ from typing import Any
 
 from vla_pruner._short import printable, short
 from vla_pruner.serving.engine import Busy, Engine, Hung, Refused, Reply
+from vla_pruner.serving.limits import indented
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def sentence(error: BaseException, door: str, client: str) -> str:
         return printable(str(error))
     number = secrets.token_hex(4)
     if may_log():
-        logger.error("%s: error %s for %s", door, number, short(client), exc_info=error)
+        logger.error("%s: error %s for %s\n%s", door, number, short(client), indented(error))
     return f"the server failed at this request (error {number} in its log)"
 
 

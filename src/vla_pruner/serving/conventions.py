@@ -40,6 +40,8 @@ from vla_pruner._short import cut, short
 from vla_pruner.episodes.control import Gripper
 
 ACTION_DIM = 7
+LONGEST_JPEG = 65_500
+"""Pixels of a side, as libjpeg writes them."""
 
 
 @dataclass(frozen=True)
@@ -287,11 +289,16 @@ def _euler_to_axis_angle(euler: np.ndarray) -> np.ndarray:
 
 
 def through_jpeg(image: np.ndarray) -> np.ndarray:
-    """A uint8 image `[H, W, 3]` as JPEG of quality 95 leaves it."""
+    """A uint8 image `[H, W, 3]` as JPEG of quality 95 leaves it. Errors: ValueError, too long."""
     from io import BytesIO
 
     from PIL import Image
 
+    if max(image.shape[:2]) > LONGEST_JPEG:
+        raise ValueError(
+            f"an image of {image.shape[0]} x {image.shape[1]} pixels: JPEG holds sides of at most "
+            f"{LONGEST_JPEG}"
+        )
     stored = BytesIO()
     Image.fromarray(image).save(stored, format="JPEG", quality=95)
     return np.asarray(Image.open(stored).convert("RGB"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +22,9 @@ _KINDS = "biuf"
 _LONGEST_DTYPE = 8
 _MOST_AXES = 8
 _MOST_NAMES = 16
-_LONGEST_LINE = 600
+_LONGEST_LINE, _LONGEST_TRACE = 600, 60
+_MOST_PIECES, _MOST_SCANS = 4096, 32
+"""Chunks of a PNG or segments of a JPEG, and passes over all of its pixels: what decoding costs."""
 
 
 class RateLimit(logging.Filter):
@@ -48,9 +51,18 @@ class RateLimit(logging.Filter):
         self._dropped = 0
         record.msg = printable(cut(record.getMessage(), _LONGEST_LINE)) + more
         record.args = ()
-        if record.name.endswith(".connections"):  # Handshakes that fail are no news of ours.
-            record.exc_info = record.exc_text = None
+        if record.exc_info and not record.name.endswith(".connections"):
+            record.exc_text = indented(record.exc_info[1])
+        else:  # Handshakes that fail are no news of ours.
+            record.exc_text = None
+        record.exc_info = None
         return True
+
+
+def indented(error: BaseException | None) -> str:
+    """A traceback for a log; what is quoted in it cannot pass for an entry of that log."""
+    lines = "".join(traceback.format_exception(error)).splitlines()[-_LONGEST_TRACE:]
+    return "\n".join(f"  | {printable(cut(line, _LONGEST_LINE))}" for line in lines)
 
 
 CONNECTIONS = logging.getLogger(f"{__package__}.listen.connections")
@@ -204,6 +216,7 @@ class Limits:
 
         if not isinstance(data, bytes) or len(data) > self.frame:
             raise Refused(f"an image file must be bytes; got {short(data)}")
+        _check_pieces(data)
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as file:
                 self.check_pixels(file.height, file.width)
@@ -299,6 +312,28 @@ class Limits:
             raise Refused(f"a message of {len(data)} bytes ends too early")
 
 
+def _check_pieces(data: bytes) -> None:
+    """Refuse an image file of a great many parts: a small one can take an hour. Errors: Refused."""
+    jpeg, pieces = data.startswith(b"\xff\xd8"), 0
+    at = 2 if jpeg else 8
+    while at + 8 <= len(data) and pieces <= _MOST_PIECES:
+        if jpeg and data[at] != 0xFF:
+            raise Refused("a JPEG file has bytes between its segments: encode the image again")
+        if data[at : at + 2] == b"\xff\xda" if jpeg else data[at + 4 : at + 8] == b"IEND":
+            break
+        if jpeg:
+            at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        else:
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        pieces += 1
+    scans = data.count(b"\xff\xda") if jpeg else 0
+    if pieces > _MOST_PIECES or scans > _MOST_SCANS:
+        raise Refused(
+            f"an image file in more than {_MOST_PIECES} pieces or {_MOST_SCANS} scans: encode the "
+            "image again, as a baseline JPEG or a plain PNG"
+        )
+
+
 def _sides(shape: Sequence[int]) -> tuple[int, int]:
     """Height and width of an array, colours in front or behind."""
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (3, 4):
@@ -314,16 +349,14 @@ def _bytes(name: str, text: str) -> int:
 
 
 # First byte of a msgpack entry: bytes of the length behind it, bytes behind that for each unit of
-# length (-1: a list, -2: a map), bytes that always follow.
+# length (-1: a list, -2: a map).
 _SIZED = {
-    0xC4: (1, 1, 0), 0xC5: (2, 1, 0), 0xC6: (4, 1, 0),
-    0xC7: (1, 1, 1), 0xC8: (2, 1, 1), 0xC9: (4, 1, 1),
-    0xD9: (1, 1, 0), 0xDA: (2, 1, 0), 0xDB: (4, 1, 0),
-    0xDC: (2, -1, 0), 0xDD: (4, -1, 0), 0xDE: (2, -2, 0), 0xDF: (4, -2, 0),
+    0xC4: (1, 1), 0xC5: (2, 1), 0xC6: (4, 1), 0xD9: (1, 1), 0xDA: (2, 1), 0xDB: (4, 1),
+    0xDC: (2, -1), 0xDD: (4, -1), 0xDE: (2, -2), 0xDF: (4, -2),
 }  # fmt: skip
 _FIXED = {
     0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8,
-    0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
+    0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
 }  # fmt: skip
 
 
@@ -346,14 +379,15 @@ def _heads(data: bytes | bytearray) -> Iterator[tuple[int, int]]:
         elif first <= 0xBF:
             size = first & 0x1F
         elif first in _SIZED:
-            width, unit, more = _SIZED[first]
+            width, unit = _SIZED[first]
             length = int.from_bytes(data[at : at + width], "big")
             at += width
-            size, count = (length + more, -1) if unit > 0 else (0, -unit * length)
+            size, count = (length, -1) if unit > 0 else (0, -unit * length)
         elif first in _FIXED:
             size = _FIXED[first]
         else:
-            raise Refused(f"byte {first:#x} begins nothing in msgpack")
+            # Of extension types msgpack makes times, and a map of those can take for ever.
+            raise Refused(f"byte {first:#x} begins nothing that is read of msgpack")
         at += size
         if at > end:
             raise Refused(f"a message of {end} bytes ends too early")
