@@ -26,7 +26,7 @@ ELSEWHERE = {
     "policies/index.md": "published.py, below",
     "policies/openpi.md": "published.py, below",
     "serve/README.md": "limits, no measurement",
-    "serving.md": "benches, each with its command, date and versions",
+    "serving.md": "on paper, and episodes that were recorded, with date and versions",
     "tune.md": "below",
 }
 """Pages with figures: what holds them to what was measured."""

@@ -527,4 +527,4 @@ def test_an_observation_that_never_ends_is_given_up(
 
     actions, told = ask(served, door(), talk)
     assert near([np.stack([a.action.numpy() for a in actions])], [direct([1])[0][:3]])
-    assert told == ["an observation did not come within 0.3 s"] * 5
+    assert told == ["a message did not come within 0.3 s"] * 5

@@ -84,3 +84,9 @@ def seen(marker: float, text: str = "go") -> dict[str, Any]:
     """An observation that leaves its mark in all later actions of its episode."""
     image = np.zeros((8, 8, 3), np.uint8)
     return {"images": [image], "instruction": text, "proprio": np.array([marker])}
+
+
+def stops_in_its_answer(pipe: Any, *_: Any) -> None:
+    """A worker's process: the length of an answer, a few bytes of it, and no more."""
+    os.write(pipe.fileno(), (100).to_bytes(4, "big") + b"abc")
+    time.sleep(3600)

@@ -537,3 +537,27 @@ def test_endless_empty_pieces_end_their_connection() -> None:
     code, before, after = served(Small(), talk)
     assert code == 1009
     assert [each["payload"]["actions"][0] for each in (before, after)] == [5, 12]
+
+
+def test_pongs_that_nobody_reads_are_not_kept() -> None:
+    """`websockets` answers pings whether or not anybody takes the answers."""
+    server = Small()
+
+    async def talk(address: str) -> None:
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
+        writer.write(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(100):
+                while True:
+                    writer.write((b"\x89\xfd" + bytes(4) + b"x" * 125) * 1000)
+                    await writer.drain()
+        while server.engine.metrics.get("connections"):
+            await asyncio.sleep(0.02)
+
+    served(server, talk, 120)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,13 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
+    limit = threading.Timer(300, process.kill)
+    limit.start()
     said = process.stdout.readline()
     while "serving mini-oft for pickplace, method vla-pruner@0.25: vla-eval on ws://" not in said:
         assert said, "the server ended before it listened"
         said = process.stdout.readline()
+    limit.cancel()
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == cli.INTERRUPTED, rest

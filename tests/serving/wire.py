@@ -60,8 +60,9 @@ def ask(server: PolicyServer, talk: Callable[[str], Awaitable[Any]]) -> Any:
     """What `talk(url)` returns while the server runs."""
 
     async def both() -> Any:
-        async with serving(server) as url:
-            return await talk(url)
+        with anyio.fail_after(300):
+            async with serving(server) as url:
+                return await talk(url)
 
     return anyio.run(both)
 

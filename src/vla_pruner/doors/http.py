@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 HEAD_S, BODY_S = 10.0, 30.0
 """Seconds in which the first line and headers, and the body, have to have come."""
+CLOSE_S = 5.0
+"""Seconds that a connection has to close."""
 HEAD_BYTES = 64 << 10
 PIECES, PIECE = 1024, 256
 """Chunks of a body beyond these may not be smaller than so many bytes."""
@@ -71,8 +73,9 @@ async def serve_http(answer: Answer, listen: Listen, ready: Callable[[int], None
             talking.discard(task)
             writer.close()
             with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(CLOSE_S):
                     await writer.wait_closed()
+            writer.transport.abort()  # what its client does not read is not kept for it
 
     server = await asyncio.start_server(
         meet, listen.host, listen.port, ssl=listen.tls(), limit=256 << 10
@@ -85,7 +88,7 @@ async def serve_http(answer: Answer, listen: Listen, ready: Callable[[int], None
         for task in list(talking):
             task.cancel()
         if talking:
-            await asyncio.wait(talking, timeout=5)
+            await asyncio.wait(talking, timeout=CLOSE_S + 1)
 
 
 class _Connection:
@@ -119,7 +122,12 @@ class _Connection:
             head = await self._event()
         if not isinstance(head, h11.Request):
             return False
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in head.headers}
+        headers: dict[str, str] = {}
+        for key, value in head.headers:  # of two of one name, neither is what it should be
+            name, said = key.decode("latin-1"), value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {said}" if name in headers else said
+        if {"content-length", "transfer-encoding"} <= headers.keys():  # a proxy may read the other
+            raise h11.RemoteProtocolError("two lengths", error_status_hint=400)
         claimed = headers.get("content-length", "0")
         self.claimed = int(claimed) if claimed.isdecimal() and len(claimed) < 20 else 0
         path = head.target.decode("latin-1").partition("?")[0]

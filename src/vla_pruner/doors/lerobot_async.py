@@ -11,10 +11,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -34,12 +34,15 @@ from vla_pruner.doors.visit import Visit, Visits, may_log, sentence
 from vla_pruner.serving.engine import Busy, Engine, Hung, Refused
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SERVICE = "transport.AsyncInference"
 STATE, IMAGES = "observation.state", "observation.images."
 LARGEST = 4 << 20
 STREAM_S = 30.0
-"""How long the parts of an observation may take to come."""
+"""How long the parts of an observation, or the message of another call, may take to come."""
+CALLS = 16
+"""Calls of one client at once."""
 WAIT_S = 2.0
 """How long `GetActions` waits for an observation before it answers that there is none."""
 BEGIN, MIDDLE, END = 1, 2, 3
@@ -105,25 +108,22 @@ class LerobotDoor:
     async def serve(self, ready: Callable[[str], None]) -> None:
         """Listen until cancelled, see `door.Door`."""
         server = grpc.aio.server(
-            maximum_concurrent_rpcs=2 * self.listen.clients,
+            maximum_concurrent_rpcs=CALLS * self.listen.clients,
             options=[
                 ("grpc.max_receive_message_length", LARGEST),
                 ("grpc.max_send_message_length", LARGEST),
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_concurrent_streams", 16),
+                ("grpc.max_concurrent_streams", CALLS),
                 ("grpc.max_connection_idle_ms", int(1000 * self.listen.idle_s)),
                 ("grpc.keepalive_time_ms", 20_000),  # robots whose cable was pulled
                 ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
-        unary = grpc.unary_unary_rpc_method_handler
         calls = {
-            "Ready": unary(self._guarded(self._ready)),
-            "SendPolicyInstructions": unary(self._guarded(self._instructions)),
-            "GetActions": unary(self._guarded(self._actions)),
-            "SendObservations": grpc.stream_unary_rpc_method_handler(
-                self._guarded(self._observation)
-            ),
+            "Ready": self._handler(self._ready),
+            "SendPolicyInstructions": self._handler(self._instructions),
+            "GetActions": self._handler(self._actions),
+            "SendObservations": self._handler(self._observation, stream=True),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, calls),))
         try:
@@ -138,13 +138,16 @@ class LerobotDoor:
             await server.stop(grace=1.0)
             await self.visits.close()
 
-    def _guarded(self, call: Callable[[Any, str], Any]) -> Callable[..., Any]:
-        """A call whose errors are one sentence for its own client."""
+    def _handler(self, call: Callable[[Any, str], Any], stream: bool = False) -> Any:
+        """A call whose errors are one sentence for its own client.
 
-        async def run(request: Any, context: grpc.aio.ServicerContext) -> bytes:
+        gRPC waits for ever for the one message of a call, so that all are read as streams.
+        """
+
+        async def run(parts: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
             peer = context.peer()
             try:
-                made: bytes = await call(request, peer)
+                made: bytes = await call(parts if stream else await _first(parts), peer)
                 return made
             except Exception as error:
                 code = grpc.StatusCode.INTERNAL
@@ -158,7 +161,7 @@ class LerobotDoor:
                 await context.abort(code, said)
                 raise
 
-        return run
+        return grpc.stream_unary_rpc_method_handler(run)
 
     # -- calls -----------------------------------------------------------------------------------
     async def _ready(self, _: bytes, peer: str) -> bytes:
@@ -203,11 +206,7 @@ class LerobotDoor:
 
     async def _observation(self, parts: AsyncIterator[bytes], peer: str) -> bytes:
         client = await self._client(peer, told=True)
-        try:
-            async with asyncio.timeout(STREAM_S):
-                message = await self._whole(parts)
-        except TimeoutError:
-            raise Refused(f"an observation did not come within {STREAM_S:g} s") from None
+        message = await _in_time(self._whole(parts))
         read = unpickle(message, self.listen.bounds)
         if not isinstance(read, TimedObservation):
             raise Refused("SendObservations takes a TimedObservation")
@@ -316,6 +315,23 @@ class LerobotDoor:
         if self.robot.state_dim is not None:
             made["proprio"] = self.robot.state(state, STATE)
         return {"observation": made, "state": state}
+
+
+async def _first(parts: AsyncIterator[bytes]) -> bytes:
+    """The message of a call. Errors: Refused."""
+    found = await _in_time(anext(parts, None))
+    if found is None:
+        raise Refused("the call has no message")
+    return found
+
+
+async def _in_time(awaited: Awaitable[T]) -> T:
+    """What a client sends. Errors: Refused, it did not come."""
+    try:
+        async with asyncio.timeout(STREAM_S):
+            return await awaited
+    except TimeoutError:
+        raise Refused(f"a message did not come within {STREAM_S:g} s") from None
 
 
 def _names(features: Mapping[str, Any]) -> tuple[str, ...]:

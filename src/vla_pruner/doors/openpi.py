@@ -28,12 +28,12 @@ from vla_pruner.doors.visit import RULE, Visit, sentence
 from vla_pruner.doors.wire import pack, unpack
 from vla_pruner.serving.engine import Busy, Engine, Refused, Reply
 from vla_pruner.serving.limits import CONNECTIONS
-from vla_pruner.serving.listen import received, shown_by
+from vla_pruner.serving.listen import GOING_AWAY, Guard, received, shown_by
 
 logger = logging.getLogger(__name__)
 
 OMNI = "/v1/realtime/robot/openpi"
-INTERNAL_ERROR, TRY_LATER, GOING_AWAY = 1011, 1013, 1001
+INTERNAL_ERROR, TRY_LATER = 1011, 1013
 LONGEST_ERROR = 2000
 
 
@@ -80,7 +80,7 @@ class OpenpiDoor:
 
     async def serve(self, ready: Callable[[str], None]) -> None:
         """Listen until cancelled, see `door.Door`."""
-        tls = self.listen.tls()
+        tls, guard = self.listen.tls(), Guard(self.listen.clients)
         async with serve(
             self._talk,
             self.listen.host,
@@ -95,13 +95,14 @@ class OpenpiDoor:
             ssl=tls,
             server_header=None,
             logger=CONNECTIONS,
+            create_connection=guard,  # type: ignore[arg-type]
         ) as server:
             port = next(iter(server.sockets)).getsockname()[1]
             ready(f"{'ws' if tls is None else 'wss'}://{self.listen.host}:{port}")
             try:
                 await asyncio.Future()
             finally:
-                server.close(code=GOING_AWAY, reason="the server is ending")
+                await guard.shut(server)
 
     async def _enter(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers pages, and turns away who may not come in."""

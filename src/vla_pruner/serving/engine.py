@@ -23,7 +23,7 @@ from vla_pruner.reports.rerun_log import RerunLog, Shown
 from vla_pruner.serving.ladder import Ladder
 from vla_pruner.serving.limits import Limits, Refused, limit_logs
 from vla_pruner.serving.metrics import Metrics
-from vla_pruner.serving.policy import EpisodeKey, ServedPolicy, Step
+from vla_pruner.serving.policy import EpisodeKey, ServedPolicy
 from vla_pruner.serving.scheduler import Chunk, Episode, Lane, Reply, Row, linger, next_pass
 from vla_pruner.serving.worker import Apart, Failed, Here, Hung, Worker
 
@@ -124,7 +124,7 @@ class Engine:
                 lane.ended += lane.episodes
                 lane.episodes.clear()
                 lane.waiting.clear()
-                lane.wake, lane.running, lane.alive = asyncio.Event(), 0, True
+                lane.wake, lane.running, lane.alive = asyncio.Event(), [], True
         if self._starting is None:
             self._starting = loop.create_task(self._start())
         await asyncio.shield(self._starting)
@@ -153,7 +153,7 @@ class Engine:
             self._starting.cancel()  # Nobody waits for a warm-up any more.
             for lane in self._lanes:
                 lane.worker.abandon()
-        while any(lane.waiting or lane.running for lane in self._lanes):
+        while any(lane.busy for lane in self._lanes):
             if time.monotonic() > until:
                 for lane in self._lanes:
                     lane.worker.abandon()
@@ -162,7 +162,9 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         for lane in self._lanes:
-            for row in lane.waiting:
+            if not lane.alive:
+                lane.worker.abandon()
+            for row in lane.waiting + lane.running:
                 self._fail(row, Busy("the server is closing"))
             lane.waiting.clear()
             self._closing.append(lane.thread.submit(lane.worker.close))
@@ -283,6 +285,7 @@ class Engine:
         except asyncio.CancelledError:
             if row in episode.lane.waiting:
                 episode.lane.waiting.remove(row)
+                row.done.cancel()
             raise
         finally:
             episode.waited_for = False
@@ -296,7 +299,7 @@ class Engine:
         lane, loop = episode.lane, asyncio.get_running_loop()
         text = len(seen["instruction"].encode())
         row = Row(episode, seen, arrived, episode.position, text, loop.create_future())
-        row.done.add_done_callback(_looked_at)
+        row.done.add_done_callback(row.over)
         before = episode.row
         if before is not None and before in lane.waiting:
             lane.waiting[lane.waiting.index(before)] = row
@@ -349,7 +352,7 @@ class Engine:
                 lane.waiting.remove(row)
             ended, lane.ended = lane.ended, []
             self.metrics.put("waiting", len(lane.waiting))
-            lane.running = len(rows)
+            lane.running = rows
             try:
                 await self._pass(lane, rows, ended)
             except Exception as error:
@@ -357,7 +360,7 @@ class Engine:
                 for row in rows:
                     self._fail(row, Failed(f"the engine failed: {type(error).__name__}"))
             finally:
-                lane.running = 0
+                lane.running = []
 
     async def _pass(self, lane: Lane, rows: list[Row], ended: list[int]) -> None:
         loop = asyncio.get_running_loop()
@@ -435,9 +438,3 @@ def _shown(episode: Episode, seen: Mapping[str, Any], reply: Reply, took: float)
 
 def _is_time(seconds: float) -> bool:
     return 0 < seconds < math.inf
-
-
-def _looked_at(future: asyncio.Future[Step]) -> None:
-    """An answer that came too late for anybody is no error that nobody fetched."""
-    if not future.cancelled():
-        future.exception()

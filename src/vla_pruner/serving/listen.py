@@ -35,7 +35,13 @@ DRAIN_S = 20.0
 END_S = 10.0
 """Seconds after that in which a pass may still end, before the process does without it."""
 SEND_S = 30.0
-"""Seconds in which a client has to take an answer off the wire."""
+"""Seconds in which a client has to take what is sent to it off the wire."""
+UNREAD = 1 << 20
+"""Bytes that may wait for a client to read them; pongs are sent without anybody's leave."""
+CLOSE_S = 8.0
+"""Seconds that connections have to close when a server ends."""
+SPARE = 64
+"""Connections in their handshake, besides those that are open."""
 GOING_AWAY, SILENT, TOO_BIG = 1001, 1008, 1009
 PIECES = 1024
 """Frames that a message may come in: empty ones have no bytes that could be counted."""
@@ -49,6 +55,67 @@ class Talk(Protocol):
 
     async def end(self) -> None:
         """The client is gone."""
+
+
+class Guard:
+    """Makes a server's connections (`create_connection`), and ends those that nobody else would.
+
+    `websockets` waits for ever until a client reads, also to close, and counts no handshakes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most + SPARE
+        self.open: set[Any] = set()
+
+    def __call__(self, *protocol_and_server: Any, **options: Any) -> ServerConnection:
+        made = _Guarded(*protocol_and_server, **options)
+        made.guard = self
+        return made
+
+    async def shut(self, server: Any) -> None:
+        """Close a server and its connections; those that do not close in time are cut."""
+        server.close(code=GOING_AWAY, reason="the server is ending")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await server.wait_closed()
+        for connection in list(self.open):
+            connection.transport.abort()
+
+
+class _Guarded(ServerConnection):
+    """A connection whose client has to read."""
+
+    guard: Guard
+    _stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.guard.open.add(self)
+        if len(self.guard.open) > self.guard.most:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.get_write_buffer_size() > UNREAD:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._free()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.guard.open.discard(self)
+        self._free()
+        super().connection_lost(exc)
+
+    def _free(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
 
 class Server(Protocol):
@@ -99,8 +166,7 @@ async def listening(
                 sent = await _exchange(talk, message, engine, decoders)
                 del message
                 if sent is not None:
-                    async with asyncio.timeout(SEND_S):
-                        await socket.send(sent)
+                    await socket.send(sent)
                 patience = limits.idle_s
         except TimeoutError:
             CONNECTIONS.info("a client was silent for %g s", patience)
@@ -132,6 +198,7 @@ async def listening(
             return _page(socket, HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
+    guard = Guard(limits.connections)
     await engine.start()
     async with listen_websockets(
         meet,
@@ -147,6 +214,7 @@ async def listening(
         close_timeout=5,
         server_header=None,
         logger=CONNECTIONS,
+        create_connection=guard,  # type: ignore[arg-type]
         ssl=tls,
     ) as sockets:
         loop, ending = asyncio.get_running_loop(), None
@@ -154,8 +222,7 @@ async def listening(
         async def end() -> None:
             await engine.drain(DRAIN_S)
             await asyncio.sleep(0.05)  # What was answered last is on its way.
-            sockets.close(code=GOING_AWAY, reason="the server is ending")
-            await sockets.wait_closed()
+            await guard.shut(sockets)
             if ended is not None:
                 ended()
 
@@ -174,7 +241,7 @@ async def listening(
             if ended is not None:
                 with contextlib.suppress(RuntimeError, ValueError):
                     loop.remove_signal_handler(signal.SIGTERM)
-            sockets.close(code=GOING_AWAY, reason="the server is ending")
+            await guard.shut(sockets)
             decoders.shutdown(wait=False, cancel_futures=True)
 
 

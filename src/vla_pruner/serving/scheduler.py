@@ -110,6 +110,13 @@ class Row:
     def warm_up(self) -> bool:
         return self.episode.warm_up
 
+    def over(self, done: asyncio.Future[Step]) -> None:
+        """Let go of the observation: an episode may stay open for days."""
+        if not done.cancelled():
+            done.exception()  # An answer that came too late for anybody is no error.
+        if self.episode.row is self:
+            self.episode.row = None
+
 
 @dataclass(eq=False)
 class Lane:
@@ -122,9 +129,15 @@ class Lane:
     ended: list[int] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     warm_up: bool = True
-    running: int = 0
+    running: list[Row] = field(default_factory=list)
+    """Rows of the pass that runs."""
     alive: bool = True
     """Whether its worker runs, and is not being replaced."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody may still be answered."""
+        return bool(self.waiting) or any(not row.done.done() for row in self.running)
 
     def leave_to(self, others: Sequence[Lane]) -> None:
         """Give episodes, which have no history any more, and what they ask to lanes that run."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 START_S = 300.0
 """Seconds that a process may take to load its policy and to warm up."""
+
+KILLED_S = 10.0
+"""Seconds in which a killed process is gone, but for one that hangs in the kernel."""
 
 Rows = Sequence[tuple[int, str, Mapping[str, Any]]]
 """Number and label of an episode, and its observation."""
@@ -126,25 +129,46 @@ class Apart:
         self._process = self._context.Process(
             target=_apart, args=(theirs, self._make), daemon=True, name="vla-pruner policy"
         )
-        self._process.start()
-        theirs.close()
+        try:
+            self._begin(self._process)
+        except Exception:  # A process that comes later finds its pipe closed, and goes.
+            self._pipe.close()
+            self._process = self._pipe = None
+            raise
+        finally:
+            theirs.close()
         found = self._answer(START_S, "start")
         if isinstance(found, Exception):
             self.close()
             raise found
         return found
 
+    def _begin(self, process: Any) -> None:
+        """Begin in time: the first process of all waits until what it copies has imported."""
+        failed: list[Exception] = []
+
+        def begin() -> None:
+            try:
+                process.start()
+            except Exception as error:  # no memory, or a `make` that cannot be pickled
+                failed.append(error)
+
+        beginning = threading.Thread(target=begin, daemon=True, name="vla-pruner start")
+        beginning.start()
+        beginning.join(START_S)
+        if beginning.is_alive():
+            failed.append(Hung(f"no process began within {START_S:g} s: the machine is too busy"))
+        if failed:
+            raise failed[0]
+
     def step(self, rows: Rows, rung: Rung | None, ended: Sequence[int]) -> list[Step | Exception]:
         if self._process is None:
             raise self._lost("is gone")
-        watchdog = threading.Timer(self._watchdog_s, self._process.kill)
-        watchdog.start()  # A process that does not read leaves us in `send`.
-        try:
-            self._pipe.send((rows, rung, ended))
-        except OSError as error:
-            raise self._lost(f"is gone ({error})") from None
-        finally:
-            watchdog.cancel()
+        with self._killed_after(self._watchdog_s):  # A process that does not read leaves us here.
+            try:
+                self._pipe.send((rows, rung, ended))
+            except OSError as error:
+                raise self._lost(f"is gone ({error})") from None
         found = self._answer(self._watchdog_s, "answer")
         if isinstance(found, Exception):
             raise found
@@ -153,23 +177,35 @@ class Apart:
     def _answer(self, seconds: float, what: str) -> Any:
         try:
             if self._pipe.poll(seconds):
-                return self._pipe.recv()
+                with self._killed_after(self._watchdog_s):  # It may stop within its answer.
+                    return self._pipe.recv()
         except (EOFError, OSError):
             raise self._lost("died") from None
         raise self._lost(f"did not {what} within {seconds:g} s")
+
+    @contextlib.contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        watchdog = threading.Timer(seconds, self._process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
     def _lost(self, what: str) -> Hung:
         self.close()
         return Hung(f"the policy's process {what} and is replaced; start the episode anew")
 
     def abandon(self) -> None:
-        if (process := self._process) is not None:
+        if (process := self._process) is not None and process.pid is not None:
             process.kill()
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        if (process := self._process) is not None:
+            if process.pid is not None:  # else it has not begun
+                process.kill()
+                process.join(KILLED_S)
             self._pipe.close()
         self._process = self._pipe = None
 
