@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from talking import ROBOT, STEPS, ask, near, seen
+from talking import ROBOT, STEPS, ask, near, opened, seen
 
 from vla_pruner.doors import http
 from vla_pruner.doors.act import ActDoor
 from vla_pruner.doors.door import Listen
 from vla_pruner.doors.wire import from_json, to_json
+from vla_pruner.serving.engine import Reply
 
 
 def door(**options: Any) -> Callable:
@@ -179,3 +180,35 @@ def test_what_is_no_http_is_answered_once(served: Any) -> None:
         return await asyncio.wait_for(reader.read(), 10)
 
     assert ask(served, door(), talk).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_late_reply_has_the_form_of_the_others_or_is_an_error(chunk: int) -> None:
+    """One step that is left of four is no action of a policy that gives one at a time."""
+    rows = np.arange(7.0 * chunk, dtype=np.float32).reshape(chunk, 7)
+
+    class Engine:
+        given = iter([(rows, False), (rows[-1:], True), (rows[:0], True)])
+
+        def open(self, label: str) -> int:
+            return 0
+
+        async def act(self, *_: Any, **__: Any) -> Reply:
+            actions, late = next(self.given)
+            return Reply(actions, late, 0.1, len(actions), 1.0, None, False, 1.0, "m")
+
+        async def end(self, episode: int) -> None:
+            """Nothing is remembered."""
+
+    seen = {("image" if name == "full_image" else name): v for name, v in oft(1).items()}
+
+    async def talk() -> Any:
+        engine: Any = Engine()
+        async with opened(ActDoor(engine, Listen(), ROBOT)) as url:
+            return [await request(url, seen) for _ in range(3)]
+
+    fresh, late, nothing = asyncio.run(asyncio.wait_for(talk(), 120))
+    assert np.array_equal(fresh[1], rows if chunk > 1 else rows[0])
+    assert np.array_equal(late[1], rows[-1:] if chunk > 1 else rows[0])
+    assert [each[2].get("x-vla-pruner-late") for each in (fresh, late)] == ["false", "true"]
+    assert nothing[0] == 503 and "nothing is left of the last chunk" in nothing[1]["error"]

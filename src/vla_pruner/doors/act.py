@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla_pruner._short import short
-from vla_pruner.doors.door import Listen, deadline_of, flag_of, page, told
+from vla_pruner.doors.door import Listen, carried_out, deadline_of, flag_of, page, told
 from vla_pruner.doors.http import Request, Response, serve_http
 from vla_pruner.doors.keys import Robot, find, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
@@ -35,6 +35,8 @@ class ActDoor:
     robot: Robot
     name: str = "act"
     visits: Visits = field(init=False)
+    _one: bool = field(default=False, init=False)
+    """Whether the policy gives one action at a time; a late reply may be one of many."""
 
     def __post_init__(self) -> None:
         self.visits = Visits(self.engine, self.listen.idle_s, self.listen.clients)
@@ -93,7 +95,7 @@ class ActDoor:
         seen, anew = self._observation(message), flag_of(message, "reset")
         deadline = deadline_of(message)
         visit = await self.visits.of(client)  # last, so that bad requests take nobody's place
-        reply = await visit.act(seen, reset=anew, deadline_s=deadline)
+        reply = carried_out(await visit.act(seen, reset=anew, deadline_s=deadline))
         made = to_json(self._actions(reply, "full_image" in message))
         return Response(200, to_json(made.decode()) if encoded else made, JSON | _headers(reply))
 
@@ -124,9 +126,11 @@ class ActDoor:
 
     def _actions(self, reply: Reply, as_list: bool) -> np.ndarray | list[np.ndarray]:
         actions = self.robot.actions(reply.actions, None)
+        if not reply.late:
+            self._one = len(actions) == 1
         if as_list:
             return list(actions)
-        return actions[0] if len(actions) == 1 else actions
+        return actions[0] if self._one else actions
 
 
 def _client(message: Mapping[str, Any], address: str) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vla_pruner._short import short
 from vla_pruner.doors.wire import BOUNDS, Bounds
-from vla_pruner.serving.engine import Refused, Reply
+from vla_pruner.serving.engine import Busy, Refused, Reply
 from vla_pruner.serving.listen import admitted
 
 
@@ -100,6 +100,13 @@ def told(reply: Reply) -> dict[str, Any]:
         "infer_ms": round(reply.infer_ms, 3),
         "method": reply.method,
     }
+
+
+def carried_out(reply: Reply) -> Reply:
+    """A reply with actions, for clients that would not see that there are none. Errors: Busy."""
+    if not reply.valid:
+        raise Busy("no answer in time, and nothing is left of the last chunk: hold, and ask again")
+    return reply
 
 
 def page(engine: Any, path: str) -> tuple[int, str] | None:

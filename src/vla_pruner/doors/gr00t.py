@@ -19,7 +19,7 @@ import zmq.asyncio
 
 from vla_pruner._short import short
 from vla_pruner._yaml import read_yaml
-from vla_pruner.doors.door import Listen, told
+from vla_pruner.doors.door import Listen, carried_out, told
 from vla_pruner.doors.keys import Robot, check_names, numbers, picture
 from vla_pruner.doors.visit import Visits, sentence
 from vla_pruner.doors.wire import pack, unpack
@@ -189,7 +189,7 @@ class Gr00tDoor:
             return pack({})
         seen = self.observation(data.get("observation"))
         visit = await self.visits.of(who)  # last, so that bad requests take nobody's place
-        reply = await visit.act(seen)
+        reply = carried_out(await visit.act(seen))
         actions = self.robot.actions(reply.actions, self.modalities.gripper)
         return pack([self.parts(actions), told(reply)], as_npy=True)
 

@@ -77,8 +77,14 @@ async def serve_http(answer: Answer, listen: Listen, ready: Callable[[int], None
                     await writer.wait_closed()
             writer.transport.abort()  # what its client does not read is not kept for it
 
+    tls = listen.tls()
     server = await asyncio.start_server(
-        meet, listen.host, listen.port, ssl=listen.tls(), limit=256 << 10
+        meet,
+        listen.host,
+        listen.port,
+        ssl=tls,
+        ssl_handshake_timeout=None if tls is None else HEAD_S,
+        limit=256 << 10,
     )
     ready(server.sockets[0].getsockname()[1])
     try:
