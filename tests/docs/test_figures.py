@@ -193,3 +193,19 @@ def test_what_published_policies_save_by_formula() -> None:
     towers, *others = published.POLICIES["SmolVLA"].parts(1.0)
     share = f"{100 * towers / (towers + sum(others)):.0f} %"
     assert share in printed("lerobot.md") and share in printed("faq.md")
+
+
+def test_doors_under_damaged_messages() -> None:
+    text, seen = printed("serving.md"), defaultdict(list)
+    for row in rows(RESULTS / "fuzz.csv"):
+        assert len(seen[row["door"]]) == 0 or int(row["messages"]) > seen[row["door"]][-1][0]
+        seen[row["door"]].append([int(row[name]) for name in ("messages", "mib", "descriptors")])
+    spans = {
+        door: [(min(v), max(v)) for v in zip(*found, strict=True)] for door, found in seen.items()
+    }
+    assert {span[0][1] for span in spans.values()} == {20_000} and "With 20000 messages" in text
+    _, mib, descriptors = spans["vla-eval"]
+    said = f"{mib[0]} to {mib[1]} MiB and descriptors {descriptors[0]} to {descriptors[1]} at every"
+    assert said in text
+    _, mib, descriptors = spans["openpi/v1/realtime/robot/openpi"]
+    assert f"{mib[0]} to {mib[1]} MiB and {descriptors[1]} at openpi's other dialect" in text
