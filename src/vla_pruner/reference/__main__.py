@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--tower-rate", type=float, help="smol-oft: the towers' (default 0.3; 0: they stay)"
     )
+    train.add_argument("--shift", type=float, help="largest random shift of images, px (default 4)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--start", type=Path, help="checkpoint or policy folder to begin from")
     train.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -131,6 +132,7 @@ def _train(options: argparse.Namespace) -> None:
         "batch",
         "learning_rate",
         "grid",
+        "shift",
         "seed",
         "device",
     )

@@ -56,7 +56,7 @@ class Settings:
     ----------
     minutes : wall-clock length of the stage; the learning rate decays to zero at its end.
     steps : if given, the length in optimiser steps instead.
-    other_target, reaching : see `Demonstrations.sample`.
+    other_target, reaching, shift : see `Demonstrations.sample`.
     """
 
     stage: str
@@ -68,6 +68,7 @@ class Settings:
     average: float = 0.998
     other_target: float = 0.4
     reaching: float = 0.6
+    shift: float = 4.0
     seed: int = 0
     grid: int = 10
     device: str = "cpu"
@@ -431,6 +432,7 @@ class Trainer:
             settings.batch,
             other_target=settings.other_target,
             reaching=settings.reaching,
+            shift=settings.shift,
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16), plain_attention(self.device):
             loss, parts = self.loss(batch)
