@@ -180,25 +180,52 @@ class Again(nn.Module):
         for _ in range(2):
             x = self.model(inputs_embeds=x, use_cache=self.cached).last_hidden_state
             found.append(x[:, -1])
-            x = x if self.feeds else embeds() / 2
+            x = FEEDS[self.feeds](x)
         return torch.stack(found)
 
 
+FEEDS = {
+    "output": lambda hidden: hidden,
+    "output added": lambda hidden: embeds() + hidden,
+    "output mixed": lambda hidden: (embeds() + hidden.flip(-1)) / 3,
+    "image": lambda hidden: embeds() / 2,
+    "words": lambda hidden: torch.cat([embeds()[:, : M + 1], embeds()[:, M + 1 :] / 2], dim=1),
+    "time": lambda hidden: embeds() + torch.arange(embeds().shape[-1]) / 8,
+}
+LOOPS = ("output", "output added", "output mixed")
+
+
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("feeds", [False, True])
+@pytest.mark.parametrize("feeds", FEEDS)
 @pytest.mark.parametrize("mode", ["drop", "mask"])
 def test_a_decoder_that_one_call_runs_again_over_as_many_rows(mode, feeds, cached):
     model = Again(feeds, cached)
     with prune(model, "fastv", mode=mode) as session:
         with pytest.raises(NotImplementedError, match=r"ran more than once over 36 rows in one ca"):
             model(embeds())
-        if not feeds:  # Somebody says so: one step, whose first pass decides.
-            with session.step():
-                got = model(embeds())
-            columns = gone(session)
-    if not feeds:
-        with hidden_behind(model.model, 2, columns):
-            same(got, model(embeds()))
+        # Somebody says that it is one step, whose first pass decides.
+        if mode == "drop" and feeds in (*LOOPS, "image"):
+            with session.step(), pytest.raises(ValueError, match=r"recurrent depth.*of its own"):
+                model(embeds())
+            return
+        with session.step():
+            got = model(embeds())
+        columns = gone(session)
+    with hidden_behind(model.model, 2, columns):
+        same(got, model(embeds()))
+
+
+@pytest.mark.parametrize("method", ["fastv", "vla-pruner"])
+@pytest.mark.parametrize("feeds", LOOPS)
+def test_a_loop_around_calls_of_one_step(method, feeds):
+    """Also while all tokens stay; what was refused never was."""
+    model = Again(feeds).model
+    with prune(model, method, "layers") as session:
+        for _ in range(2):
+            with session.step(), pytest.raises(ValueError, match=r"LlamaModel ran over other vis"):
+                x = model(inputs_embeds=embeds()).last_hidden_state
+                model(inputs_embeds=FEEDS[feeds](x))
+            model(inputs_embeds=embeds())
 
 
 # ---------------------------------------------------------------------- caches that are made inside

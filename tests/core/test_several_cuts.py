@@ -233,7 +233,8 @@ def test_prefills_of_one_step_follow_the_first(decoders, embeds):
         with session.step():
             first = model(inputs_embeds=embeds(0), use_cache=False).logits
             decided = session.last
-            model(inputs_embeds=embeds(1), use_cache=False)
+            words = torch.cat([embeds(0)[:, :21], embeds(1)[:, 21:]], dim=1)
+            model(inputs_embeds=words, use_cache=False)
             followed = session.last
             again = model(inputs_embeds=embeds(0), use_cache=False).logits
         model(inputs_embeds=embeds(1), use_cache=False)

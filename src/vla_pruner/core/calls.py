@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vla_pruner._short import cut as cut_text
 from vla_pruner.core import refusals
-from vla_pruner.core.arguments import cache_in
+from vla_pruner.core.arguments import cache_in, take
 from vla_pruner.core.episodes import Step
 from vla_pruner.core.hooks import after, before, replace
 from vla_pruner.core.tokens import Prefill
@@ -50,6 +50,8 @@ class Calls:
         """Whether all prefills of the outermost call belong to one step."""
         self.shared: Step | None = None
         """That step, once it has begun."""
+        self.shown: Tensor | None = None
+        """`[B, M, ...]`, visual tokens as its first prefill brought them."""
         self.grows = False
         """Whether they are one prompt, read anew without a cache with one more token each time."""
         self.copies = 1
@@ -168,8 +170,21 @@ class Calls:
             if not outer:
                 if failed and self.shared is not None:
                     self.shared.failed = True
-                self.together, self.shared = False, None
+                self.together, self.shared, self.shown = False, None, None
             self.ends(inside, failed=failed)
+
+    def share(self, step: Step, inputs: Tensor, mode: str) -> None:
+        """Later prefills of the step in progress follow this one, which got `inputs` [B, S, ..]."""
+        if self.grows and self.shared is not None:  # A logits processor may have called.
+            return
+        if self.shared is not step and mode == "drop" and not self.grows:
+            self.shown = take(inputs, step.prefill.layout.visual, dim=1)
+        self.shared = step
+
+    def refuse_other_image(self, decoder: nn.Module, inputs: Tensor, visual: Tensor) -> None:
+        """Refuse one more prefill of a step that shows something else at `visual` [B, M]."""
+        if self.shown is not None:
+            refusals.refuse_other_image(decoder, self.shown, take(inputs, visual, dim=1))
 
     def follow_generate(self, model: nn.Module, undo: ExitStack) -> None:
         """`model.generate` is one step, with its beams and samples told apart from episodes."""

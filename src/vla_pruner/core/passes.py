@@ -227,7 +227,7 @@ class Passes:
             prefill.before = continued.prefill
         shared = self.calls.shared
         if shared is not None and self._goes_on(shared, now):
-            step = self._again(shared, prefill)
+            step = self._again(shared, prefill, now)
         else:
             step = self.episodes.start(self._row_ids(now.batch), prefill)
             own = self.cut.begin(step, self.mode, frames, now.kwargs) if self.own_hooks else None
@@ -235,8 +235,8 @@ class Passes:
             if any(step.full) or len(set(step.ids)) < now.batch:
                 self._tell_rows_apart(step)
             self.latest = step
-        if shared is None or not self.calls.grows:  # Else a logits processor may have called.
-            self.calls.shared = step if self.calls.together else None
+        if self.calls.together:
+            self.calls.share(step, now.inputs, self.mode)
         self.prefilled = step
         return step
 
@@ -245,9 +245,11 @@ class Passes:
         grown = now.cache is None and now.length == shared.prefill.length + 1
         return len(shared.ids) == now.batch and (grown or not self.calls.grows)
 
-    def _again(self, step: Step, prefill: Prefill) -> Step:
+    def _again(self, step: Step, prefill: Prefill, now: Pass) -> Step:
         """One more prefill of a step: what was decided in its first holds."""
         first = step.prefill
+        with self.cut.flags.collect():
+            self.calls.refuse_other_image(now.stack, now.inputs, prefill.layout.visual)
         prefill.mode, prefill.forecast = first.mode, first.forecast
         prefill.full_rows, prefill.scores = first.full_rows, first.scores
         prefill.given = first.choices

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from vla_pruner.core import refusals
 from vla_pruner.core.arguments import take
-from vla_pruner.core.tokens import Prefill, TokenIndex
+from vla_pruner.core.tokens import Prefill
 from vla_pruner.methods.base import Choice, Evidence, Method
 
 
@@ -26,6 +25,9 @@ def choose_beside(
 ) -> Choice:
     """What a method chooses of the others, joined with the tokens that stay anyway.
 
+    The method sees these, too, as what it cannot choose: grids and numbers of tokens stay as they
+    are.
+
     Args:
         ask: what it chooses of some evidence.
         evidence: of all tokens that are left at this cut.
@@ -33,68 +35,37 @@ def choose_beside(
         method: that is asked.
         cuts: how often it cuts.
     """
-    tokens = evidence.tokens
-    assert tokens is not None
-    read, rest = _places(evidence.number, prefill.index, tokens)
-    others = _of_others(evidence, rest, read.shape[1], prefill.layout.read, method, cuts)
-    nothing = Choice(tokens.new_zeros(tokens.shape[0], 0))
-    choice = nothing if others.keep_count == 0 else ask(others)
-    return _with_read(choice, read, tokens.shape[1])
+    tokens, read, taken = evidence.tokens, prefill.index.read, len(prefill.layout.read)
+    assert tokens is not None and read is not None and evidence.keep_count is not None
+    if len(evidence.views) > 1 and method.budget == "view" and cuts > 1:
+        raise refusals.read_under_views(method.name)
+    stays = read.expand(len(tokens), -1).gather(1, tokens)
+    count = max(evidence.keep_count - taken, 0)
+    others = replace(evidence, valid=except_for(stays, evidence.valid), keep_count=count)
+    return _joined(Choice(tokens[:, :0]) if count == 0 else ask(others), stays, taken)
 
 
-def _places(number: int, index: TokenIndex, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Places among `tokens` `[B, m]` of those that stay anyway `[B, R]`, and of the others."""
-    batch, read, free = tokens.shape[0], index.read, index.free
-    assert read is not None and free is not None
-    if number == 0:
-        return read.expand(batch, -1), free.expand(batch, -1)
-    place = torch.searchsorted(tokens, read.expand(batch, -1).contiguous())
-    return place, _others(place, tokens.shape[1])
+def except_for(stays: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Tokens `[B|1, m]` bool that are there to be chosen; None: all are."""
+    if stays is None:
+        return valid
+    return ~stays if valid is None else valid & ~stays
 
 
-def _others(place: Tensor, size: int) -> Tensor:
-    """Indices in 0..size-1 that are not among `place` `[B, R]`, ascending: `[B, size - R]`."""
-    stays = torch.zeros(place.shape[0], size, dtype=torch.bool, device=place.device)
-    stays = stays.scatter(1, place, True)
-    return stays.int().sort(dim=1, stable=True).indices[:, : size - place.shape[1]]
+def _joined(choice: Choice, stays: Tensor, taken: int) -> Choice:
+    """A choice, and the `taken` tokens of each row that stay anyway, `[B, m]` bool.
 
-
-def _of_others(
-    evidence: Evidence,
-    rest: Tensor,
-    taken: int,
-    always: tuple[int, ...],
-    method: Method,
-    cuts: int,
-) -> Evidence:
-    """The evidence of the tokens at `rest` `[B, n]`, with the budget that `taken` tokens leave."""
-    views: tuple[int, ...] = (rest.shape[1],)
-    if len(evidence.views) > 1 and method.budget == "view":
-        if cuts > 1:
-            raise refusals.read_under_views(method.name)
-        ends = list(accumulate(evidence.views))
-        views = tuple(
-            size - sum(end - size <= token < end for token in always)
-            for size, end in zip(evidence.views, ends, strict=True)
-        )
-    assert evidence.keep_count is not None
-    count = min(max(evidence.keep_count - taken, 0), rest.shape[1])
-    others = evidence.of(lambda tensor: take(tensor, rest, dim=1), views)
-    return replace(others, keep_count=count)
-
-
-def _with_read(choice: Choice, read: Tensor, size: int) -> Choice:
-    """A choice among the others, joined with the tokens `[B, R]` that stay anyway."""
-    batch, kept, rest = read.shape[0], choice.kept, _others(read, size)
-    joined, order = torch.cat([rest.gather(1, kept), read], dim=1).sort(dim=1)
+    Where a method has chosen one of these itself, the first of the others takes its place.
+    """
+    chosen, size = choice.kept, stays.shape[1]
+    rank = (2 * stays.int()).scatter_add(1, chosen, torch.ones_like(chosen, dtype=torch.int32))
+    order = rank.sort(dim=1, descending=True, stable=True).indices
+    kept = order[:, : min(chosen.shape[1] + taken, size)].sort(dim=1).values
     if choice.merge is None:
-        return Choice(joined)
-    merge = choice.merge
-    whole = merge.new_zeros(batch, kept.shape[1], size)
-    whole = whole.scatter(2, rest[:, None].expand(-1, kept.shape[1], -1), merge)
-    alone = merge.new_zeros(batch, read.shape[1], size).scatter(2, read[..., None], 1.0)
-    both = torch.cat([whole, alone], dim=1)
-    return Choice(joined, both.gather(1, order[..., None].expand(-1, -1, size)))
+        return Choice(kept)
+    alone = torch.eye(size, dtype=choice.merge.dtype, device=kept.device).expand(len(kept), -1, -1)
+    merge = alone.scatter(1, chosen[..., None].expand_as(choice.merge), choice.merge)
+    return Choice(kept, take(torch.where(stays[..., None], alone, merge), kept, dim=1))
 
 
 def in_place(prefill: Prefill, output: Any) -> Any:

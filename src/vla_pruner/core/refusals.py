@@ -287,6 +287,25 @@ def ran_again(decoder: nn.Module, length: int) -> NotImplementedError:
     )
 
 
+def refuse_other_image(decoder: nn.Module, shown: Tensor, now: Tensor) -> None:
+    """Refuse visual tokens `[B, M, ...]` of a step that are others than its first prefill brought.
+
+    One vector added to all of them, such as a time's, is all right: no row that was cut is read.
+    """
+    broken = torch.tensor(shown.shape != now.shape, dtype=torch.bool)
+    if shown.shape == now.shape and now.is_floating_point():
+        moved = now.float() - shown.float()
+        nearly = max(1e-3, 8 * torch.finfo(now.dtype).eps) * shown.float().abs().max()
+        broken = (moved - moved[:, :1]).abs().max() > nearly
+    refuse(
+        broken,
+        f"inside of `session.step()` {type(decoder).__name__} ran over other visual tokens than "
+        "those of the first prefill, by which the step was decided. If its output went in again "
+        "(recurrent depth), the rows that were cut are missing there: such a model cannot be "
+        "pruned. If it is another image, give each a step of its own.",
+    )
+
+
 def behind_the_decoder(layer: nn.Module, rows: int) -> NotImplementedError:
     return NotImplementedError(
         f"a {type(layer).__name__} that is none of the decoder's layers reads all {rows} rows of a "

@@ -126,7 +126,7 @@ class Session(Attached):
     def step(self) -> AbstractContextManager[None]:
         """All prefills inside belong to one policy step: the first decides, the others follow.
 
-        An exception that leaves the block undoes the step.
+        They show the same image (ValueError). An exception that leaves the block undoes the step.
         """
         return self._passes.calls.as_one_step()
 

@@ -31,9 +31,7 @@ class TokenIndex:
     text_valid: Tensor | None
     """[B, T] bool, False where there is none."""
     read: Tensor | None
-    """[1, R] visual tokens that always stay."""
-    free: Tensor | None
-    """[1, M - R] the others; None: all are free."""
+    """[1, M] bool, visual tokens that always stay; None: there is none."""
 
     @staticmethod
     def of(layout: Layout, batch: int, length: int) -> TokenIndex:
@@ -56,7 +54,7 @@ class TokenIndex:
         is_visual = torch.zeros(rows, length, dtype=torch.bool, device=visual.device)
         is_visual = is_visual.scatter(1, visual, True)
         others = torch.where(is_visual, place + length, place).sort(dim=1).values[:, :remaining]
-        last_row = text_rows = text_valid = read = free = None
+        last_row = text_rows = text_valid = read = None
         if layout.valid_rows is not None:
             newest_first = layout.valid_rows.flip(1).to(torch.int8)
             last_row = length - 1 - newest_first.argmax(dim=1, keepdim=True)
@@ -67,13 +65,11 @@ class TokenIndex:
                 text_rows = text_rows.expand(batch, -1)
                 real = layout.valid_rows.expand(batch, -1) > 0
                 text_valid = text_valid & real.gather(1, text_rows)
-        count = visual.shape[1]
+        tokens = torch.arange(visual.shape[1], device=visual.device)[None]
         if layout.read:
-            rest = sorted(set(range(count)) - set(layout.read))
-            read = torch.tensor([layout.read], dtype=torch.int64, device=visual.device)
-            free = torch.tensor([rest], dtype=torch.int64, device=visual.device)
-        tokens = torch.arange(count, device=visual.device)[None]
-        return TokenIndex(tokens, others, last_row, text_rows, text_valid, read, free)
+            named = torch.tensor(layout.read, dtype=torch.int64, device=visual.device)
+            read = torch.isin(tokens, named)
+        return TokenIndex(tokens, others, last_row, text_rows, text_valid, read)
 
 
 @dataclass(eq=False)

@@ -65,8 +65,8 @@ class Evidence:
         views: tokens left of each camera; they sum to m. After the first cut of a global budget
             cameras are no longer told apart: `(m,)`.
         layer: index of the layer about to run.
-        valid: `[B, m]` bool, False for the tokens of a missing camera: they are never chosen while
-            a real token is left.
+        valid: `[B, m]` bool, False for the tokens of a missing camera, and for those that stay
+            anyway (`Layout.read`): they are never chosen while another token is left.
         seeds: `[B]` int64, one number per row that names its episode and step, for methods that
             draw at random.
         scores: each score that `Method.scores(layer)` asks for, `[B, m]` fp32.

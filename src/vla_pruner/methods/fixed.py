@@ -69,7 +69,8 @@ class Fixed(OneCut):
         """The named tokens: `[B, k]`, ascending.
 
         Raises:
-            ValueError: another number of rows than of sets.
+            ValueError: another number of rows than of sets, or tokens that stay anyway and are not
+                named.
         """
         evidence.check(self.name)
         self.kept(evidence.views)
@@ -78,8 +79,19 @@ class Fixed(OneCut):
             raise ValueError(
                 f"`indices` name {len(self.sets)} sets, but this batch has {batch} rows."
             )
-        chosen = on_device(self.sets, device)
-        return chosen.expand(batch, -1)
+        chosen = on_device(self.sets, device).expand(batch, -1)
+        k, free = evidence.keep_count, evidence.valid
+        if free is None or k is None or k == chosen.shape[1]:
+            return chosen
+        others = free.expand(batch, -1).gather(1, chosen)
+        if bool((others.sum(dim=1) != k).any()):
+            stay = (~free).any(dim=0).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"`indices` have to name tokens {stay}, too: their own output is read (of a prompt "
+                "that ends with the image, before labels, or where the logits of all rows are "
+                "asked for), so that they stay; or ask for less, with `logits_to_keep=1`."
+            )
+        return chosen[others].view(batch, k)
 
 
 def _as_sets(indices: Sequence[int] | Sequence[Sequence[int]]) -> Sets:

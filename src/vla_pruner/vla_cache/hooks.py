@@ -24,6 +24,7 @@ from vla_pruner.core.episodes import Step
 from vla_pruner.core.hiding import implied_mask
 from vla_pruner.core.hooks import after, before, implementation
 from vla_pruner.core.layout import Adapter
+from vla_pruner.core.read_tokens import except_for
 from vla_pruner.core.tokens import Mode, Prefill, TokenSet
 from vla_pruner.methods.base import ScoreSpec
 from vla_pruner.vla_cache.memory import Memories, Recalled, Record
@@ -79,7 +80,8 @@ class ReuseHooks(Cut):
             )
         layout, batch = prefill.layout, len(ids)
         record = self.memories.open(frames, layout, batch, prefill.length, kwargs)
-        recalled = self.memories.recall(ids, record, layout, [not row for row in step.full])
+        free = except_for(prefill.index.read, layout.visual_valid)
+        recalled = self.memories.recall(ids, record, layout, free, [not row for row in step.full])
         step.full = (True,) * batch
         prefill.note = Note(record, recalled)
         if recalled is None:
@@ -167,7 +169,7 @@ class ReuseHooks(Cut):
         if left.reused is not None and note.recalled is not None:
             old = note.recalled.keys_values(index)
             gone = left.reused[:, None, :, None]
-            seen = [torch.where(gone, o, s) for o, s in zip(old, seen, strict=True)]
+            seen = [torch.where(gone, o.to(s.dtype), s) for o, s in zip(old, seen, strict=True)]
             fresh = [f.scatter(2, _over(visual, s), s) for f, s in zip(fresh, seen, strict=True)]
         if note.record is not None:
             note.record.keys[index] = seen[0].detach()

@@ -137,7 +137,12 @@ class Memories:
         return Record(cut, places, lengths)
 
     def recall(
-        self, ids: Sequence[Hashable], record: Record, layout: Layout, wanted: Sequence[bool]
+        self,
+        ids: Sequence[Hashable],
+        record: Record,
+        layout: Layout,
+        free: Tensor | None,
+        wanted: Sequence[bool],
     ) -> Recalled | None:
         """What each row's episode reuses of its last step; None: no row reuses anything.
 
@@ -145,6 +150,7 @@ class Memories:
             ids: episode of each row.
             record: of the prefill that begins.
             layout: of the prefill that begins.
+            free: `[B|1, M]` bool, False for tokens that have to be computed; None: all may recall.
             wanted: False for rows that compute everything whatever they could recall.
         """
         last = zip(self.last.of(ids), wanted, strict=True)
@@ -162,7 +168,7 @@ class Memories:
                 entropy=torch.stack([b[2] for b in before]),
                 views=layout.views,
                 cuts=self.plan.cuts,
-                valid=layout.visual_valid,
+                valid=free,
             )
         )
         knows = torch.tensor(

@@ -22,7 +22,8 @@ class Recall:
             (`pruning.entropy`).
         views: visual tokens of each camera; they sum to M.
         cuts: layers before which tokens leave, as `Method.cuts` says.
-        valid: `[B, M]` bool, False for the tokens of a missing camera; None: none is missing.
+        valid: `[B|1, M]` bool, False for the tokens of a missing camera, and for those whose own
+            output the caller reads; None: there are none.
     """
 
     similarity: Tensor
