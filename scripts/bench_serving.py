@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import json
 import os
 import platform
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=2.0, help="seconds in which clients start")
     parser.add_argument("--side", type=int, default=160, help="pixels of an image's side")
     parser.add_argument("--passes", action="store_true", help="only passes, without a server")
+    parser.add_argument("--csv", type=Path, help="also write each round there")
     args = parser.parse_args()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2] for line in lines if "model name" in line), "?").strip()
@@ -199,6 +201,17 @@ def main() -> None:
     finally:
         for process, _ in servers.values():
             process.terminate()
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(
+                ["policy", "condition", "clients", "batches", "round", *rows[sizes[0]][0]]
+            )
+            for size, found in rows.items():
+                for number, row in enumerate(found):
+                    values = [f"{value:.6g}" for value in row.values()]
+                    named = f"{args.method}@{args.keep:g}"
+                    writer.writerow([args.policy, named, args.clients, size, number, *values])
     result = {
         size: {name: statistics.median(row[name] for row in found) for name in found[0]}
         for size, found in rows.items()
