@@ -20,6 +20,7 @@ _RESULTS = "results.md"
 _WIDE = ("models.md", "methods-compared.md")
 """Pages of one wide table, which takes the place of their table of contents."""
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+_PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+)\)$", flags=re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -57,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             else f"{text} (`{path}`)"
         )
 
-    linked = _LINK.sub(replace, markdown)
+    linked = _PICTURE.sub(r"[![\1](\2)](\2)", _LINK.sub(replace, markdown))  # opens at full size
     return _COMMAND.sub(r"\1\n\n\2", linked) if page.file.src_uri == _RESULTS else linked
 
 

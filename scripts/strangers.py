@@ -41,7 +41,7 @@ EPISODES = (("--episodes 20", "--episodes 1"), ("--episodes 40", "--episodes 1")
 PAGES = {
     "index.md": Path_(),
     "policies/openvla.md": Path_(),
-    "policies/openvla-oft.md": Path_(),
+    "policies/openvla-oft.md": Path_(without=("cuda",)),
     "policies/transformers-vlm.md": Path_(),
     "policies/openpi.md": Path_(without=("PATH/TO",)),
     "policies/gr00t.md": Path_(python="python3.12"),

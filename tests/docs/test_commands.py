@@ -165,7 +165,7 @@ def test_a_printed_command_runs(page: str, command: str, follow: Callable[[str],
         text = (ROOT / page).read_text("utf-8")
         (matrix,) = re.findall(r"^```yaml\n# sweep\.yaml\n(.*?)^```", text, flags=re.M | re.S)
         Path("sweep.yaml").write_text(matrix.replace("runs/my-checkpoint", "mini-openvla"))
-        command = command.replace("--device cuda", "--device cpu")
+    command = command.replace("--device cuda", "--device cpu")  # whatever is here
     if "prompt-top" in command:
         pytest.skip("a method of that page, which test_pages.py installs")
     command = command.replace("CONDITION", "fastv@0.5")

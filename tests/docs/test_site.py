@@ -52,3 +52,10 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
     methods = {page for page in found if page.startswith("methods/")}
     assert named == found - methods
     assert yaml.safe_load(text.partition("\nnav:")[0])["strict"] is True
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_code_inside_a_list_belongs_to_it_on_the_site_as_well(page: Path) -> None:
+    """The site's Markdown wants four spaces; with fewer the rest of the list is one paragraph."""
+    fences = re.findall(r"^ +(?=```)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert all(len(fence) % 4 == 0 for fence in fences)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vla_pruner as vp
+from vla_pruner.episodes.control import gripper_of
 from vla_pruner.measure import doctor
 from vla_pruner.measure.costs import COSTS
 from vla_pruner.measure.doctor import Finding, act_of
@@ -89,12 +90,17 @@ def test_another_major_version_of_transformers(tmp_path: Path) -> None:
     assert findings_of("mini-oft", {}, tmp_path)["transformers"].well
 
 
-def test_statistics_from_0_to_1_are_named_where_nobody_said_how_they_are_driven() -> None:
+def test_statistics_from_0_to_1_say_how_the_gripper_is_driven_where_nobody_else_did() -> None:
     model: Any = vp.models.load("mini-oft")
     action = model.config.norm_stats["pick_place"]["action"]
     action["q01"], action["q99"] = [*action["q01"][:-1], 0.0], [*action["q99"][:-1], 1.0]
     found = findings_of("mini-oft", {}, model=model)["gripper"]
-    assert found.well is None and "--gripper rlds" in found.found
+    assert found.well and "0 close, 1 open" in found.found
+    assert gripper_of(model, {}, None, otherwise="robosuite") == "rlds"
+    assert gripper_of(model, {"gripper": "robosuite"}, None, otherwise="rlds") == "robosuite"
+    whole: Any = vp.models.load("mini-oft")
+    assert gripper_of(whole, {}, None, otherwise="robosuite") == "robosuite"
+    assert gripper_of(object(), {}, None, otherwise="rlds") == "rlds"
 
 
 def test_signs_of_a_rotation_that_were_seen() -> None:

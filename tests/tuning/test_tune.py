@@ -312,6 +312,19 @@ def test_impossible_arguments(words, sentence, folder, recordings, tmp_path):
     assert not (tmp_path / "out" / "receipt.json").exists()
 
 
+@pytest.mark.parametrize("policy", ["mini-oft", "mini-openvla", "mini-pi0"])
+def test_a_gripper_that_actions_do_not_have_is_refused_before_weights_are_read(policy, tmp_path):
+    arguments = argparse.ArgumentParser()
+    command.add_arguments(arguments)
+    args = arguments.parse_args([policy, "--gripper-dims", "7", "--out", str(tmp_path / "out")])
+
+    def open_policy(name):
+        raise AssertionError("loaded")
+
+    with pytest.raises(ValueError, match="gripper dimension 7: actions have 7 numbers"):
+        command.tune_command(args, open_policy=open_policy)
+
+
 def test_a_folder_with_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match=r"holds something else \(thesis\.tex\)"):

@@ -136,6 +136,12 @@ def demo(args: argparse.Namespace, suite: Suite, console: Console | None = None)
     write_report(args.out, summary, conditions, suite, command=command_of(args), decoder=decoder)
     console.print(table(summary))
     console.print(pace_notes(summary), style="dim", highlight=False)
+    if args.policy in shipped() and args.policy.startswith("mini"):
+        console.print(
+            f"{args.policy} is small: choosing tokens costs about what dropping them saves. "
+            "Whose calls get faster: --policy smol-oft (docs/smol.md says what it needs).",
+            highlight=False,
+        )
     page = (args.out / "index.html").resolve().as_uri()
     if interrupted:
         console.print(

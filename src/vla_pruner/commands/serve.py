@@ -26,7 +26,7 @@ from vla_pruner.commands.shared.options import (
     device_of,
 )
 from vla_pruner.commands.shared.output_folder import check_file
-from vla_pruner.episodes.control import said_by, statistics_of
+from vla_pruner.episodes.control import Gripper, gripper_of, said_by, statistics_of
 from vla_pruner.models.loading import locate, read_config
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.engine import Engine
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gripper",
         choices=("rlds", "robosuite"),
         help="how the policy writes it: rlds (0 close, 1 open) or robosuite (+1 close, -1 open); "
-        "by default robosuite for policies that ship with the package, otherwise rlds",
+        "default: what its config.json or the range of its statistics says, else robosuite for "
+        "policies that ship with the package and rlds for others",
     )
     parser.add_argument(
         "--center-crop",
@@ -133,9 +134,11 @@ def opened(args: argparse.Namespace, chosen: Doors) -> tuple[Engine, list[Any], 
             f"--chunk-size {args.chunk_size}: {args.policy} gives {chunk} action(s) at a time"
         )
     execute = args.chunk_size or int(control.get("execute", chunk))
+    key = statistics_of(model, args.unnorm_key, folder=folder)
+    usual: Gripper = "robosuite" if control else "rlds"
     settings = {
         "keep": condition.keep,
-        "unnorm_key": statistics_of(model, args.unnorm_key, folder=folder),
+        "unnorm_key": key,
         "center_crop": args.center_crop,
         "capture": args.capture,
         "show": args.rerun is not None,
@@ -145,7 +148,7 @@ def opened(args: argparse.Namespace, chosen: Doors) -> tuple[Engine, list[Any], 
         cameras=getattr(config, "num_images", 1),
         state_dim=getattr(config, "proprio_dim", None),
         action_dim=getattr(config, "action_dim", None),
-        gripper=args.gripper or ("robosuite" if control else "rlds"),
+        gripper=args.gripper or gripper_of(model, control, key, otherwise=usual),
     )
     make: Callable[[], ServedPolicy] = partial(ServedPolicy, model, condition.method, **settings)
     if apart(args):

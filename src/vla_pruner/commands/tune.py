@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -28,12 +29,13 @@ from vla_pruner.commands.shared.options import (
 )
 from vla_pruner.commands.shared.output_folder import check_folder
 from vla_pruner.commands.shared.progress import progress_bar
-from vla_pruner.episodes.control import said_by, statistics_of
+from vla_pruner.episodes.control import gripper_of, said_by, statistics_of
 from vla_pruner.measure.timing import keep_freed_memory
 from vla_pruner.models.loading import load, locate
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.scenes.scene import Suite
 from vla_pruner.scenes.suites import open_suite
+from vla_pruner.tuning.deviation import check_gripper
 from vla_pruner.tuning.receipt import receipt_of, save_receipt
 from vla_pruner.tuning.sources import (
     Source,
@@ -134,6 +136,8 @@ def tune_command(
         raise ValueError("--cameras and --instruction say how to read a dataset: --observations")
     _check_out(args.out)
     check_folder(args.out)
+    folder = Path(locate(args.policy))
+    check_gripper(args.gripper_dims, _numbers_of_an_action(folder))
     device = device_of(args.device)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -141,12 +145,14 @@ def tune_command(
         policy = (open_policy or _load(device))(args.policy)
     if not hasattr(policy, "predict_action"):
         raise ValueError(f"{args.policy} is no policy: it has no `predict_action`")
-    said = said_by(Path(locate(args.policy)))
+    check_gripper(args.gripper_dims, getattr(policy.config, "action_dim", None))
+    said = said_by(folder)
     chunk = int(getattr(policy.config, "chunk", 1))
     execute = args.execute or int(said.get("execute", min(2, chunk)))
     if not 1 <= execute <= chunk:
         raise ValueError(f"--execute {execute}: a chunk of this policy has {chunk} actions")
-    key = statistics_of(policy, args.unnorm_key, folder=Path(locate(args.policy)))
+    key = statistics_of(policy, args.unnorm_key, folder=folder)
+    written = args.gripper or gripper_of(policy, said, key, otherwise="robosuite")
     source, seen = _source(args, policy, said, execute, console, find_suite)
     source = with_key(source, key)
     with progress_bar(console) as bar:
@@ -158,7 +164,7 @@ def tune_command(
             execute=execute,
             tolerance=args.tolerance,
             gripper=args.gripper_dims,
-            threshold=0.5 if (args.gripper or said.get("gripper")) == "rlds" else 0.0,
+            threshold=0.5 if written == "rlds" else 0.0,
             rounds=args.rounds,
             timed=args.timed,
             on_start=lambda total: bar.update(line, total=total),
@@ -181,6 +187,21 @@ def tune_command(
 
 def _load(device: torch.device) -> Callable[[str], nn.Module]:
     return lambda name: load(name, device=device)
+
+
+def _numbers_of_an_action(folder: Path) -> int | None:
+    """What a policy's config.json says, before its weights are read; None: nothing."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        if shape := config.get("output_features", {}).get("action", {}).get("shape"):
+            return int(shape[0])
+        actions = [dataset["action"] for dataset in config.get("norm_stats", {}).values()]
+        return min((len(one.get("q01") or one["min"]) for one in actions), default=None)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None  # whatever is damaged there, loading names it
 
 
 def _check_out(out: Path) -> None:
@@ -309,7 +330,7 @@ def notes(found: Tuning, source: Source) -> list[str]:
         if gain is not None and gain.interval is None:
             lines.append("Timed only once: more --rounds say whether that is so.")
         elif gain is not None and gain.interval is not None and gain.interval.low <= 1:
-            lines.append("It is not reliably faster on this machine: prune nothing here.")
+            lines.append("That is not reliably faster on this machine: keep all tokens here.")
         lost, low, high = (100 * value for value in astuple(best.expected))
         lines.append(
             f"Conditions with such a deviation lost {lost:.0f} % of the success of the policies "
@@ -317,7 +338,9 @@ def notes(found: Tuning, source: Source) -> list[str]:
             "(docs/tune.md)."
         )
     if len(source.episodes) < 4:
-        lines.append(f"Only {len(source.episodes)} episodes were replayed; six or more say more.")
+        count = len(source.episodes)
+        many = "1 episode was" if count == 1 else f"{count} episodes were"
+        lines.append(f"Only {many} replayed; six or more say more.")
     if found.recorded is not None:
         lines.append(
             f"The unpruned policy is {found.recorded:.2f} spreads from the recorded actions; much "

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vla_pruner._short import cut, short
-from vla_pruner.models.openvla.processing import resolve_key
+from vla_pruner.models.openvla.processing import opens_at_one, resolve_key
 
 Gripper = Literal["robosuite", "rlds"]
 """How a policy writes the gripper: +1 close and -1 open, or 0 close and 1 open."""
@@ -70,7 +70,7 @@ class Control:
             available: cameras of the scene.
             folder: where the policy was loaded from, if from a folder.
             execute: overrides the number of actions.
-            gripper: overrides how the gripper is written.
+            gripper: overrides how the gripper is written; None: see `gripper_of`.
             unnorm_key: dataset whose statistics scale the actions.
 
         Raises:
@@ -88,12 +88,13 @@ class Control:
             )
         if execute is not None and hasattr(config, "chunk") and execute > chunk:
             raise ValueError(f"execute={execute}: a chunk of this policy has {chunk} actions")
+        key = statistics_of(policy, unnorm_key, folder=folder)
         return cls(
             cameras=cameras,
             execute=int(said.get("execute", min(2, chunk))) if execute is None else execute,
             reads_state=getattr(config, "proprio_dim", None) is not None,
-            gripper=gripper or said.get("gripper", "robosuite"),
-            unnorm_key=statistics_of(policy, unnorm_key, folder=folder),
+            gripper=gripper or gripper_of(policy, said, key, otherwise="robosuite"),
+            unnorm_key=key,
         )
 
     @property
@@ -117,6 +118,26 @@ def said_by(folder: Path | None) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise ValueError(f"{file}: `control` must map names to values")
     return found
+
+
+def gripper_of(
+    policy: Any, said: Mapping[str, Any], key: str | None, *, otherwise: Gripper
+) -> Gripper:
+    """How a policy writes the gripper: as its folder says, or else as its statistics show.
+
+    Args:
+        policy: its `config.norm_stats` holds ranges of actions by dataset.
+        said: what its folder says under `control`.
+        key: the dataset whose statistics scale its actions; None: it has but one.
+        otherwise: where neither says anything, or the range is wider than 0 to 1.
+    """
+    if "gripper" in said:
+        return said["gripper"]
+    found = getattr(getattr(policy, "config", None), "norm_stats", None)
+    if not isinstance(found, Mapping) or not found:
+        return otherwise
+    action = found[key or next(iter(found))].get("action", {})
+    return "rlds" if opens_at_one(action) else otherwise
 
 
 def statistics_of(policy: Any, key: str | None, *, folder: Path | None = None) -> str | None:

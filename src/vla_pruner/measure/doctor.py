@@ -323,11 +323,12 @@ def _dropping_equals_hiding(
     difference = _difference(hidden.action, dropped.action)
     limit = TOLERANCE.get(dropped.outputs.dtype, 1e-4)
     found = (
-        f"{last.visual_full} visual tokens cut before layer {options['layer']}, "
-        f"action queries differ by {difference:.1e}"
+        f"{last.visual_kept} of {last.visual_full} visual tokens kept before layer "
+        f"{options['layer']}; action queries differ by {difference:.1e}"
     )
     if difference <= limit:
-        return Finding(check, True, found)
+        kind = str(dropped.outputs.dtype).removeprefix("torch.")
+        return Finding(check, True, f"{found}, within rounding of {kind} (limit {limit:.0e})")
     advice = "positions or masks go wrong behind the cut on this model; please report this"
     return Finding(check, False, found + f" (limit {limit:.0e})", advice)
 

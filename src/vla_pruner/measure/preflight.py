@@ -17,6 +17,7 @@ from torch import nn
 from vla_pruner.core.layout import Adapter
 from vla_pruner.measure.doctor import Act, Finding, look
 from vla_pruner.models.given.folder import is_finite
+from vla_pruner.models.openvla.processing import opens_at_one
 
 
 def preflight(
@@ -136,15 +137,13 @@ def _statistics(statistics: Mapping[str, Any], said: Mapping[str, Any]) -> list[
     if len(names) > 1 and key not in names:
         return findings
     action = statistics[key or names[0]].get("action", {})
-    low, high = (action.get(end) or action.get(other) for end, other in _ENDS)
-    if low is None or high is None:
+    unit = opens_at_one(action)
+    if unit is None:
         return findings
-    unit = float(low[-1]) >= -0.05 and float(high[-1]) <= 1.05
     written = "rlds" if unit else "robosuite"
     found = f"{'0 close, 1 open' if unit else '+1 close, -1 open'} by its range"
-    if "gripper" not in said:  # a command that acts is told, or takes "robosuite"
-        add = f"; give commands that act --gripper {written}" if unit else ""
-        return [*findings, Finding("gripper", None if unit else True, found + add)]
+    if "gripper" not in said:  # commands that act go by the same range
+        return [*findings, Finding("gripper", True, found)]
     agrees = written == said["gripper"]
     advice = f"write {written!r} under `control` in its config.json"
     found += f", driven as {said['gripper']}"

@@ -31,7 +31,7 @@ from vla_eval.specs import DimSpec
 from vla_eval.types import Observation
 
 from vla_pruner._short import cut, short
-from vla_pruner.episodes.control import said_by, statistics_of
+from vla_pruner.episodes.control import gripper_of, said_by, statistics_of
 from vla_pruner.models.loading import load, locate
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.serving.conventions import CONVENTIONS, Gripper, Translator
@@ -85,8 +85,8 @@ class PolicyServer(ModelServer):
             benchmark: whose messages to understand, see `conventions.CONVENTIONS`.
             options: further options of the method.
             unnorm_key: dataset whose statistics scale actions; needed if there are several.
-            gripper: how the policy writes it; None: "robosuite" for a policy whose config.json
-                says how it is driven, which those that ship with the package do, else "rlds".
+            gripper: how the policy writes it; None: as its config.json or the range of its
+                statistics says, else "robosuite" if that file says how it is driven, else "rlds".
             jpeg: pass images through JPEG, as the original evaluation of published checkpoints.
             center_crop: overrides the policy's configuration.
             device, dtype: where to put the weights, and as what; None: as stored.
@@ -125,14 +125,15 @@ class PolicyServer(ModelServer):
             raise ValueError(f"chunk_size={chunk_size}: {name} gives {chunk} action(s) at a time")
         self.chunk_size = chunk_size or int(control.get("execute", chunk))
         self.max_batch_size = max_batch_size
+        unnorm_key = statistics_of(model, unnorm_key, folder=folder)
+        usual: Gripper = "robosuite" if control else "rlds"
         self.translator = Translator(
             CONVENTIONS[benchmark],
             cameras=getattr(config, "num_images", 1),
             state_dim=getattr(config, "proprio_dim", None),
-            gripper=gripper or ("robosuite" if control else "rlds"),
+            gripper=gripper or gripper_of(model, control, unnorm_key, otherwise=usual),
             jpeg=jpeg,
         )
-        unnorm_key = statistics_of(model, unnorm_key, folder=folder)
         settings = {
             "method": method,
             "keep": keep,

@@ -20,6 +20,12 @@ _STILL = 1e-6
 """A dimension whose spread is below this share of its size, or of 1, does not move."""
 
 
+def check_gripper(dims: Sequence[int], size: int | None) -> None:
+    """Refuse gripper dimensions that actions of `size` numbers do not have; None: not known yet."""
+    if size is not None and (wrong := [number for number in dims if not -size <= number < size]):
+        raise ValueError(f"gripper dimension {wrong[0]}: actions have {size} numbers")
+
+
 @dataclass(frozen=True)
 class Scale:
     """What the unpruned policy does on the same observations, to measure deviations by.
@@ -60,8 +66,7 @@ class Scale:
         """
         rows = np.concatenate([one.reshape(-1, one.shape[-1]) for one in full]).astype(np.float64)
         size = rows.shape[-1]
-        if wrong := [number for number in gripper if not -size <= number < size]:
-            raise ValueError(f"gripper dimension {wrong[0]}: actions have {size} numbers")
+        check_gripper(gripper, size)
         spread = rows.std(axis=0)
         moving = spread > _STILL * np.maximum(1.0, np.abs(rows).max(axis=0))
         if not moving.any():

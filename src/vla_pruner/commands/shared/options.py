@@ -117,7 +117,8 @@ def add_control(parser: Parser) -> None:
         "--gripper",
         choices=get_args(Gripper),
         help="how the policy writes it: robosuite (+1 close, -1 open) or rlds (0 close, 1 open; "
-        "published checkpoints); default: what its config.json says, else robosuite",
+        "published checkpoints); default: what its config.json or the range of its statistics "
+        "says, else robosuite",
     )
     add_unnorm_key(parser)
 

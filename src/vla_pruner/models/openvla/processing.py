@@ -242,6 +242,19 @@ def resolve_key(norm_stats: Mapping[str, Any], key: str | None) -> str:
     raise ValueError(f"unknown unnorm_key {key!r}; this model knows: {known}")
 
 
+def opens_at_one(action: Mapping[str, Any]) -> bool | None:
+    """Whether statistics of actions say that the last number is a gripper of 0 close, 1 open.
+
+    None: they hold no range. RLDS data, such as that of all published checkpoints, is written so.
+    """
+    low, high = (
+        action.get(end) or action.get(other) for end, other in (("q01", "min"), ("q99", "max"))
+    )
+    if not low or not high:
+        return None
+    return float(low[-1]) >= -0.05 and float(high[-1]) <= 1.05
+
+
 def bounds(config: OpenVLAConfig, key: str | None, what: str) -> Bounds:
     """Bounds of `what` ("action" or "proprio") in dataset `key`.
 
