@@ -518,7 +518,15 @@ class Tuner(torch.nn.Module):
         return self.base_model.forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("wrap", [Tuner, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Tuner,
+        pytest.param(
+            lambda m: torch.compile(m, backend="eager"), id="compiled", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_wrapped_models_are_pruned_inside(model, inputs, wrap):
     wrapped, expected = wrap(model), model(**inputs).logits
     same(wrapped(**inputs).logits, expected)
