@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
@@ -26,7 +27,7 @@ ELSEWHERE = {
     "policies/index.md": "published.py, below",
     "policies/openpi.md": "published.py, below",
     "serve/README.md": "limits, no measurement",
-    "serving.md": "on paper, and episodes that were recorded, with date and versions",
+    "serving.md": "on paper, and below",
     "tune.md": "below",
 }
 """Pages with figures: what holds them to what was measured."""
@@ -209,3 +210,19 @@ def test_doors_under_damaged_messages() -> None:
     assert said in text
     _, mib, descriptors = spans["openpi/v1/realtime/robot/openpi"]
     assert f"{mib[0]} to {mib[1]} MiB and {descriptors[1]} at openpi's other dialect" in text
+
+
+def test_sixteen_clients_at_one_server() -> None:
+    text, columns = printed("serving.md"), ("per_s", "per_cpu_s", "p50_ms", "p95_ms")
+    found: dict[str, list[float]] = {}
+    for size in ("1", "16x2"):
+        rounds = [row for row in rows(RESULTS / "serving.csv") if row["batches"] == size]
+        assert len(rounds) == 5
+        found[size] = [median(float(row[name]) for row in rounds) for name in columns]
+    found["ratio"] = [new / old for old, new in zip(found["1"], found["16x2"], strict=True)]
+    for label, size, form in (
+        ("1", "1", "{:.1f}"),
+        ("up to 16, two replicas", "16x2", "{:.1f}"),
+        ("ratio", "ratio", "{:.2f}x"),
+    ):
+        assert f"| {label} | " + " | ".join(map(form.format, found[size])) + " |" in text
