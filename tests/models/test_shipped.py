@@ -1,13 +1,17 @@
 """The policies that travel with the package."""
 
 import json
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
+import torch
 
 import vla_pruner as vp
+from vla_pruner.models import loading
 from vla_pruner.models.loading import load, shipped
+from vla_pruner.models.openvla.checkpoint import save_pretrained
 
 
 def test_four_policies_ship_and_one_is_in_the_repository():
@@ -32,6 +36,24 @@ def test_it_acts_on_a_quarter_of_its_tokens(name):
             assert session.last.visual_kept == kept
     assert np.atleast_2d(actions).shape[1] == 7 and np.isfinite(actions).all()
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 25e6
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_bf16_is_left_only_where_the_cpu_has_it(monkeypatch, tmp_path, slow):
+    stored = load("mini-oft", dtype=torch.bfloat16)
+    save_pretrained(stored, tmp_path / "half")
+    monkeypatch.setattr(loading, "lacks_bf16", lambda: slow)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        policy = load(tmp_path / "half")
+    assert policy.dtype == torch.bfloat16  # Another's weights stay as they are.
+    assert ["dtype=torch.float32" in str(one.message) for one in said] == [True] * slow
+    monkeypatch.setattr(loading, "shipped", lambda: {"half": tmp_path / "half"})
+    found = {dtype: load("half", dtype=dtype).dtype for dtype in (None, torch.bfloat16)}
+    assert found == {
+        None: torch.float32 if slow else torch.bfloat16,
+        torch.bfloat16: torch.bfloat16,
+    }
 
 
 def _installed(package: str) -> bool:

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: real ones on a GPU)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: bf16 for published sizes, else as stored"
+        "--dtype",
+        choices=DTYPES,
+        help="default: bf16 for published sizes (fp32 on a CPU without AVX-512), else as stored",
     )
     parser.add_argument("--compile", action="store_true", help="compile every variant's decoder")
     add_capture(parser)

@@ -24,13 +24,19 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
+    """The processor's model name and the widest instructions that torch uses on it.
+
+    The name alone may stand for several generations ("AMD EPYC"). Where the system does not tell
+    it, the architecture takes its place.
+    """
+    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vla_pruner._short import short
-from vla_pruner.models.loading import load
+from vla_pruner.models.loading import lacks_bf16, load
 from vla_pruner.models.openvla import OpenVLA, OpenVLAOFT, OpenVLAOFTConfig, TowerConfig
 from vla_pruner.models.openvla.config import PUBLISHED as OPENVLA
 from vla_pruner.models.pi0 import Inputs, Pi0, Pi0Config, VisionConfig
@@ -81,7 +81,8 @@ def build_workload(
             ships with the package, or a folder or hub id of a checkpoint.
         layers: decoder layers to build; None for all. Only with published sizes.
         vision: False builds toy vision towers, with the right number of visual tokens.
-        dtype: None for bf16 (published sizes) or as stored (checkpoints).
+        dtype: None as `load` has it (checkpoints) or bf16, on a CPU that `lacks_bf16` float32
+            (published sizes).
         device: where to run.
         seed: of the made-up images, prompt and weights.
 
@@ -92,7 +93,10 @@ def build_workload(
     policy: Any
     step: Callable[[Any], Any]
     if name in PUBLISHED:
-        policy = _published(name, layers, vision, dtype or torch.bfloat16, device)
+        if dtype is None:
+            slow = device.type == "cpu" and lacks_bf16()
+            dtype = torch.float32 if slow else torch.bfloat16
+        policy = _published(name, layers, vision, dtype, device)
     else:
         if layers is not None:
             raise ValueError(

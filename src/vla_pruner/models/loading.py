@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,43 @@ def load(
         name_or_path: a policy that ships here (`shipped()`), a folder, or a hub id. OpenVLA,
             OpenVLA-OFT, pi0 and pi0.5 become the ports of this package; any other vision-language
             model is loaded by transformers.
-        device, dtype: where to put the weights; `dtype=None` keeps the checkpoint's.
+        device, dtype: where to put the weights, and as what. `dtype=None` keeps the checkpoint's;
+            only a shipped policy of bf16 becomes float32 on a CPU that `lacks_bf16`.
         options: for `from_pretrained` of the port (`vla_pruner.models.openvla`, `.pi0`), or for
             transformers.
+
+    Warns:
+        UserWarning: any other model stays in bf16 on such a CPU.
 
     Raises:
         ValueError: there is no such model, or its files do not fit.
     """
     where = locate(name_or_path)
+    slow = dtype is None and torch.device(device).type == "cpu" and lacks_bf16()
+    if slow and name_or_path in shipped():
+        dtype = torch.float32
+    model = _load(where, device, dtype, options)
+    if slow and getattr(model, "dtype", None) == torch.bfloat16:
+        warnings.warn(
+            f"{where} is stored in bf16, which this CPU multiplies several times slower than "
+            "float32; load it with dtype=torch.float32 (twice the memory)",
+            stacklevel=2,
+        )
+    return model
+
+
+def lacks_bf16() -> bool:
+    """Whether this CPU has no arithmetic for bf16.
+
+    Without AVX-512 or better, torch multiplies bf16 matrices in a plain loop: on two cores of a
+    Zen 3 at a sixth of the speed of float32.
+    """
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _load(
+    where: str, device: str | torch.device, dtype: torch.dtype | None, options: dict[str, Any]
+) -> Policy:
     config = read_config(where)
     if config.get("model_type") == "openvla":
         from vla_pruner.models import openvla

@@ -44,7 +44,8 @@ class Policies:
                 self._policy = None
                 raise ValueError(
                     f"the weights of {setup.policy} are not those of the run ({found} instead of "
-                    f"{setup.weights}); put the old ones back, or begin another run"
+                    f"{setup.weights}): other weights, or the same in bf16 there and in float32 "
+                    "here. Put the old ones back, or begin another run"
                 )
         return self._policy
 
