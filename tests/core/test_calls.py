@@ -393,6 +393,8 @@ def test_embeddings_are_pruned_where_places_are_known_and_else_left_alone_aloud(
             model.generate(**merged, **SAMPLED)
         assert "visual_places" in session.last.left_alone
         assert str(session.last).startswith("left alone: LlavaForConditionalGeneration was called")
+        with pytest.raises(ValueError, match="got a list"):
+            session.visual_places((inputs["input_ids"] == IMAGE).tolist())
         session.visual_places(inputs["input_ids"] == IMAGE)
         got = model.generate(**merged, **SAMPLED)
         assert torch.equal(session.last.kept_mask, kept) and session.last.left_alone is None

@@ -481,6 +481,21 @@ def test_prune_checks_what_it_gets(decoders):
         prune(decoders(), "vla-pruner", windows=3)
 
 
+def test_frames_that_are_none_are_refused(decoders):
+    good = torch.rand(1, 3, 8, 8) * 255
+    with prune(decoders()) as session:
+        for images, error, says in (
+            ([good[0].numpy()], TypeError, r"must be a tensor .* got a list"),
+            (good.permute(0, 2, 3, 1).numpy(), TypeError, "got a ndarray.*permute"),
+            (good.permute(0, 2, 3, 1), ValueError, r"got \(1, 1, 8, 8, 3\)"),
+            (good - 100, ValueError, "negative"),
+            (good * torch.nan, ValueError, "NaN"),
+        ):
+            with pytest.raises(error, match=says):
+                session.frame(images)
+        session.frame(good.byte())
+
+
 def test_compile_after_removal_is_refused(decoders):
     session = prune(decoders())
     session.remove()

@@ -162,14 +162,26 @@ class Session(Attached):
                 not normalised, after the policy's own crop and resize.
 
         Raises:
-            ValueError: another shape, or a value that is not finite.
+            TypeError: no tensor.
+            ValueError: another shape, or a value that is negative or not finite.
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                "`images` must be a tensor [B, cameras, 3, H, W] or [B, 3, H, W]; got a "
+                f"{type(images).__name__}. Of one uint8 image [H, W, 3] it is "
+                "`torch.as_tensor(image).permute(2, 0, 1)[None]`."
+            )
         if images.ndim == 4:
             images = images[:, None]
-        if images.ndim != 5 or images.shape[2] != 3 or not bool(images.isfinite().all()):
+        if images.ndim != 5 or images.shape[2] != 3:
             raise ValueError(
-                "`images` must be [B, cameras, 3, H, W] or [B, 3, H, W] and finite; got "
+                "`images` must be [B, cameras, 3, H, W] or [B, 3, H, W]; got "
                 f"{tuple(images.shape)}."
+            )
+        if not bool((images.isfinite() & (images >= 0)).all()):
+            raise ValueError(
+                "`images` must be raw colours, finite and from 0 up; these have negative values or "
+                "NaN, as after a normalisation."
             )
         self._passes.frames = images
 

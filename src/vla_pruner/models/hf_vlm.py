@@ -70,10 +70,14 @@ class ImageTokenVLM(Adapter):
 
     def take_places(self, mask: Tensor) -> None:
         """Visual places `[B, S]` of the next call; see `Session.visual_places`."""
-        if mask.ndim != 2 or mask.dtype != torch.bool:
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
+            got = (
+                f"{tuple(mask.shape)} {mask.dtype}"
+                if isinstance(mask, Tensor)
+                else f"a {type(mask).__name__}"
+            )
             raise ValueError(
-                f"`mask` must be bool [B, S], True at visual tokens; got {tuple(mask.shape)} "
-                f"{mask.dtype}."
+                f"`mask` must be a tensor, bool [B, S], True at visual tokens; got {got}."
             )
         self._places = mask
 
