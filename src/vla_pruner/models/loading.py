@@ -56,7 +56,7 @@ def load(
     """
     where = locate(name_or_path)
     slow = dtype is None and torch.device(device).type == "cpu" and lacks_bf16()
-    if slow and name_or_path in shipped():
+    if slow and Path(where) in shipped().values():
         dtype = torch.float32
     model = _load(where, device, dtype, options)
     if slow and getattr(model, "dtype", None) == torch.bfloat16:
