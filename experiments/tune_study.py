@@ -12,6 +12,7 @@ condition of experiments/results/POLICY.csv. `report` joins that with the succes
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import re
@@ -65,7 +66,7 @@ def replay(name: str, out: Path, episodes: int, calls: int, only: list[str]) -> 
     policy = load(name)
     rows = measured(name)
     weights = next(iter(rows.values()))[2]
-    if fingerprint(policy) != weights:
+    if weights not in (fingerprint(policy), fingerprint(copy.deepcopy(policy).bfloat16())):
         raise SystemExit(f"{name} has other weights than those of its results ({weights})")
     suite = open_suite(suite_of(name, said_by(Path(locate(name)))))
     folder = out / name

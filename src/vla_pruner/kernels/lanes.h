@@ -2,7 +2,7 @@
  *
  * Rows are 32-bit words: one fp32 number each, or two bf16 numbers where the processor multiplies
  * those (their products are exact, their sums fp32). They are stored in panels of COLUMNS rows,
- * [word][COLUMNS], and multiplied in tiles of ROWS x COLUMNS that stay in registers. Every sum runs
+ * [word][COLUMNS], and multiplied in tiles of ROWS x COLUMNS that fill the registers. Every sum runs
  * over the words in ascending order, so that neither tiles nor threads change it.
  */
 #include <math.h>
@@ -15,14 +15,17 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 8
+#define WIDE 2
 #elif defined(__AVX__)
 #define LANES 8
 #define ROWS 4
+#define WIDE 3
 #else
 #define LANES 4
 #define ROWS 4
+#define WIDE 2
 #endif
-#define COLUMNS (2 * LANES)     /* a panel: a multiple of ROWS */
+#define COLUMNS (WIDE * LANES)  /* a panel: a multiple of ROWS */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -92,23 +95,22 @@ static inline void put(float *to, floats sum) { memcpy(to, &sum, sizeof sum); }
     static inline void NAME(const uint32_t *rows, const uint32_t *columns, long depth,             \
                             float *tile, long stride)                                              \
     {                                                                                              \
-        floats sum[ROWS][2];                                                                       \
+        floats sum[ROWS][WIDE];                                                                    \
         _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                                    \
-            sum[r][0] = sum[r][1] = (floats){0};                                                   \
+            _Pragma("GCC unroll 4") for (int c = 0; c < WIDE; c++) sum[r][c] = (floats){0};        \
         for (long w = 0; w < depth; w++) {                                                         \
-            words left, right;                                                                     \
-            memcpy(&left, columns + w * COLUMNS, sizeof left);                                     \
-            memcpy(&right, columns + w * COLUMNS + LANES, sizeof right);                           \
+            words column[WIDE];                                                                    \
+            _Pragma("GCC unroll 4") for (int c = 0; c < WIDE; c++)                                 \
+                memcpy(&column[c], columns + w * COLUMNS + c * LANES, sizeof *column);             \
             _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                              \
                 words row = (words){0} + rows[w * COLUMNS + r];                                    \
-                sum[r][0] = MULTIPLY_ADD(row, left, sum[r][0]);                                    \
-                sum[r][1] = MULTIPLY_ADD(row, right, sum[r][1]);                                   \
+                _Pragma("GCC unroll 4") for (int c = 0; c < WIDE; c++)                             \
+                    sum[r][c] = MULTIPLY_ADD(row, column[c], sum[r][c]);                           \
             }                                                                                      \
         }                                                                                          \
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                                  \
-            GIVE(tile + r * stride, sum[r][0]);                                                    \
-            GIVE(tile + r * stride + LANES, sum[r][1]);                                            \
-        }                                                                                          \
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                                    \
+            _Pragma("GCC unroll 4") for (int c = 0; c < WIDE; c++)                                 \
+                GIVE(tile + r * stride + c * LANES, sum[r][c]);                                    \
     }
 
 #define FP32(a, b, sum) ((floats)(a) * (floats)(b) + (sum))
