@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 from collections import Counter
@@ -668,6 +669,102 @@ def test_an_episode_as_a_block(make, embeds):
         assert session.last.ms > 0
         model(inputs_embeds=embeds())
         assert session.last.episodes == (0,)
+
+
+def alone(session, call, name, steps=4):
+    """Outputs of an episode that nobody interrupts."""
+    with session.episode(name):
+        return [call(step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["threads", "tasks"])
+def test_blocks_of_threads_and_tasks_are_their_own(make, embeds, tasks):
+    model, found, seen = make(), {}, {}
+    adapter = vp.models.Decoder("model.layers", visual=slice(1, 21))
+    turns = {"left": threading.Event(), "right": threading.Event()}
+    with vp.prune(model, tokens=6, window=1, adapter=adapter) as session:
+
+        def of(name):
+            return lambda step: model(inputs_embeds=embeds(10 * (name == "left") + step)).logits
+
+        expected = {name: alone(session, of(name), name) for name in turns}
+
+        def call(name, step):
+            found[name].append(of(name)(step))
+            seen[name].append((session.last.episodes, session.last.steps))
+
+        def work(name, other):
+            with session.episode(name):
+                for step in range(4):
+                    assert turns[name].wait(60)
+                    turns[name].clear()
+                    call(name, step)
+                    turns[other].set()
+
+        async def task(name):
+            with session.episode(name):
+                for step in range(4):
+                    call(name, step)
+                    await asyncio.sleep(0)
+
+        async def both():
+            await asyncio.gather(task("left"), task("right"))
+
+        found, seen = {name: [] for name in turns}, {name: [] for name in turns}
+        if tasks:
+            asyncio.run(both())
+        else:
+            turns["left"].set()
+            pairs = [("left", "right"), ("right", "left")]
+            threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    for name in turns:
+        assert seen[name] == [((name,), (step,)) for step in range(4)]
+        assert all(map(torch.equal, found[name], expected[name]))
+
+
+def test_a_call_outside_of_several_blocks_is_refused(make, embeds):
+    model = make()
+    adapter = vp.models.Decoder("model.layers", visual=slice(1, 21))
+    said = []
+
+    def elsewhere():
+        try:
+            model(inputs_embeds=embeds())
+            said.append(session.last.episodes)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    def in_a_thread(work):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with vp.prune(model, "fastv", tokens=6, adapter=adapter) as session:
+        with session.episode("left"):
+            in_a_thread(elsewhere)  # It calls for the one that is open.
+            entered, go_on = threading.Event(), threading.Event()
+
+            def another():
+                with session.episode("right"):
+                    entered.set()
+                    go_on.wait(60)
+
+            thread = threading.Thread(target=another)
+            thread.start()
+            assert entered.wait(60)
+            in_a_thread(elsewhere)
+            model(inputs_embeds=embeds())
+            assert session.last.episodes == ("left",)
+            go_on.set()
+            thread.join()
+        model(inputs_embeds=embeds())
+        assert session.last.episodes == (0,)
+    assert said[0] == ("left",)
+    assert "episodes are open ('left', 'right')" in said[1]
 
 
 # ---------------------------------------------------------------------- compiled

@@ -6,7 +6,9 @@ import math
 import threading
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,6 +102,69 @@ class Episode:
     def context(self) -> StepContext:
         """What a method is told of the next step."""
         return StepContext(step=self.steps, since_full=self.since_full, motion=tuple(self.motion))
+
+
+@dataclass(eq=False)
+class _Block:
+    """A `with session.episode(...)` that is open."""
+
+    ids: tuple[Hashable, ...] | None
+    outer: _Block | None
+
+
+_innermost: ContextVar[dict[int, _Block]] = ContextVar("blocks of this thread or task")
+
+
+class Names:
+    """Which episode each row of the next call belongs to: said for everybody, or within a block.
+
+    Threads and tasks may have blocks open at once; each of them is in its own.
+    """
+
+    def __init__(self) -> None:
+        self._said: tuple[Hashable, ...] | None = None
+        self._open: list[_Block] = []
+
+    def _mine(self) -> _Block | None:
+        mine = _innermost.get({}).get(id(self))
+        while mine is not None and mine not in self._open:  # Left, in another order.
+            mine = mine.outer
+        if mine is None and self._open:
+            ends = [
+                one for one in self._open if all(other.outer is not one for other in self._open)
+            ]
+            if len(ends) > 1:
+                raise refusals.outside_the_blocks([one.ids for one in ends])
+            (mine,) = ends  # Of a thread that lets others call for it.
+        return mine
+
+    @property
+    def ids(self) -> tuple[Hashable, ...] | None:
+        """None: row i is episode i. Errors: RuntimeError, called outside of several blocks."""
+        mine = self._mine()
+        return self._said if mine is None else mine.ids
+
+    @ids.setter
+    def ids(self, ids: tuple[Hashable, ...] | None) -> None:
+        mine = self._mine()
+        if mine is None:
+            self._said = ids
+        else:
+            mine.ids = ids
+
+    @contextmanager
+    def block(self, ids: tuple[Hashable, ...]) -> Iterator[None]:
+        """Rows of calls inside belong to these."""
+        around = _innermost.get({})
+        mine = _Block(ids, around.get(id(self)))
+        self._open.append(mine)
+        _innermost.set({**around, id(self): mine})
+        try:
+            yield
+        finally:
+            self._open.remove(mine)
+            rest = {key: one for key, one in _innermost.get({}).items() if key != id(self)}
+            _innermost.set(rest if mine.outer is None else {**rest, id(self): mine.outer})
 
 
 class Episodes:

@@ -22,7 +22,7 @@ from vla_pruner.core import refusals
 from vla_pruner.core.arguments import cache_in
 from vla_pruner.core.calls import Caches, Calls, by_name, tokens_in
 from vla_pruner.core.cut import Cut
-from vla_pruner.core.episodes import Episodes, Step
+from vla_pruner.core.episodes import Episodes, Names, Step
 from vla_pruner.core.hooks import after, before
 from vla_pruner.core.layout import Adapter, Layout
 from vla_pruner.core.plan import budgets
@@ -103,7 +103,7 @@ class Passes:
         self.episodes = Episodes(method, cut.plan)
         self.calls, self.caches = Calls(), Caches(cut)
         self.own_hooks = type(cut) is not Cut  # Those of a method of its own are told of steps.
-        self.ids: tuple[Hashable, ...] | None = None
+        self.names = Names()
         self.frames: Tensor | None = None
         self.latest: Step | None = None
         self.prefilled: Step | None = None  # Of the last prefill; None: it showed no image.
@@ -292,7 +292,7 @@ class Passes:
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
-        names, copies = self.ids, 1 if self.calls.shared else self.calls.copies
+        names, copies = self.names.ids, 1 if self.calls.shared else self.calls.copies
         if names is None:
             return tuple(row // copies for row in range(batch))
         ids = tuple(name for name in names for _ in range(copies))

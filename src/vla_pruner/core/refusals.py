@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_pruner._flags import refuse
+from vla_pruner._short import short
 
 if TYPE_CHECKING:
     from vla_pruner.core.layout import Layout
@@ -27,6 +28,14 @@ def second_thread(owner: threading.Thread, other: threading.Thread) -> RuntimeEr
         f"this pruned model is being called by thread {owner.name!r} and now by {other.name!r}; a "
         "session follows one call at a time. Put a lock around the calls, or give each thread its "
         "own model and session."
+    )
+
+
+def outside_the_blocks(ids: Sequence[Any]) -> RuntimeError:
+    names = ", ".join(short(one) for rows in ids for one in rows or ())
+    return RuntimeError(
+        f"the blocks of several episodes are open ({names}), and this call comes from a thread or "
+        "task that is in none of them. Open one there: `with session.episode(name):`."
     )
 
 

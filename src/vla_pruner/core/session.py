@@ -109,19 +109,20 @@ class Session(Attached):
 
         Rows with the same id (beams) are one episode and keep the same tokens.
         """
-        self._passes.ids = None if ids is None else tuple(ids)
+        self._passes.names.ids = None if ids is None else tuple(ids)
 
     @contextmanager
     def episode(self, name: Hashable) -> Iterator[None]:
-        """All calls inside, of one row each, belong to this episode, which begins and ends here."""
-        before = self._passes.ids
-        self.reset([name])
-        self.episodes([name])
-        try:
-            yield
-        finally:
-            self._passes.ids = before
+        """All calls inside, of one row each, belong to this episode, which begins and ends here.
+
+        Threads and tasks may each be in a block of their own, one call at a time.
+        """
+        with self._passes.names.block((name,)):
             self.reset([name])
+            try:
+                yield
+            finally:
+                self.reset([name])
 
     def step(self) -> AbstractContextManager[None]:
         """All prefills inside belong to one policy step: the first decides, the others follow.
@@ -143,7 +144,7 @@ class Session(Attached):
         passes = self._passes
         if episode is None:
             latest = () if passes.latest is None else passes.latest.ids
-            names = dict.fromkeys((passes.ids or latest) or (0,))
+            names = dict.fromkeys((passes.names.ids or latest) or (0,))
             if len(names) > 1:
                 raise ValueError(
                     f"there are {len(names)} episodes; say which one moved: "
