@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -296,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_plain(str(message))}\n"
     try:
         parser = build_parser(chosen)
         args = parser.parse_args(argv)

@@ -47,13 +47,19 @@ def test_bf16_is_left_only_where_the_cpu_has_it(monkeypatch, tmp_path, slow):
         warnings.simplefilter("always")
         policy = load(tmp_path / "half")
     assert policy.dtype == torch.bfloat16  # Another's weights stay as they are.
-    assert ["dtype=torch.float32" in str(one.message) for one in said] == [True] * slow
+    assert ["give dtype float32" in str(one.message) for one in said] == [True] * slow
     monkeypatch.setattr(loading, "shipped", lambda: {"half": tmp_path / "half"})
     found = {dtype: load("half", dtype=dtype).dtype for dtype in (None, torch.bfloat16)}
     assert found == {
         None: torch.float32 if slow else torch.bfloat16,
         torch.bfloat16: torch.bfloat16,
     }
+
+
+def test_a_dtype_has_a_name():
+    assert load("mini-oft", dtype="bf16").dtype == load("mini-oft", dtype="bfloat16").dtype
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown; use one of bf16, fp16"):
+        load("mini-oft", dtype="int8")
 
 
 def _installed(package: str) -> bool:

@@ -38,8 +38,9 @@ from vla_pruner.measure.comparison import (
 )
 from vla_pruner.measure.parts import SCORING, SELECTION
 from vla_pruner.measure.timing import keep_freed_memory
-from vla_pruner.measure.workloads import DTYPES, PUBLISHED, build_workload
+from vla_pruner.measure.workloads import PUBLISHED, build_workload
 from vla_pruner.methods import Method
+from vla_pruner.models.loading import DTYPES
 
 SUFFIXES = (".json", ".md")
 

@@ -15,9 +15,8 @@ from vla_pruner.episodes.control import said_by
 from vla_pruner.measure.doctor import Finding, act_of, examine
 from vla_pruner.measure.environment import stamp
 from vla_pruner.measure.preflight import preflight
-from vla_pruner.measure.workloads import DTYPES
 from vla_pruner.models.base import find_adapter
-from vla_pruner.models.loading import load, locate, shipped
+from vla_pruner.models.loading import DTYPES, load, locate, shipped
 from vla_pruner.runs.job import fingerprint
 from vla_pruner.tuning.receipt import Receipt, load_receipt
 
@@ -47,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
         load_receipt(args.receipt)  # Raises: it cannot be read.
     device, console = device_of(args.device), Console()
     with console.status(f"loading {args.model}") as status:
-        dtype = DTYPES[args.dtype] if args.dtype else None
-        model = load(args.model, device=device, dtype=dtype)
+        model = load(args.model, device=device, dtype=args.dtype)
         act = act_of(model, args.model, args.instruction)
         findings = examine(
             model, act, keep=args.keep, tick=lambda check: status.update(f"checking: {check}")

@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_capture(parser)
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default as stored")
+    parser.add_argument(
+        "--dtype",
+        help="float32, bfloat16, float16, or short: fp32, bf16, fp16; by default as stored",
+    )
     parser.add_argument(
         "--chunk-size",
         type=at_least(1),
@@ -229,11 +232,6 @@ def _make_served(
 
 
 def _load(name: str, device: str, dtype: str | None) -> Any:
-    import torch
-
     from vla_pruner.models.loading import load
 
-    known = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in known:
-        raise ValueError(f"--dtype {dtype} is unknown; use one of {', '.join(known)}")
-    return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+    return load(name, device=device, dtype=dtype)

@@ -23,7 +23,6 @@ PUBLISHED: dict[str, Any] = {**OPENVLA, "pi0": Pi0Config(), "pi05": Pi0Config(ki
 # OpenVLA-OFT (512 visual + robot state + 33 + 56 action slots + stop). pi0 pads its prompts.
 PROMPTS = {"openvla-7b": 35, "openvla-oft-7b": 33, "pi0": 48, "pi05": 200}
 STACKS = ("prefix", "expert")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 
+from vla_pruner._short import short
+
 from .given.checks import listed
 from .given.folder import CheckpointError, is_finite, read_json, reading
 from .port import Policy
 
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 IN_THE_REPOSITORY = ("mini-oft", "mini-oft-libero", "mini-openvla", "mini-pi0", "smol-oft")
 """Policies of a checkout; the wheel brings the first."""
@@ -34,7 +45,7 @@ def load(
     name_or_path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> Policy:
     """A model ready to act, in evaluation mode.
@@ -43,8 +54,9 @@ def load(
         name_or_path: a policy that ships here (`shipped()`), a folder, or a hub id. OpenVLA,
             OpenVLA-OFT, pi0 and pi0.5 become the ports of this package; any other vision-language
             model is loaded by transformers.
-        device, dtype: where to put the weights, and as what. `dtype=None` keeps the checkpoint's;
-            only a shipped policy of bf16 becomes float32 on a CPU that `lacks_bf16`.
+        device, dtype: where to put the weights, and as what, a name of `DTYPES` or torch's own.
+            None keeps the checkpoint's; only a shipped policy of bf16 becomes float32 on a CPU
+            that `lacks_bf16`.
         options: for `from_pretrained` of the port (`vla_pruner.models.openvla`, `.pi0`), or for
             transformers.
 
@@ -52,8 +64,12 @@ def load(
         UserWarning: any other model stays in bf16 on such a CPU.
 
     Raises:
-        ValueError: there is no such model, or its files do not fit.
+        ValueError: there is no such model or dtype, or its files do not fit.
     """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {short(dtype)} is unknown; use one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     where = locate(name_or_path)
     slow = dtype is None and torch.device(device).type == "cpu" and lacks_bf16()
     if slow and Path(where) in shipped().values():
@@ -62,7 +78,7 @@ def load(
     if slow and getattr(model, "dtype", None) == torch.bfloat16:
         warnings.warn(
             f"{where} is stored in bf16, which this CPU multiplies several times slower than "
-            "float32; load it with dtype=torch.float32 (twice the memory)",
+            "float32; give dtype float32 where there is memory for twice as much",
             stacklevel=2,
         )
     return model

@@ -43,7 +43,6 @@ from vla_pruner.serving.policy import ServedPolicy
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
 EVERYWHERE = ("0.0.0.0", "::", "")
 """Addresses that stand for every network interface."""
 
@@ -116,7 +115,7 @@ class PolicyServer(ModelServer):
         if replicas and not named:
             raise ValueError("replicas load the policy themselves: give its name or folder")
         name = policy if named else type(policy).__name__
-        model = _load(policy, device, dtype) if named else policy
+        model = load(policy, device=device, dtype=dtype) if named else policy
         folder = Path(locate(policy)) if named else None
         control = said_by(folder)
         config = getattr(model, "config", None)
@@ -310,15 +309,7 @@ def make_served(
     policy: str, device: str, dtype: str | None, settings: dict[str, Any]
 ) -> ServedPolicy:
     """A policy from its name, for a process of its own."""
-    return ServedPolicy(_load(policy, device, dtype), **settings)
-
-
-def _load(name: str, device: str, dtype: str | None) -> Any:
-    import torch
-
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={short(dtype)} is unknown; use one of {', '.join(DTYPES)}")
-    return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+    return ServedPolicy(load(policy, device=device, dtype=dtype), **settings)
 
 
 def run_server() -> None:
