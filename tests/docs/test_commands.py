@@ -164,7 +164,7 @@ def test_a_printed_command_runs(page: str, command: str, follow: Callable[[str],
     if page == "docs/evaluating.md" and "sweep.yaml" in command:
         text = (ROOT / page).read_text("utf-8")
         (matrix,) = re.findall(r"^```yaml\n# sweep\.yaml\n(.*?)^```", text, flags=re.M | re.S)
-        Path("sweep.yaml").write_text(matrix.replace("runs/my-checkpoint", "mini-openvla"))
+        Path("sweep.yaml").write_text(matrix.replace("[mini-oft]", "[mini-oft, mini-openvla]", 1))
     command = command.replace("--device cuda", "--device cpu")  # whatever is here
     if "prompt-top" in command:
         pytest.skip("a method of that page, which test_pages.py installs")
