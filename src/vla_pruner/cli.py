@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {_plain(str(message))}\n"
     try:
         parser = build_parser(chosen)
@@ -317,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, sentence = explain(error)
         print(f"error: {_plain(sentence)}", file=sys.stderr)
         return code
+    finally:
+        warnings.formatwarning = before
 
 
 if __name__ == "__main__":

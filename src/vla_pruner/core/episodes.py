@@ -130,12 +130,10 @@ class Names:
         while mine is not None and mine not in self._open:  # Left, in another order.
             mine = mine.outer
         if mine is None and self._open:
-            ends = [
-                one for one in self._open if all(other.outer is not one for other in self._open)
-            ]
-            if len(ends) > 1:
-                raise refusals.outside_the_blocks([one.ids for one in ends])
-            (mine,) = ends  # Of a thread that lets others call for it.
+            around = [one.outer for one in self._open]
+            mine, *others = [one for one in self._open if one not in around]
+            if others:
+                raise refusals.outside_the_blocks([one.ids for one in (mine, *others)])
         return mine
 
     @property
