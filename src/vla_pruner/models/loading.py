@@ -88,7 +88,7 @@ def lacks_bf16() -> bool:
     """Whether this CPU has no arithmetic for bf16.
 
     Without AVX-512 or better, torch multiplies bf16 matrices in a plain loop: on two cores of a
-    Zen 3 at a sixth of the speed of float32.
+    Zen 3 at a seventh of the speed of float32.
     """
     tells = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return tells is None or not tells()  # Builds without oneDNN do not tell, and multiply slowly.
