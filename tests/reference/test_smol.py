@@ -209,6 +209,7 @@ def test_the_exported_folder_is_the_averaged_policy(seen, data):
     assert actions.shape == (8, 7) and np.isfinite(actions).all()
 
 
+@pytest.mark.slow
 def test_training_continues_from_an_exported_folder(seen, data):
     trainer = SmolTrainer(settings(), data, seen)
     trainer.run()

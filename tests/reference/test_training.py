@@ -179,6 +179,7 @@ def test_mini_pi0_starts_as_mini_oft_reads(data, tmp_path):
     assert (model.vision_tower(image) - features).abs().mean() < 0.01  # another GELU
 
 
+@pytest.mark.slow
 def test_mini_pi0_trains_resumes_and_acts(flow, data, tmp_path):
     before = FlowTrainer(Settings(stage="mini-pi0", steps=3, batch=2), data, tmp_path)
     state = torch.load(flow / "mini-pi0.pt", weights_only=True)

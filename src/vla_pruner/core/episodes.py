@@ -122,16 +122,17 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self._said: tuple[Hashable, ...] | None = None
-        self._open: list[_Block] = []
+        self.said: tuple[Hashable, ...] | None = None
+        """What holds where no block is open."""
+        self.blocks: list[_Block] = []
 
     def _mine(self) -> _Block | None:
         mine = _innermost.get({}).get(id(self))
-        while mine is not None and mine not in self._open:  # Left, in another order.
+        while mine is not None and mine not in self.blocks:  # Left, in another order.
             mine = mine.outer
-        if mine is None and self._open:
-            around = [one.outer for one in self._open]
-            mine, *others = [one for one in self._open if one not in around]
+        if mine is None and self.blocks:
+            around = [one.outer for one in self.blocks]
+            mine, *others = [one for one in self.blocks if one not in around]
             if others:
                 raise refusals.outside_the_blocks([one.ids for one in (mine, *others)])
         return mine
@@ -140,13 +141,13 @@ class Names:
     def ids(self) -> tuple[Hashable, ...] | None:
         """None: row i is episode i. Errors: RuntimeError, called outside of several blocks."""
         mine = self._mine()
-        return self._said if mine is None else mine.ids
+        return self.said if mine is None else mine.ids
 
     @ids.setter
     def ids(self, ids: tuple[Hashable, ...] | None) -> None:
         mine = self._mine()
         if mine is None:
-            self._said = ids
+            self.said = ids
         else:
             mine.ids = ids
 
@@ -155,12 +156,12 @@ class Names:
         """Rows of calls inside belong to these."""
         around = _innermost.get({})
         mine = _Block(ids, around.get(id(self)))
-        self._open.append(mine)
+        self.blocks.append(mine)
         _innermost.set({**around, id(self): mine})
         try:
             yield
         finally:
-            self._open.remove(mine)
+            self.blocks.remove(mine)
             rest = {key: one for key, one in _innermost.get({}).items() if key != id(self)}
             _innermost.set(rest if mine.outer is None else {**rest, id(self): mine.outer})
 

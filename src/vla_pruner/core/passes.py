@@ -292,7 +292,8 @@ class Passes:
         return known
 
     def _row_ids(self, batch: int) -> tuple[Hashable, ...]:
-        names, copies = self.names.ids, 1 if self.calls.shared else self.calls.copies
+        names = self.names.ids if self.names.blocks else self.names.said
+        copies = 1 if self.calls.shared else self.calls.copies
         if names is None:
             return tuple(row // copies for row in range(batch))
         ids = tuple(name for name in names for _ in range(copies))

@@ -102,6 +102,7 @@ def test_the_tokenizer_of_the_other_policies_is_the_shipped_one():
     assert policies.tokenizer().get_vocab() == shipped
 
 
+@pytest.mark.slow
 def test_training_starts_from_mini_oft_and_ends_in_a_policy(tmp_path):
     data = read(tmp_path)
     settings = Settings("mini-oft-libero", steps=2, batch=2)
