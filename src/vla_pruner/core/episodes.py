@@ -1,4 +1,4 @@
-"""What a session remembers of each episode, and what it makes of it when a step starts."""
+"""Which episode a row belongs to, and what a session remembers of each when a step starts."""
 
 from __future__ import annotations
 
@@ -127,12 +127,13 @@ class Names:
         self.blocks: list[_Block] = []
 
     def _mine(self) -> _Block | None:
+        blocks = list(self.blocks)  # Other threads enter and leave meanwhile.
         mine = _innermost.get({}).get(id(self))
-        while mine is not None and mine not in self.blocks:  # Left, in another order.
+        while mine is not None and mine not in blocks:  # Left, in another order.
             mine = mine.outer
-        if mine is None and self.blocks:
-            around = [one.outer for one in self.blocks]
-            mine, *others = [one for one in self.blocks if one not in around]
+        if mine is None and blocks:
+            around = [one.outer for one in blocks]
+            mine, *others = [one for one in blocks if one not in around]
             if others:
                 raise refusals.outside_the_blocks([one.ids for one in (mine, *others)])
         return mine

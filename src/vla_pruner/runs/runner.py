@@ -44,8 +44,8 @@ class Policies:
                 self._policy = None
                 raise ValueError(
                     f"the weights of {setup.policy} are not those of the run ({found} instead of "
-                    f"{setup.weights}): other weights, or the same in bf16 there and in float32 "
-                    "here. Put the old ones back, or begin another run"
+                    f"{setup.weights}): other weights, or another precision, as a CPU without "
+                    "AVX-512 loads bf16 as float32. Put the old ones back, or begin another run"
                 )
         return self._policy
 
